@@ -31,8 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from websockets.asyncio.client import ClientConnection, connect
 
-from lattice_remote.protocol.codec import decode_server_frame, encode
-from lattice_remote.protocol.messages import SUBPROTOCOL, Hello, Reply, Run, Welcome
+from lattice_remote.protocol.messages import SUBPROTOCOL, Hello, Reply, Run, Welcome, decode_server_frame, encode
 from sandbox import Client, Process, Programs, Sandbox, Server, board, wait_for
 
 ACTOR = ("--actor", "human:ana")

@@ -44,11 +44,11 @@ WORKER = {
     "publish the writes": ["server.worker.patches:WriteSet.publish"],
     "difference": ["server.tree.tree:ProjectTree.after_command"],
     "encode change and reply": ["server.worker.store:_encode_change", "server.worker.dispatcher:_reply"],
-    "journal": ["server.journal.journal:Journal.append", "server.journal.segment:ChangeIds.make"],
+    "journal": ["server.journal.journal:Journal.append", "server.journal.ids:ChangeIds.make"],
     "commit, the rest": ["server.worker.store:Store.commit"],
     "dispatcher, the rest": ["server.worker.dispatcher:Worker.handle"],
-    "(beside) fsync": ["server.worker.committer:sync"],
-    "(beside) committer": ["server.worker.committer:Committer._commit"],
+    "(beside) fsync": ["server.journal.journal:sync"],
+    "(beside) committer": ["server.journal.journal:Committer._commit"],
 }
 SERVER = {
     "receive the request": ["server.project.connection:_decode"],
@@ -57,9 +57,9 @@ SERVER = {
     "to the worker": ["server.project.worker_process:WorkerProcess.send"],
     "from the worker": ["server.project.worker_process:WorkerProcess.data_received"],
     "publish": ["server.project.history:History.publish"],
-    "log and metrics": ["server.project.request_log:RequestLog.settled"],
+    "log and metrics": ["server.project.metrics:RequestLog.settled"],
     "settle": ["server.project.project:Project._done"],
-    "send change and reply": ["server.transport.send_queue:SendQueue._flush"],
+    "send change and reply": ["server.transport.websocket:SendQueue._flush"],
 }
 
 _spent: dict[str, int] = defaultdict(int)

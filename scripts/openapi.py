@@ -10,10 +10,9 @@ from typing import Any
 import msgspec
 
 import lattice_remote
-from lattice_remote.server.http.app import Health, ProjectDescription, Readiness
+from lattice_remote.server.http.app import ENDPOINTS, Health, ProjectDescription, Readiness
 from lattice_remote.server.http.pages import Listed
 from lattice_remote.server.http.rest.endpoint import Endpoint, Nothing
-from lattice_remote.server.http.rest.routes import ENDPOINTS
 from lattice_remote.server.http.writes import KEY_HEADER, MAX_KEY_CHARS
 
 

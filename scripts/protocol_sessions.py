@@ -10,7 +10,6 @@ import msgspec
 from lattice_remote.errors import ProtocolError
 from lattice_remote.protocol import messages as m
 from lattice_remote.protocol import operations as o
-from lattice_remote.protocol.codec import decode_server_frame
 from lattice_remote.protocol.effects import (
     NOWHERE,
     ApplyChange,
@@ -23,6 +22,7 @@ from lattice_remote.protocol.effects import (
     Send,
     WritePart,
 )
+from lattice_remote.protocol.messages import decode_server_frame
 from lattice_remote.protocol.paths import is_editable
 from lattice_remote.protocol.replica import LARGE_BYTES, Replica
 

@@ -8,8 +8,7 @@ from typing import Self
 
 from account import oldest_change
 from lattice_remote.protocol.change_summary import about
-from lattice_remote.protocol.codec import decode_server_frame
-from lattice_remote.protocol.messages import Change
+from lattice_remote.protocol.messages import Change, decode_server_frame
 from lattice_remote.server.journal.segment import JournalReader
 from sandbox import Server, wait_for
 from sse import Event, Listening, assembled

@@ -10,8 +10,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
-from lattice_remote.protocol.codec import decode_server_frame, encode
-from lattice_remote.protocol.messages import CAPABILITIES, SUBPROTOCOL, Change, Hello, Welcome
+from lattice_remote.protocol.messages import (
+    CAPABILITIES,
+    SUBPROTOCOL,
+    Change,
+    Hello,
+    Welcome,
+    decode_server_frame,
+    encode,
+)
 
 __all__ = ["Listener", "listeners"]
 

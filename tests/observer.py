@@ -11,7 +11,7 @@ from lattice_remote.client.cache.replicator import ReceiveOutcome
 from lattice_remote.protocol.change_summary import is_log, texts_of
 from lattice_remote.protocol.messages import Change, Hello, ServerFrame, Welcome
 from lattice_remote.protocol.operations import AppendBytes, PutFile
-from lattice_remote.server.journal.lattice_files import counterpart
+from lattice_remote.server.journal.contents import counterpart
 from memory_client import MemoryClient
 from sandbox import Server, tree_of, wait_for
 

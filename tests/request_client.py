@@ -12,7 +12,6 @@ from typing import Self
 
 from websockets.asyncio.client import ClientConnection, connect
 
-from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
     SUBPROTOCOL,
@@ -27,6 +26,8 @@ from lattice_remote.protocol.messages import (
     Run,
     Stored,
     Welcome,
+    decode_server_frame,
+    encode,
 )
 
 __all__ = ["Answer", "Light", "several"]

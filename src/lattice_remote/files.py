@@ -1,26 +1,33 @@
-"""File primitives: open flags, complete writes, atomic replacement, digests, signatures.
+"""File primitives: open flags, complete writes, atomic replacement, digests, signatures, records with a checksum.
 
 Imports only what a short-lived command loads anyway.
 """
 
 import contextlib
 import os
-from collections.abc import Callable
+import struct
+import zlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import hashlib
 
 __all__ = [
+    "HEAD_BYTES",
     "READ",
     "SAFE",
     "Signature",
+    "frame",
+    "frames",
     "hash_descriptor",
+    "payload_at",
     "signature_of",
     "sync_directory",
     "write_all",
     "write_atomically",
 ]
+
 
 SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 """Flags for opening a path that another program may have replaced: a link fails, a pipe does not block."""
@@ -120,3 +127,33 @@ def hash_descriptor(descriptor: int, size: int | None = None) -> "tuple[int, has
         hasher.update(piece)
         position += len(piece)
     return position, hasher
+
+
+# --- records: length and CRC-32 (4 bytes each, big endian), then the payload ---
+
+_HEAD = struct.Struct(">II")
+HEAD_BYTES = _HEAD.size
+
+
+def frame(payload: bytes) -> bytes:
+    """Return the record that holds ``payload``."""
+    return _HEAD.pack(len(payload), zlib.crc32(payload)) + payload
+
+
+def payload_at(data: bytes | memoryview, offset: int) -> bytes | None:
+    """Return the payload of the record at ``offset``; None if it is torn, damaged or missing."""
+    start = offset + HEAD_BYTES
+    if start > len(data):
+        return None
+    length, checksum = _HEAD.unpack_from(data, offset)
+    payload = bytes(data[start : start + length])
+    # A run of zeros, which some file systems leave after a power cut, would pass for empty records.
+    return payload if length and len(payload) == length and zlib.crc32(payload) == checksum else None
+
+
+def frames(data: bytes | memoryview) -> Iterator[tuple[int, bytes]]:
+    """Yield each whole record's offset and payload, up to the first that is torn or damaged."""
+    offset = 0
+    while (payload := payload_at(data, offset)) is not None:
+        yield offset, payload
+        offset += HEAD_BYTES + len(payload)

@@ -16,7 +16,6 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from lattice_remote.protocol.bundle import first_sign_of_use
-from lattice_remote.protocol.codec import decode_client_frame, encode
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
     PROTOCOL_VERSION,
@@ -48,6 +47,8 @@ from lattice_remote.protocol.messages import (
     Upload,
     Uploaded,
     Welcome,
+    decode_client_frame,
+    encode,
 )
 from lattice_remote.protocol.operations import (
     TAIL_BYTES,

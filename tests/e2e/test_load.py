@@ -7,8 +7,7 @@ import signal
 import pytest
 from websockets.asyncio.client import connect
 
-from lattice_remote.protocol.codec import decode_server_frame, encode
-from lattice_remote.protocol.messages import SUBPROTOCOL, Part, Reply
+from lattice_remote.protocol.messages import SUBPROTOCOL, Part, Reply, decode_server_frame, encode
 from lattice_remote.server.project.queue import QueueLimits
 from load_scenarios import BY, grow_log, stalled_clients, storm, writers_at_once
 from memory_client import MemoryClient

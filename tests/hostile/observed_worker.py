@@ -18,8 +18,8 @@ from lattice_remote.server.tree.capture import Capture
 from lattice_remote.server.tree.undo import UndoLog
 from lattice_remote.server.worker import dispatcher, policy
 from lattice_remote.server.worker import main as worker
+from lattice_remote.server.worker.caller import Identity
 from lattice_remote.server.worker.executor import Executor
-from lattice_remote.server.worker.identity import Identity
 
 _PATHS_OF = {
     **dict.fromkeys(("open", "os.listdir", "os.scandir", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"), 1),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from worker_process import WorkerProcess, make_project
 
-from lattice_remote.server.worker.identity import OWNERS_FILE
+from lattice_remote.server.worker.caller import OWNERS_FILE
 
 __all__ = ["CANARY", "OBSERVED_WORKER", "Place"]
 

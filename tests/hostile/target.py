@@ -18,8 +18,7 @@ from pathlib import Path
 import trustme
 from websockets.sync.client import ClientConnection, connect
 
-from lattice_remote.protocol.codec import decode_server_frame, encode
-from lattice_remote.protocol.messages import Hello, Reply, Run, Welcome
+from lattice_remote.protocol.messages import Hello, Reply, Run, Welcome, decode_server_frame, encode
 from preloaded_programs import warm
 from sandbox import Sandbox, Server
 

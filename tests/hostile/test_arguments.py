@@ -11,8 +11,7 @@ from values import ALL
 from worker_process import ANA, WorkerProcess, answer_of, make_project
 
 from lattice_remote.errors import ProtocolError
-from lattice_remote.protocol.codec import decode_client_frame, encode
-from lattice_remote.protocol.messages import Attachment, Refused, Reply, Run
+from lattice_remote.protocol.messages import Attachment, Refused, Reply, Run, decode_client_frame, encode
 from lattice_remote.server.worker.policy import ROUTED
 
 

@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from target import BINARY, EXAMPLES, WRITE_BOUND_S, Target, attackable, frame, read_all, upgrade_request
 
-from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
     Applied,
@@ -30,6 +29,8 @@ from lattice_remote.protocol.messages import (
     Run,
     Upload,
     Welcome,
+    decode_server_frame,
+    encode,
 )
 
 HELLO = encode(Hello(versions=[1], client_version="t", lattice_version="t", capabilities=list(CAPABILITIES)))

@@ -20,9 +20,16 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
-from lattice_remote.protocol.codec import decode_server_frame, encode
-from lattice_remote.protocol.messages import CAPABILITIES, Fetch, Hello, ReadVersion, Welcome
-from lattice_remote.server.transport.send_queue import MAX_UNSENT_BYTES_PER_TOKEN
+from lattice_remote.protocol.messages import (
+    CAPABILITIES,
+    Fetch,
+    Hello,
+    ReadVersion,
+    Welcome,
+    decode_server_frame,
+    encode,
+)
+from lattice_remote.server.transport.websocket import MAX_UNSENT_BYTES_PER_TOKEN
 from preloaded_programs import warm
 from sandbox import Sandbox, Server, wait_for
 

@@ -11,8 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from target import EXAMPLES, Target, attackable, frame, read_all, upgrade_request
 
-from lattice_remote.protocol.codec import encode
-from lattice_remote.protocol.messages import Hello
+from lattice_remote.protocol.messages import Hello, encode
 
 GOOD = [
     b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n",

@@ -29,7 +29,6 @@ from lattice_remote.client import trusted_servers
 from lattice_remote.client.agent.service import Service
 from lattice_remote.client.connection import dial
 from lattice_remote.errors import ConnectionFailed, HostilePath, Rejected, RemoteError
-from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import (
     Bye,
     Change,
@@ -49,6 +48,8 @@ from lattice_remote.protocol.messages import (
     Run,
     ServerFrame,
     Stored,
+    decode_server_frame,
+    encode,
 )
 from lattice_remote.protocol.operations import (
     AnnounceFile,

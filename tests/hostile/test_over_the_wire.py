@@ -10,8 +10,18 @@ from harness import Copy, Running, hello, serving, tree_of
 from place import CANARY, OBSERVED_WORKER, Place
 from values import Known, Lines
 
-from lattice_remote.protocol.codec import decode_server_frame, encode
-from lattice_remote.protocol.messages import Bye, Fetch, Part, Put, Refused, Reply, Run, Stored
+from lattice_remote.protocol.messages import (
+    Bye,
+    Fetch,
+    Part,
+    Put,
+    Refused,
+    Reply,
+    Run,
+    Stored,
+    decode_server_frame,
+    encode,
+)
 from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.tokens import TokenFile
 

@@ -17,8 +17,6 @@ from lattice_remote.conformance.in_memory_server import (
     received,
 )
 from lattice_remote.errors import ProtocolError
-from lattice_remote.protocol import transfers
-from lattice_remote.protocol.codec import encode
 from lattice_remote.protocol.effects import (
     NOWHERE,
     ApplyChange,
@@ -45,6 +43,7 @@ from lattice_remote.protocol.messages import (
     ServerFrame,
     Stored,
     Welcome,
+    encode,
 )
 from lattice_remote.protocol.operations import (
     AppendBytes,
@@ -58,8 +57,7 @@ from lattice_remote.protocol.operations import (
     digest_of,
     paths_of,
 )
-from lattice_remote.protocol.replica import Replica, State
-from lattice_remote.protocol.transfers import MAX_BUFFERED_BYTES, MAX_ENTRIES
+from lattice_remote.protocol.replica import MAX_BUFFERED_BYTES, MAX_ENTRIES, Replica, State
 
 PLAN = "plans/a.md"
 LOGS = ("events/a.jsonl", "events/b.jsonl", PLAN)
@@ -752,7 +750,7 @@ def test_parts_during_a_manifest_are_requested_again_after_it() -> None:
 
 
 def test_more_than_can_be_kept_has_the_file_come_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfers, "_MAX_KEPT_BYTES", 10)
+    monkeypatch.setattr("lattice_remote.protocol.replica._MAX_KEPT_BYTES", 10)
     replica = following(1, head=1, wanted=("a",))
     replica.receive(pieces("a", 1, b"one\n", b"two\n")[0])
     effects = replica.receive(change(2, append_to("a", b"one\ntwo\n", b"three\n")))

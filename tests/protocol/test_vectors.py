@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from lattice_remote.errors import CODES, ProtocolError
-from lattice_remote.protocol import codec, messages, operations
+from lattice_remote.protocol import messages, operations
 from lattice_remote.protocol.bundle import Unpacker
 from lattice_remote.protocol.operations import MemoryTree
 
@@ -24,7 +24,7 @@ def load(name: str) -> Any:
 
 FRAMES, OPERATIONS, REJECTED = (load(f"vectors/{name}.json") for name in ("frames", "operations", "rejected"))
 ACCEPTED, PACKS = (load(f"vectors/{name}.json") for name in ("accepted", "packs"))
-DECODE = {"client": codec.decode_client_frame, "server": codec.decode_server_frame}
+DECODE = {"client": messages.decode_client_frame, "server": messages.decode_server_frame}
 KINDS = {"client": messages.ClientFrame, "server": messages.ServerFrame}
 
 
@@ -36,7 +36,7 @@ def named(cases: list[dict[str, Any]]) -> Any:
 def test_frame_has_the_published_bytes_and_meaning(vector: dict[str, Any]) -> None:
     data = bytes.fromhex(vector["msgpack"])
     frame = DECODE[vector["from"]](data)
-    assert codec.encode(frame) == data
+    assert messages.encode(frame) == data
     assert frame == msgspec.convert(vector["frame"], KINDS[vector["from"]])
     assert msgspec.to_builtins(frame) == vector["frame"]
 

@@ -22,8 +22,7 @@ from typing import ClassVar
 
 import msgspec
 
-from lattice_remote.protocol.codec import encode
-from lattice_remote.protocol.messages import Change, Refused, Reply
+from lattice_remote.protocol.messages import Change, Refused, Reply, encode
 from lattice_remote.protocol.operations import DeleteFile, PutFile, digest_of
 from lattice_remote.server.ipc import (
     AbandonRequest,

@@ -14,7 +14,6 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from lattice_remote.files import write_atomically
-from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.effects import ApplyChange, Compare, DeliverReply, Remove, Send, WritePart
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
@@ -26,6 +25,8 @@ from lattice_remote.protocol.messages import (
     Result,
     Run,
     ServerFrame,
+    decode_server_frame,
+    encode,
 )
 from lattice_remote.protocol.operations import MemoryTree, apply, digest_of
 from lattice_remote.protocol.paths import is_replicated

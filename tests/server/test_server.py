@@ -16,8 +16,7 @@ import pytest
 from harness import Copy, tree_of
 from server_process import COMMAND, Process, children_of
 
-from lattice_remote.protocol.codec import encode
-from lattice_remote.protocol.messages import Reply, Run
+from lattice_remote.protocol.messages import Reply, Run, encode
 from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.registry import STOP_S
 from lattice_remote.server.tokens import TokenFile

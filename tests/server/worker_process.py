@@ -15,8 +15,16 @@ from pathlib import Path
 
 import msgspec
 
-from lattice_remote.protocol.codec import decode_server_frame
-from lattice_remote.protocol.messages import Attachment, Change, Refused, Reply, Result, Returned, Stored
+from lattice_remote.protocol.messages import (
+    Attachment,
+    Change,
+    Refused,
+    Reply,
+    Result,
+    Returned,
+    Stored,
+    decode_server_frame,
+)
 from lattice_remote.protocol.operations import AnnounceFile, MemoryTree, MoveFile, apply, digest_of
 from lattice_remote.protocol.paths import is_replicated
 from lattice_remote.server.ipc import (

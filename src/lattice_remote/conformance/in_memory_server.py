@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from lattice_remote.protocol.codec import decode_client_frame, decode_server_frame, encode
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
     Change,
@@ -24,6 +23,9 @@ from lattice_remote.protocol.messages import (
     Reply,
     ServerFrame,
     Welcome,
+    decode_client_frame,
+    decode_server_frame,
+    encode,
 )
 from lattice_remote.protocol.operations import (
     TAIL_BYTES,

@@ -18,7 +18,6 @@ from websockets.typing import Subprotocol
 
 from lattice_remote.conformance.checks import CheckFailed, NotOffered, expect, within
 from lattice_remote.errors import ProtocolError
-from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
     SUBPROTOCOL,
@@ -30,6 +29,8 @@ from lattice_remote.protocol.messages import (
     Response,
     ServerFrame,
     Welcome,
+    decode_server_frame,
+    encode,
 )
 
 __all__ = ["Probe", "Refusal", "ServerTarget", "new_id"]

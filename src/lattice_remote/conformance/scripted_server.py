@@ -16,7 +16,6 @@ from websockets.typing import Subprotocol
 
 from lattice_remote.conformance.in_memory_server import Connection, Files, InMemoryServer, Moment, append_to, delta
 from lattice_remote.errors import ProtocolError
-from lattice_remote.protocol.codec import decode_client_frame, encode
 from lattice_remote.protocol.messages import (
     SUBPROTOCOL,
     Applied,
@@ -36,6 +35,8 @@ from lattice_remote.protocol.messages import (
     Run,
     ServerFrame,
     Stored,
+    decode_client_frame,
+    encode,
 )
 from lattice_remote.protocol.operations import Operation, digest_of
 

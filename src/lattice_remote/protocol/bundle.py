@@ -25,7 +25,6 @@ __all__ = [
 MAGIC = b"lattice-pack 1\n"
 END = bytes(4)
 _MAX_HEAD_BYTES = 1024
-"""Maximum length of a head: a path of 512 bytes, a size and a digest are shorter."""
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Entry)
@@ -44,7 +43,6 @@ class Unpacker:
 
     def __init__(self) -> None:
         self.is_complete = False
-        """Whether the end has arrived."""
         self._received = bytearray()
         self._started = False
         self._last = ""
@@ -53,12 +51,9 @@ class Unpacker:
         self._hasher = hashlib.sha256()
 
     def receive(self, data: bytes) -> Iterator[Entry | bytes]:
-        """Yield an ``Entry`` where a file begins, then its content in non-empty pieces.
+        """Yield an ``Entry`` where a file begins, then its content in non-empty pieces; consume all.
 
-        Consume all before the next call.
-
-        Raises:
-            ProtocolError: the data is no pack.
+        Raises ProtocolError: the data is no pack.
         """
         self._received += data
         if not self._started:
@@ -86,7 +81,6 @@ class Unpacker:
                 return
 
     def _next_head(self) -> Entry | None:
-        """Return the next head; None if it is incomplete, and at the end."""
         if self.is_complete:
             if self._received:
                 raise ProtocolError("the pack has data after its end")
@@ -158,11 +152,7 @@ class Layout:
         self._directories: set[str] = set()
 
     def add(self, path: str, size: int) -> None:
-        """Add a file of ``size`` bytes.
-
-        Raises:
-            Misuse: a project cannot have this file; the message is for the project's owner.
-        """
+        """Add a file. Raises Misuse, with a message for the project's owner: a project cannot have it."""
         try:
             check_path(path)
         except HostilePath as error:
@@ -184,7 +174,6 @@ class Layout:
             raise Misuse(f"the project exceeds the server's limit of {self.max_bytes >> 20} MiB")
 
     def _add_place(self, path: str) -> None:
-        """Record a file and its directories. A place has one spelling, and is either a file or a directory."""
         parts = path.split("/")
         for depth in range(1, len(parts)):
             directory = "/".join(parts[:depth])
@@ -204,12 +193,10 @@ class Layout:
 
 
 def first_sign_of_use(files: Iterable[tuple[str, int]]) -> str | None:
-    """Return a description of the first content that an empty project does not have; None if the project is empty.
+    """Return a description of the first content that no empty project has; None if the project is empty.
 
     An empty project has only the files of ``lattice init``: settings, context, table of short ids and empty log.
-
-    Args:
-        files: path and size in bytes of each replicated file.
+    ``files`` has path and size of each replicated file.
     """
     used = sorted(path for path, size in files if path not in _OF_AN_EMPTY_PROJECT and (path != _LIFECYCLE or size))
     tasks = sum(path.startswith(("tasks/", "archive/tasks/")) for path in used)

@@ -24,50 +24,43 @@ _NOT_BY_COMMAND = ("edit", "recovery")
 @dataclass
 class About:
     tasks: list[str] = field(default_factory=list)
-    """Ids of the tasks whose snapshot, log, plan or notes it touches; sorted."""
+    """Ids of the tasks whose snapshot, log, plan or notes it touches. All lists are sorted, but ``events``."""
     events: list[dict[str, Any]] = field(default_factory=list)
-    """Events it adds to the logs of tasks and resources, in order."""
+    """New events of tasks and resources, in order."""
     is_complete: bool = True
-    """Whether ``events`` is complete. False if a log was replaced, for example by an editor."""
+    """False if a log was replaced, for example by an editor: ``events`` lacks some."""
     resources: list[str] = field(default_factory=list)
-    """Names of the resources it creates or changes; sorted."""
     sessions: list[str] = field(default_factory=list)
-    """Names of the sessions it starts, updates or ends; sorted."""
     plans: list[str] = field(default_factory=list)
-    """Ids of the tasks whose plan it writes or removes, except by archiving; sorted."""
+    """Ids of the tasks whose plan it writes or removes, except by archiving."""
     notes: list[str] = field(default_factory=list)
-    """Ids of the tasks whose notes it writes or removes, except by archiving; sorted."""
+    """The same of notes."""
     snapshots: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Whole snapshots of tasks in the change, by id."""
+    """Whole snapshots of tasks, by id."""
 
 
 def tasks_in(paths: Iterable[str]) -> list[str]:
-    """Return the ids of the tasks to which files belong, sorted."""
     return sorted({found[1] for path in paths if (found := _TASK_FILE.fullmatch(path))})
 
 
 def is_log(path: str) -> bool:
-    """Return whether a path is the event log of a task or resource."""
     return _LOG.fullmatch(path) is not None
 
 
 def snapshot_of(path: str) -> str | None:
-    """Return the id of the task whose snapshot this path is, archived or not; None for other paths."""
+    """Return the id of the task whose snapshot this is, archived or not; None for other paths."""
     match = _SNAPSHOT.fullmatch(path)
     return match[1] if match else None
 
 
 def texts_of(change: Change) -> list[tuple[str, str, str]]:
-    """Return path, ``plans`` or ``notes``, and task of each text that a change writes or removes, in order.
-
-    A text that moves to the archive with its task does not count.
-    """
+    """Return path, ``plans`` or ``notes``, and task of the texts that a change writes or removes, not by archiving."""
     paths = dict.fromkeys(_written(change))
     return [(path, match[1], match[2]) for path in paths if (match := _TEXT.fullmatch(path))]
 
 
 def about(change: Change) -> About:
-    """Return the summary of a change. Skip malformed content; never raise."""
+    """Return the summary of a change, without malformed content."""
     paths = [path for operation in change.ops for path in paths_of(operation)]
     found = About(tasks=tasks_in(paths))
     found.resources = sorted({match[1] for path in paths if (match := _RESOURCE.fullmatch(path))})
@@ -122,7 +115,7 @@ def _snapshots(change: Change) -> Iterable[tuple[str, Mapping[str, Any]]]:
 
 
 def _events(data: bytes, *, whole: bool = False) -> list[dict[str, Any]]:
-    """Return the JSON objects in ``data``: one per line, or all of it as one."""
+    """Return the objects in ``data``: JSON lines, or one ``whole`` JSON."""
     objects = []
     for line in [data] if whole else data.splitlines():
         try:

@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 Content = tuple[int, bytes]
-"""A file's size in bytes and its digest."""
+"""Size in bytes and digest."""
 
 
 _POSITION = re.compile(r"([0-9A-Za-z]{1,64})-([0-9]{1,18})(?:-([0-9a-f]{2,64}))?", re.ASCII)
@@ -41,7 +41,7 @@ class Position:
 
     @classmethod
     def parse(cls, text: str) -> "Position | None":
-        """Return the position that a text names; None if it names none or a change's id is missing."""
+        """Return the position that a text names; None if it names none, or lacks the change id."""
         match = _POSITION.fullmatch(text)
         if match is None or (match[3] is None) != (int(match[2]) == 0) or len(match[3] or "") % 2:
             return None
@@ -78,8 +78,6 @@ class WritePart:
 
 @dataclass(frozen=True, slots=True)
 class Remove:
-    """Remove these files, which the server does not have."""
-
     paths: tuple[str, ...]
 
 
@@ -94,8 +92,6 @@ class Compare:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send this frame."""
-
     frame: ClientFrame
 
 

@@ -10,12 +10,16 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from lattice_remote.protocol.operations import Digest, Operation
+from lattice_remote.errors import ProtocolError
+from lattice_remote.protocol.operations import Digest, Operation, paths_of
+from lattice_remote.protocol.paths import check_path
 
 __all__ = [
     "CAPABILITIES",
+    "FIRST_FRAME_BYTES",
     "MAX_ARGV",
     "MAX_FETCH_PATHS",
+    "MAX_FRAME_BYTES",
     "MAX_LOG_ENTRIES",
     "MAX_LOG_TASKS",
     "MAX_PAYLOAD_BYTES",
@@ -64,8 +68,12 @@ __all__ = [
     "Version",
     "Welcome",
     "Write",
+    "decode_client_frame",
+    "decode_server_frame",
+    "encode",
     "needed_capability",
 ]
+
 
 SUBPROTOCOL = "lattice.v1"
 PROTOCOL_VERSION = 1
@@ -75,20 +83,16 @@ CAPABILITIES = ("call:mcp",)
 A server omits ``call:SURFACE`` when the surface's dependencies are not installed.
 """
 SURFACES = frozenset({"dashboard", "mcp", "storage"})
-"""Surfaces of a ``Call``."""
 
 MAX_ARGV = 1024
 MAX_FETCH_PATHS = 1024
 MAX_LOG_ENTRIES = 200
-"""Maximum number of entries in a ``LogPage``."""
 MAX_LOG_TASKS = 100
-"""Maximum number of tasks in a ``LogEntry``."""
 MAX_PAYLOAD_BYTES = 4 * 1024 * 1024
-"""Maximum length of the payload of a ``Call``."""
+"""Of a ``Call``."""
 MAX_PIECE_BYTES = 1024 * 1024
 """Maximum piece of a file in one frame, so that small frames are not delayed."""
 MAX_VERSION_BYTES = 16 * 1024 * 1024
-"""Maximum length of the text in a ``Version``."""
 MIN_PIECE_BYTES = 4096
 """Minimum piece of an upload, except for the last."""
 
@@ -519,3 +523,73 @@ def needed_capability(frame: Request) -> str | None:
     """Return the capability that both sides must have named before this frame is sent; None if none is needed."""
     name = f"call:{frame.surface}" if isinstance(frame, Call) else ""
     return name if name in CAPABILITIES else None
+
+
+FIRST_FRAME_BYTES = 64 * 1024
+"""Maximum size of a client's first frame."""
+MAX_FRAME_BYTES = 32 * 1024 * 1024
+
+_encoder = msgspec.msgpack.Encoder()
+_client_decoder: msgspec.msgpack.Decoder[ClientFrame] = msgspec.msgpack.Decoder(ClientFrame)
+_server_decoder: msgspec.msgpack.Decoder[ServerFrame] = msgspec.msgpack.Decoder(ServerFrame)
+_MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+def encode(frame: ClientFrame | ServerFrame) -> bytes:
+    """Return a frame as bytes: one msgpack map."""
+    return _encoder.encode(frame)
+
+
+def decode_client_frame(data: bytes, *, max_bytes: int = MAX_FRAME_BYTES) -> ClientFrame:
+    """Return a client's frame.
+
+    Raises ProtocolError: over ``max_bytes``, malformed, out of bounds, or a path outside the replicated tree.
+    """
+    _check_size(data, max_bytes)
+    try:
+        frame = _client_decoder.decode(data)
+    except _MALFORMED as error:
+        raise ProtocolError(f"malformed frame: {error}") from error
+    match frame:
+        case Put() | Download():
+            check_path(frame.path)
+        case Fetch():
+            for path in frame.paths:
+                check_path(path)
+        case _:
+            pass
+    return frame
+
+
+def decode_server_frame(data: bytes, *, max_bytes: int = MAX_FRAME_BYTES) -> ServerFrame:
+    """Return a server's frame. Raises ProtocolError like ``decode_client_frame``."""
+    _check_size(data, max_bytes)
+    try:
+        frame = _server_decoder.decode(data)
+    except _MALFORMED as error:
+        raise ProtocolError(f"malformed frame: {error}") from error
+    match frame:
+        case Change():
+            _check_change(frame)
+        case Replayed():
+            for change in frame.changes:
+                _check_change(change)
+        case Entries():
+            for entry in frame.entries:
+                check_path(entry.path)
+        case Part():
+            check_path(frame.path)
+        case _:
+            pass
+    return frame
+
+
+def _check_change(change: Change) -> None:
+    for operation in change.ops:
+        for path in paths_of(operation):
+            check_path(path)
+
+
+def _check_size(data: bytes, max_bytes: int) -> None:
+    if len(data) > max_bytes:
+        raise ProtocolError(f"frame of {len(data)} bytes is over the limit of {max_bytes}", code="REMOTE_TOO_LARGE")

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 __all__ = [
+    "MIN_MEMO_BYTES",
     "TAIL_BYTES",
     "AnnounceFile",
     "AppendBytes",
@@ -28,8 +29,10 @@ __all__ = [
     "canonical_json",
     "digest_of",
     "flat_json",
+    "flat_value",
     "merge_patch",
     "paths_of",
+    "remember_flat",
     "weight_of",
 ]
 
@@ -37,7 +40,6 @@ TAIL_BYTES = 4096
 """Number of bytes before the end of a file that an append verifies."""
 
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
-"""SHA-256, 32 bytes."""
 _Path = Annotated[str, Meta(min_length=1, max_length=512)]
 _Size = Annotated[int, Meta(ge=0)]
 
@@ -89,25 +91,22 @@ Operation = PutFile | AppendBytes | MergeJson | MoveFile | DeleteFile | Announce
 
 
 class Tree(Protocol):
-    """A replicated tree: files on disk, or a dictionary in a test. Callers check paths first."""
+    """Files of a cache, on disk or in memory. Callers check paths first."""
 
-    def size(self, path: str) -> int | None:
-        """Return the file's size in bytes, None if there is no file."""
+    def size(self, path: str) -> int | None: ...
 
-    def read(self, path: str, offset: int = 0) -> bytes:
-        """Return the content from ``offset`` on."""
+    def read(self, path: str, offset: int = 0) -> bytes: ...
 
     def replace(self, path: str, data: bytes) -> None:
-        """Replace the file with ``data`` atomically; create its parent directories (I8)."""
+        """Replace the file atomically (I8); create its parent directories."""
 
     def append(self, path: str, data: bytes) -> None:
-        """Append ``data`` in one write; create the file if it is missing."""
+        """Append in one write; create the file if it is missing."""
 
     def move(self, path: str, to: str) -> None:
         """Rename the file, replacing one at ``to``."""
 
-    def delete(self, path: str) -> None:
-        """Delete the file, if it exists."""
+    def delete(self, path: str) -> None: ...
 
 
 def digest_of(data: bytes) -> bytes:
@@ -137,6 +136,36 @@ def flat_json(value: object) -> bytes | None:
     return data + b"\n" if data.isascii() and b"\\" not in data else None
 
 
+MIN_MEMO_BYTES = 4096
+_MAX_MEMO_BYTES = 2 * 1024 * 1024
+_MAX_RECENT_FLAT = 2
+_flat_decoder = msgspec.json.Decoder(FlatObject)
+_recent_flat: list[tuple[bytes, FlatObject]] = []
+"""Contents with their values, the newest last."""
+
+
+def flat_value(data: bytes) -> FlatObject | None:
+    """Return the value of a flat object in canonical form, None for any other content. It must not be changed."""
+    for known, value in _recent_flat:
+        if known == data:
+            return value
+    try:
+        value = _flat_decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeError):
+        return None
+    if flat_json(value) != data:
+        return None
+    remember_flat(data, value)
+    return value
+
+
+def remember_flat(data: bytes, value: FlatObject) -> None:
+    """Let ``flat_value(data)`` return ``value``, unless it is small or large."""
+    if MIN_MEMO_BYTES <= len(data) <= _MAX_MEMO_BYTES:
+        _recent_flat.append((data, value))
+        del _recent_flat[:-_MAX_RECENT_FLAT]
+
+
 def merge_patch(target: object, patch: object) -> object:
     """Return ``target`` with an RFC 7396 merge patch applied; the arguments stay unchanged."""
     if not isinstance(patch, dict):
@@ -151,15 +180,11 @@ def merge_patch(target: object, patch: object) -> object:
 
 
 def paths_of(operation: Operation) -> tuple[str, ...]:
-    """Return the paths that an operation reads or changes: two for a move, else one."""
     return (operation.path, operation.to) if isinstance(operation, MoveFile) else (operation.path,)
 
 
 def apply(operation: Operation, tree: Tree) -> frozenset[str]:
-    """Apply one operation; return the paths that drifted and must be fetched.
-
-    Idempotent. Errors of the tree (for example a full disk) propagate; the operation can then be applied again.
-    """
+    """Apply one operation; return the paths that drifted and must be fetched. Idempotent."""
     match operation:
         case PutFile():
             tree.replace(operation.path, operation.data)
@@ -222,13 +247,11 @@ def _move(operation: MoveFile, tree: Tree) -> frozenset[str]:
 
 
 def weight_of(operation: Operation) -> int:
-    """Return the approximate memory of an operation in bytes: its content, and 200 for paths and overhead."""
+    """Return the approximate memory of an operation in bytes."""
     return 200 + len(getattr(operation, "data", b"")) + len(getattr(operation, "patch", b""))
 
 
 class MemoryTree:
-    """An ``operations.Tree`` over a dictionary from path to content, which it changes."""
-
     def __init__(self, files: dict[str, bytes] | None = None) -> None:
         self.files: dict[str, bytes] = {} if files is None else files
 

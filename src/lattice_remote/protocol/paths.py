@@ -38,7 +38,7 @@ DIRECTORIES = (
     "sessions/archive",
     "tasks",
 )
-"""Directories that ``lattice init`` creates below ``.lattice``; they exist even when empty."""
+"""Directories of ``lattice init``; they exist even when empty."""
 
 MAX_PATH_BYTES = 512
 MAX_DEPTH = 8
@@ -61,9 +61,8 @@ _EDITED_BY_HAND = ("plans/", "notes/")
 def parse_path(path: str) -> tuple[str, ...]:
     """Return the components of a well-formed path.
 
-    Raises:
-        HostilePath: empty, absolute, with ``..`` or a component that starts with a dot, with a backslash, colon,
-            control or invisible character, over ``MAX_PATH_BYTES`` or ``MAX_DEPTH``, or not encodable as UTF-8.
+    Raises HostilePath: empty, absolute, with ``..`` or a component that starts with a dot, with a backslash, colon,
+    control or invisible character, over ``MAX_PATH_BYTES`` or ``MAX_DEPTH``, or not encodable as UTF-8.
     """
     try:
         size = len(path.encode())
@@ -83,7 +82,7 @@ def parse_path(path: str) -> tuple[str, ...]:
 
 
 def is_component(name: str, max_bytes: int = _MAX_COMPONENT_BYTES) -> bool:
-    """Return whether a file or directory of the replicated tree can have this name; never raise."""
+    """Return whether a file or directory of the tree can have this name."""
     try:
         return parse_path(name) == (name,) and len(name.encode()) <= max_bytes
     except HostilePath:
@@ -101,7 +100,6 @@ def is_session_name(name: str) -> bool:
 
 
 def is_replicated(path: str) -> bool:
-    """Return whether a path belongs to the tree that server and caches share; never raise."""
     if path.startswith(".") or "/." in path:  # as parse_path() finds, without an exception for each temporary file
         return False
     try:
@@ -115,11 +113,7 @@ def is_replicated(path: str) -> bool:
 
 
 def check_path(path: str) -> str:
-    """Return a peer's path unchanged if it lies in the replicated tree.
-
-    Raises:
-        HostilePath: it does not (I9).
-    """
+    """Return a peer's path unchanged. Raises HostilePath unless it is replicated (I9)."""
     parse_path(path)
     if not is_replicated(path):
         raise HostilePath(f"path is outside the replicated tree: {path!r}")
@@ -127,7 +121,6 @@ def check_path(path: str) -> str:
 
 
 def is_editable(path: str) -> bool:
-    """Return whether users edit this file in place: a task's plan or notes."""
     return _EDITABLE.fullmatch(path) is not None
 
 

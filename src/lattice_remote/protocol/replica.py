@@ -15,6 +15,7 @@ them. The shell downloads them by digest (``Download``) at any time and reports 
 
 import enum
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from lattice_remote.errors import ProtocolError
 from lattice_remote.protocol.effects import (
@@ -37,6 +38,7 @@ from lattice_remote.protocol.messages import (
     Change,
     Downloaded,
     Entries,
+    Entry,
     Fetch,
     Hello,
     LogPage,
@@ -62,14 +64,102 @@ from lattice_remote.protocol.operations import (
     MoveFile,
     Operation,
     PutFile,
+    weight_of,
 )
 from lattice_remote.protocol.paths import is_payload
-from lattice_remote.protocol.transfers import Arriving, ManifestComparison
 
-__all__ = ["LARGE_BYTES", "Replica", "State"]
+__all__ = ["LARGE_BYTES", "MAX_BUFFERED_BYTES", "MAX_ENTRIES", "Arriving", "ManifestComparison", "Replica", "State"]
+
+
+_MAX_KEPT_BYTES = 16 * 1024 * 1024
+"""For all files."""
+
+_Kept = tuple[Change, AppendBytes | MergeJson]
+
+
+class Arriving:
+    """Files of a cache under transfer: path -> the operations on it since its first piece."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, list[_Kept]] = {}
+        self._kept_bytes = 0
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._files
+
+    def begin(self, path: str) -> None:
+        """Start a file at its first piece, which includes every operation so far."""
+        self.forget(path)
+        self._files[path] = []
+
+    def keep(self, change: Change, operation: AppendBytes | MergeJson) -> bool:
+        """Keep an operation until its file is complete; return False if that is too much: fetch the file again."""
+        self._files[operation.path].append((change, operation))
+        self._kept_bytes += weight_of(operation)
+        return self._kept_bytes <= _MAX_KEPT_BYTES
+
+    def forget(self, path: str) -> list[_Kept]:
+        """Remove a file, complete or to be fetched again; return its kept operations."""
+        kept = self._files.pop(path, [])
+        self._kept_bytes -= sum(weight_of(operation) for _, operation in kept)
+        return kept
+
+    def clear(self) -> None:
+        self._files.clear()
+        self._kept_bytes = 0
+
+
+MAX_ENTRIES = 250_000
+"""Bound on the memory that an endless manifest takes."""
+MAX_BUFFERED_BYTES = 64 * 1024 * 1024
+"""Kept changes during a manifest; beyond it the comparison restarts."""
+
+
+@dataclass(slots=True)
+class ManifestComparison:
+    """A manifest under transfer, and the changes received during it."""
+
+    repair: bool
+    seq: int = -1  # of the manifest; -1 before its first piece
+    mark: bytes = b""
+    entries: dict[str, Content] = field(default_factory=dict)
+    later: list[Change] = field(default_factory=list)  # without a gap, from ``seq`` on
+    complete: bool = False
+    later_bytes: int = 0
+
+    def keep(self, change: Change) -> None:
+        """Keep a change until the comparison ends. Detects a gap before the change has any effect."""
+        last = self.later[-1].seq if self.later else self.seq
+        if 0 <= last < change.seq - 1:
+            raise ProtocolError(f"change {change.seq} follows {last}: the history has a gap")
+        if change.seq > last:
+            self.later.append(change)
+            self.later_bytes += sum(map(weight_of, change.ops))
+        if self.later_bytes > MAX_BUFFERED_BYTES:
+            raise ProtocolError("too many changes before the manifest was complete")
+
+    def begin(self, seq: int, mark: bytes) -> None:
+        """Start a manifest at ``seq``; drop the changes that it includes."""
+        later = [change for change in self.later if change.seq > seq]
+        if later and later[0].seq != seq + 1:
+            raise ProtocolError(f"change {later[0].seq} follows the manifest of {seq}: the history has a gap")
+        self.seq, self.mark, self.later = seq, mark, later
+
+    def add(self, entries: Iterable[Entry], *, last: bool) -> None:
+        """Add a piece of the manifest. Only the last may be empty; others could repeat forever."""
+        before = len(self.entries)
+        pairs = [(entry.path, (entry.size, entry.digest)) for entry in entries]
+        self.entries.update(pairs)
+        if len(self.entries) != before + len(pairs):
+            raise ProtocolError("the manifest lists a file twice")
+        if not pairs and not last:
+            raise ProtocolError("a piece of the manifest is empty")
+        if len(self.entries) > MAX_ENTRIES:
+            raise ProtocolError(f"the manifest lists more than {MAX_ENTRIES} files")
+        self.complete = last
+
 
 FETCH_BATCH = 256
-"""Number of files per ``Fetch``."""
 LARGE_BYTES = 256 * 1024
 """Size in bytes above which an artifact's content may be deferred."""
 
@@ -93,22 +183,20 @@ class Replica:
         away: Mapping[str, Content | None] | None = None,
     ) -> None:
         self.position = position
-        """Position of the cache: the files hold every change up to here, except for those in ``wanted``."""
+        """The files hold every change up to here, except for those in ``wanted``."""
         self.wanted: dict[str, int] = dict.fromkeys(wanted, position.seq)
         """Paths that ``position`` does not cover yet, with the number of the change since which they are missing."""
         self.away: dict[str, Content | None] = dict(away or {})
-        """Deferred contents of artifacts, with size and digest at ``position``; None: known to the server only.
-
-        The file may be empty, or hold its earlier content.
+        """Deferred contents at ``position``; None: known to the server only. The file may be empty, or hold its earlier
+        content.
         """
         self.away_version = 0
-        """Incremented whenever ``away`` changes."""
         self.leaves_out = away is not None
         """Whether large contents of artifacts are deferred."""
         self.held: set[str] = set()
         """Paths in ``wanted`` with a local edit: not fetched until ``release()``."""
         self.welcome: Welcome | None = None
-        """The server's Welcome on this connection; None before."""
+        """None before the server's first frame on this connection."""
         self.state = State.IDLE
         self.head = position.seq
         """Highest sequence number that the server named on this connection."""
@@ -151,9 +239,7 @@ class Replica:
     def receive(self, frame: ServerFrame) -> list[Effect]:
         """Process one frame; return the effects in order.
 
-        Raises:
-            ProtocolError: the server violated the protocol (a gap in the numbers, a frame out of turn). The frame had
-                no effect; close the connection.
+        Raises ProtocolError, without effect: the server violated the protocol. Close the connection.
         """
         greeting = isinstance(frame, Welcome) and self.state is State.GREETING
         talking = not isinstance(frame, Welcome) and self.state in (State.FOLLOWING, State.COMPARING)
@@ -267,7 +353,6 @@ class Replica:
             yield operation
 
     def _arrived(self, path: str) -> list[Effect]:
-        """Return the operations kept for a file that has arrived completely."""
         later = self._arriving.forget(path)
         self._unwant(path)
         return [ApplyChange(change, (operation,)) for change, operation in later]
@@ -303,7 +388,6 @@ class Replica:
         return self.away.get(path) == content
 
     def here(self, path: str) -> None:
-        """Record that the file holds the content named in ``away``."""
         del self.away[path]
         self.away_version += 1
 
@@ -425,7 +509,6 @@ class Replica:
         return [Compare(frame.seq, comparison.entries, comparison.repair)]
 
     def verified(self) -> list[Effect]:
-        """End a comparison that needs no repair."""
         comparison = self._finish_comparison()
         applied = [self._advance(change) for change in comparison.later]
         return [*applied, *([Save()] if applied else []), *self._requests(), *self._answers_ready()]
@@ -434,7 +517,7 @@ class Replica:
         """Repair the cache: fetch files that differ from the manifest, remove files that it does not list.
 
         Args:
-            local: size in bytes and digest of each file of the cache; for ``edited`` files those before the edit.
+            local: size and digest of each file of the cache; for ``edited`` files those before the edit.
             edited: paths with unsent edits. They stay unchanged, held if the server's text differs or is missing.
         """
         comparison = self._finish_comparison()
@@ -463,7 +546,6 @@ class Replica:
     # --- replies ---
 
     def _answers_ready(self) -> list[Effect]:
-        """Return the replies whose changes are in the files; keep the others."""
         if not self._answers or self._comparison is not None:
             return []
         missing = [seq for path, seq in self.wanted.items() if path not in self.held] if self._follow else []

@@ -19,9 +19,9 @@ from lattice_remote.server.config import Config
 from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.locks import closed_because
 from lattice_remote.server.maintenance.transfer import finish_renames
-from lattice_remote.server.metrics import Metrics
 from lattice_remote.server.project.connection import ClientConnection
 from lattice_remote.server.project.hooks import HookRunner
+from lattice_remote.server.project.metrics import Metrics
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.project.queue import QueueLimits
 from lattice_remote.server.project.worker_process import WORKER_COMMAND
@@ -29,8 +29,7 @@ from lattice_remote.server.project_summary import Overviews
 from lattice_remote.server.transport.admission import AdmissionControl
 from lattice_remote.server.transport.api_error import ApiError
 from lattice_remote.server.transport.response_budget import ResponseBudget
-from lattice_remote.server.transport.send_queue import SendBudget
-from lattice_remote.server.transport.websocket import Handoff, Request, Response, http_answer
+from lattice_remote.server.transport.websocket import Handoff, Request, Response, SendBudget, http_answer
 
 __all__ = ["STOP_S", "ProjectRegistry", "State"]
 

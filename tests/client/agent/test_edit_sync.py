@@ -240,8 +240,7 @@ async def test_an_edit_that_is_refused_is_said_once_and_holds_nothing_up(
 ) -> None:
     from websockets.asyncio.server import ServerConnection
 
-    from lattice_remote.protocol.codec import encode
-    from lattice_remote.protocol.messages import ClientFrame, Refused
+    from lattice_remote.protocol.messages import ClientFrame, Refused, encode
 
     async def no_latin(connection: ServerConnection, frame: ClientFrame) -> bool:
         if isinstance(frame, Put) and b"\xe9" in frame.text:

@@ -84,8 +84,7 @@ async def test_a_request_that_an_agent_before_may_have_sent_says_so_at_once(
 
 async def test_a_log_that_does_not_end_is_a_violation(server: FakeServer, service: Service) -> None:
     async def misbehave(connection: ServerConnection, frame: ClientFrame) -> bool:
-        from lattice_remote.protocol.codec import encode
-        from lattice_remote.protocol.messages import LogPage
+        from lattice_remote.protocol.messages import LogPage, encode
 
         if isinstance(frame, Log):
             await connection.send(encode(LogPage(frame.id, [], 7)))

@@ -13,8 +13,7 @@ from lattice_remote.client import config
 from lattice_remote.client.agent.service import Service
 from lattice_remote.client.attachments import identity
 from lattice_remote.errors import Misuse, RemoteError
-from lattice_remote.protocol.codec import encode
-from lattice_remote.protocol.messages import ClientFrame, Download, Refused, Run, Upload
+from lattice_remote.protocol.messages import ClientFrame, Download, Refused, Run, Upload, encode
 from lattice_remote.protocol.operations import AnnounceFile, DeleteFile, PutFile, digest_of
 
 BIG = "artifacts/payload/big.bin"

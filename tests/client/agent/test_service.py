@@ -18,8 +18,19 @@ from lattice_remote.client.cache.edits import Edits
 from lattice_remote.client.cache.safe_directory import Directory
 from lattice_remote.client.connection.connection import MAX_SENDS
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
-from lattice_remote.protocol.codec import encode
-from lattice_remote.protocol.messages import Applied, Bye, Change, ClientFrame, Fetch, Hello, Part, Put, Run, Stored
+from lattice_remote.protocol.messages import (
+    Applied,
+    Bye,
+    Change,
+    ClientFrame,
+    Fetch,
+    Hello,
+    Part,
+    Put,
+    Run,
+    Stored,
+    encode,
+)
 from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, DeleteFile, MoveFile, PutFile, digest_of
 
 # --- filling and following ---

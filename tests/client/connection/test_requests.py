@@ -13,8 +13,7 @@ from websockets.http11 import Request, Response
 from lattice_remote.client.agent.service import Service
 from lattice_remote.client.connection import connection as module
 from lattice_remote.client.connection.connection import Connection
-from lattice_remote.protocol.codec import encode
-from lattice_remote.protocol.messages import ClientFrame, Reply, Run
+from lattice_remote.protocol.messages import ClientFrame, Reply, Run, encode
 
 
 def longest(_low: float, _high: float) -> float:

@@ -15,8 +15,17 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from lattice_remote.files import write_atomically
-from lattice_remote.protocol.codec import decode_server_frame, encode
-from lattice_remote.protocol.messages import Fetch, Hello, Manifest, Part, Put, Refused, Reply
+from lattice_remote.protocol.messages import (
+    Fetch,
+    Hello,
+    Manifest,
+    Part,
+    Put,
+    Refused,
+    Reply,
+    decode_server_frame,
+    encode,
+)
 from lattice_remote.server.tokens import TokenFile
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -18,15 +18,15 @@ import pytest
 from random_commands import command_lines
 from worker_process import ANA, Copy, WorkerProcess, answer_of, change_of, execute, make_project, tree_of
 
+from lattice_remote.files import frames
 from lattice_remote.protocol.messages import Attachment, Change
 from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.ipc import RequestDone
+from lattice_remote.server.journal.journal import Committer
 from lattice_remote.server.journal.segment import JournalReader
 from lattice_remote.server.maintenance.fsck import fsck
 from lattice_remote.server.maintenance.fsck_project import AFTER_POWER_CUT
-from lattice_remote.server.record_format import frames
 from lattice_remote.server.tree.tree import INLINE_BYTES
-from lattice_remote.server.worker.committer import Committer
 from lattice_remote.server.worker.recovery import open_store
 from lattice_remote.server.worker.store import server_origin
 from power_cut import Disk, make_image, mounted, touch, traced_worker

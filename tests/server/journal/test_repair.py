@@ -9,15 +9,14 @@ import pytest
 from random_commands import command_lines
 from worker_process import ANA, WorkerProcess, make_project, tree_of
 
-from lattice_remote.protocol.codec import encode
-from lattice_remote.protocol.messages import Change
+from lattice_remote.protocol.messages import Change, encode
 from lattice_remote.protocol.operations import AppendBytes, MergeJson, MoveFile, Operation, PutFile, digest_of
 from lattice_remote.server.journal.contents import Contents
+from lattice_remote.server.journal.journal import Committer
 from lattice_remote.server.journal.repair import Repair, differing
 from lattice_remote.server.journal.segment import Record
 from lattice_remote.server.tree.tree import INLINE_BYTES, MERGE_FROM_BYTES, FileState, ProjectTree
 from lattice_remote.server.worker import recovery
-from lattice_remote.server.worker.committer import Committer
 from lattice_remote.server.worker.recovery import Opened, open_store
 
 

@@ -16,7 +16,7 @@ from lattice_remote.errors import Misuse
 from lattice_remote.protocol.messages import Refused, Reply, Run
 from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.ipc import Edit, NewEpoch, Ready
-from lattice_remote.server.journal.request_ids import Answered, RequestIds, token_digest
+from lattice_remote.server.journal.ids import Answered, RequestIds, token_digest
 from lattice_remote.server.journal.segment import Outline
 from lattice_remote.server.project.worker_process import WORKER_COMMAND
 

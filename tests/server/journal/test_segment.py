@@ -6,9 +6,9 @@ import msgspec
 import pytest
 from test_journal import fill, record
 
+from lattice_remote.files import frame, frames
 from lattice_remote.server.journal.journal import Journal
 from lattice_remote.server.journal.segment import read_segment, readable_records, salvaged
-from lattice_remote.server.record_format import frame, frames
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from worker_process import ANA, WorkerProcess, file_at, make_project
 
 from lattice_remote.errors import Misuse
+from lattice_remote.files import frames
 from lattice_remote.server.cli import app
 from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.journal.copies import place_of
@@ -23,7 +24,6 @@ from lattice_remote.server.maintenance import fsck_project
 from lattice_remote.server.maintenance.fsck import FsckReport, fsck
 from lattice_remote.server.maintenance.fsck_project import Finding
 from lattice_remote.server.project.audit_log import read_page
-from lattice_remote.server.record_format import frames
 from lattice_remote.server.tokens import TokenFile
 from lattice_remote.server.tree.tree import load_manifest, save_manifest
 from lattice_remote.server.tree.undo import Begin, UndoLog

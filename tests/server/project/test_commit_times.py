@@ -3,10 +3,10 @@
 import pytest
 
 from lattice_remote.protocol.messages import Applied, Hello
-from lattice_remote.server.metrics import Metrics
 from lattice_remote.server.project import connection as standings
 from lattice_remote.server.project.connection import ReplicationStatus
 from lattice_remote.server.project.history import CommitTimes
+from lattice_remote.server.project.metrics import Metrics
 
 
 def test_the_age_of_a_change_is_known_as_long_as_it_is_kept() -> None:

@@ -15,7 +15,7 @@ from lattice_remote.protocol.messages import Part
 from lattice_remote.server.project.file_reader import PIECE_BYTES, FileSender, Snapshot
 from lattice_remote.server.project.history import Content
 from lattice_remote.server.project.project import Project
-from lattice_remote.server.transport.send_queue import SendQueue
+from lattice_remote.server.transport.websocket import SendQueue
 
 
 def open_files() -> int:

@@ -12,7 +12,6 @@ from lattice.core.config import default_config, serialize_config
 from lattice.storage.fs import atomic_write, ensure_lattice_dirs
 from websockets.asyncio.client import ClientConnection
 
-from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
     Call,
@@ -24,6 +23,8 @@ from lattice_remote.protocol.messages import (
     Reply,
     Returned,
     Welcome,
+    decode_server_frame,
+    encode,
 )
 from lattice_remote.protocol.operations import AppendBytes, MergeJson, MoveFile, PutFile, digest_of
 from lattice_remote.server.project import connection

@@ -14,8 +14,7 @@ import pytest
 from harness import FAKE_WORKER, until
 
 from lattice_remote.errors import Rejected
-from lattice_remote.protocol.codec import decode_server_frame
-from lattice_remote.protocol.messages import Attachment, Bye, Change, Refused, Reply
+from lattice_remote.protocol.messages import Attachment, Bye, Change, Refused, Reply, decode_server_frame
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.ipc import Read, ReadPage, ReadResult, Ready, RunCommand
 from lattice_remote.server.project.hooks import HookRunner

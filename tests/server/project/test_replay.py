@@ -9,12 +9,20 @@ import pytest
 from harness import Running, farewell, hello, make_data, serving
 from websockets.asyncio.client import ClientConnection
 
-from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.effects import Position
-from lattice_remote.protocol.messages import Replay, Replayed, Reply, Run, ServerFrame, Welcome
-from lattice_remote.server.journal.segment import ChangeIds
+from lattice_remote.protocol.messages import (
+    Replay,
+    Replayed,
+    Reply,
+    Run,
+    ServerFrame,
+    Welcome,
+    decode_server_frame,
+    encode,
+)
+from lattice_remote.server.journal.ids import ChangeIds
 from lattice_remote.server.project.connection import replay
-from lattice_remote.server.transport.send_queue import payload_of
+from lattice_remote.server.transport.websocket import payload_of
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from lattice.core.config import default_config, serialize_config
 from lattice.storage.fs import atomic_write, ensure_lattice_dirs
 
 from lattice_remote.client.connection.upload import Source, upload
-from lattice_remote.protocol.codec import encode
 from lattice_remote.protocol.messages import (
     Attachment,
     Refused,
@@ -24,6 +23,7 @@ from lattice_remote.protocol.messages import (
     Run,
     Upload,
     Uploaded,
+    encode,
 )
 from lattice_remote.server.config import Config, LimitSettings
 from lattice_remote.server.project.worker_process import WORKER_COMMAND

@@ -16,11 +16,10 @@ from harness import Copy, Running, farewell, hello, make_data, serving, until
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from lattice_remote.protocol.codec import decode_server_frame, encode
-from lattice_remote.protocol.messages import Put, Refused, Reply, Run, Welcome
+from lattice_remote.protocol.messages import Put, Refused, Reply, Run, Welcome, decode_server_frame, encode
 from lattice_remote.server.config import Config, LimitSettings
 from lattice_remote.server.tokens import TokenFile
-from lattice_remote.server.transport.send_queue import SendBudget
+from lattice_remote.server.transport.websocket import SendBudget
 
 
 @contextlib.asynccontextmanager

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from harness import until
 
-from lattice_remote.server.transport.send_queue import SendBudget
+from lattice_remote.server.transport.websocket import SendBudget
 
 
 def test_a_token_holds_up_to_its_bound_and_always_one_answer() -> None:

@@ -8,7 +8,7 @@ import pytest
 from harness import until
 from websockets.frames import Frame, Opcode
 
-from lattice_remote.server.transport.send_queue import SendQueue, websocket_frame
+from lattice_remote.server.transport.websocket import SendQueue, websocket_frame
 
 
 class Pipe(asyncio.Protocol):

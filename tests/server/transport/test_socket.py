@@ -13,9 +13,8 @@ import pytest
 from harness import Copy, Running, farewell, hello, make_data, serving, tree_of, until
 from websockets.asyncio.client import ClientConnection
 
-from lattice_remote.protocol.codec import decode_server_frame, encode
-from lattice_remote.protocol.messages import Change, Entries, Reply, Run, Welcome
-from lattice_remote.server.journal.segment import ChangeIds
+from lattice_remote.protocol.messages import Change, Entries, Reply, Run, Welcome, decode_server_frame, encode
+from lattice_remote.server.journal.ids import ChangeIds
 from lattice_remote.server.tokens import TokenFile
 
 

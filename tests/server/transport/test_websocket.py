@@ -15,7 +15,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.protocol import State
 from websockets.server import ServerProtocol
 
-from lattice_remote.protocol.codec import FIRST_FRAME_BYTES
+from lattice_remote.protocol.messages import FIRST_FRAME_BYTES
 from lattice_remote.server.registry import ProjectRegistry
 from lattice_remote.server.transport.websocket import Handoff, Request, Response
 

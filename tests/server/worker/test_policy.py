@@ -16,7 +16,7 @@ from worker_process import WorkerProcess, answer_of, make_project, tree_of
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.messages import Reply
 from lattice_remote.server.worker import policy
-from lattice_remote.server.worker.identity import Identity
+from lattice_remote.server.worker.caller import Identity
 from lattice_remote.server.worker.policy import ROUTED, Command, parse
 
 ANA = Identity("human:ana", ["agent:*", "team:web-*-x"])

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from worker_process import WorkerProcess, answer_of, execute, make_project, tree_of
 
-from lattice_remote.protocol.codec import decode_server_frame
-from lattice_remote.protocol.messages import Pushed, Refused
+from lattice_remote.protocol.messages import Pushed, Refused, decode_server_frame
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.ipc import ImportProject, RequestDone
 from lattice_remote.server.maintenance.fsck_project import check_project

@@ -8,7 +8,7 @@ from worker_process import ANA, WorkerProcess, make_project
 
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.operations import DeleteFile, PutFile
-from lattice_remote.server.worker.identity import OWNERS_FILE, Identity, Owner, SessionOwners
+from lattice_remote.server.worker.caller import OWNERS_FILE, Identity, Owner, SessionOwners
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_full_disk_leaves_what_was_known(project: Path, monkeypatch: pytest.Mo
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lattice_remote.server.worker.identity.write_atomically", full)
+    monkeypatch.setattr("lattice_remote.server.worker.caller.write_atomically", full)
     with pytest.raises(OSError, match="No space"):
         owners.note(begin(project, "B-1", "sess_2"), "tok_2", "human:ben")
     assert owners.of("B-1", "sess_2") is None and owners.of("A-1", "sess_1") is not None

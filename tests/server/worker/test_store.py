@@ -15,10 +15,9 @@ from worker_process import closing, tree_of
 
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.messages import Reply
-from lattice_remote.server.journal.journal import Retention
+from lattice_remote.server.journal.journal import CommitJob, Retention
 from lattice_remote.server.tree.capture import Capture
 from lattice_remote.server.worker import store as store_module
-from lattice_remote.server.worker.committer import CommitJob
 from lattice_remote.server.worker.patches import WriteSet
 from lattice_remote.server.worker.recovery import Opened, open_store
 from lattice_remote.server.worker.store import ChangeOrigin, ChangeTooLarge

@@ -11,8 +11,15 @@ import pytest
 from random_commands import command_lines
 from worker_process import ANA, Copy, WorkerProcess, answer_of, change_of, execute, make_project, tree_of
 
-from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_server_frame
-from lattice_remote.protocol.messages import Attachment, Change, Refused, Reply, Stored
+from lattice_remote.protocol.messages import (
+    MAX_FRAME_BYTES,
+    Attachment,
+    Change,
+    Refused,
+    Reply,
+    Stored,
+    decode_server_frame,
+)
 from lattice_remote.protocol.operations import canonical_json
 from lattice_remote.server.ipc import AbandonRequest, NewEpoch, Ready
 from lattice_remote.server.journal.segment import JournalReader

@@ -41,8 +41,8 @@ from lattice_remote.errors import (
     StorageError,
     one_line,
 )
-from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_server_frame, encode
 from lattice_remote.protocol.messages import (
+    MAX_FRAME_BYTES,
     Bye,
     Call,
     ClientFrame,
@@ -56,6 +56,8 @@ from lattice_remote.protocol.messages import (
     ServerFrame,
     Welcome,
     Write,
+    decode_server_frame,
+    encode,
     needed_capability,
 )
 

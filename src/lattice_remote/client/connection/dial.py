@@ -48,8 +48,7 @@ from lattice_remote.errors import (
     RemoteError,
     one_line,
 )
-from lattice_remote.protocol.codec import MAX_FRAME_BYTES
-from lattice_remote.protocol.messages import SUBPROTOCOL
+from lattice_remote.protocol.messages import MAX_FRAME_BYTES, SUBPROTOCOL
 
 __all__ = [
     "MAX_BAR_S",

@@ -16,7 +16,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lattice_remote.server.auth import Login
-from lattice_remote.server.project.request_log import RequestOutcome
+from lattice_remote.server.project.metrics import RequestOutcome
 from lattice_remote.server.registry import ProjectRegistry
 from lattice_remote.server.transport.admission import ConnectionQuota, TokenBucket
 from lattice_remote.server.transport.websocket import PlainHttp

@@ -3,7 +3,9 @@
 import asyncio
 import logging
 from collections import Counter
+from functools import cache
 from http import HTTPStatus
+from importlib.resources import files
 
 import msgspec
 from itsdangerous import BadData
@@ -26,14 +28,16 @@ from lattice_remote.server.http.middleware import (
     with_security_headers,
 )
 from lattice_remote.server.http.pages import error_response
-from lattice_remote.server.http.rest import routes as rest
+from lattice_remote.server.http.rest import documents, resources, tasks
+from lattice_remote.server.http.rest.endpoint import routes_of
 from lattice_remote.server.http.sse import Feeds
 from lattice_remote.server.registry import ProjectRegistry, State
 from lattice_remote.server.status import Gauges
 from lattice_remote.server.transport.admission import ConnectionQuota
 from lattice_remote.server.transport.api_error import ApiError
 
-__all__ = ["Health", "ProjectDescription", "Readiness", "http_app", "metrics_app"]
+__all__ = ["ENDPOINTS", "Health", "ProjectDescription", "Readiness", "http_app", "metrics_app"]
+
 
 _WHY: dict[State, str] = {
     "starting": "starting: the worker of the project is not ready",
@@ -114,7 +118,8 @@ def http_app(registry: ProjectRegistry, gauges: Gauges) -> ASGIApp:
         Route("/metrics", _metrics_with_token, methods=["GET"]),
         *pages.project_list_routes,
         Route("/projects/{slug}", _describe),
-        *rest.routes,
+        *routes_of(ENDPOINTS),
+        Route("/openapi.json", _openapi),
         *sse.routes,
         *dashboard.data_routes,
         *dashboard.routes,
@@ -202,3 +207,19 @@ async def _describe(request: Request) -> Response:
     where = (history.epoch, history.head, str(history.position))
     versions = (lattice_remote.__version__, project.lattice_version)
     return _json(ProjectDescription(project.slug, token.actor, token.act_as, *where, *versions))
+
+
+# --- the REST endpoints ---
+
+ENDPOINTS = (*tasks.endpoints, *resources.endpoints, *documents.endpoints)
+
+
+@cache
+def _openapi_json() -> bytes:
+    """Return the description that ``make protocol`` generates."""
+    return files(documents.__package__).joinpath("openapi.json").read_bytes()
+
+
+async def _openapi(_: Request) -> Response:
+    """Return the OpenAPI description, without a token: it has no data of this server."""
+    return Response(_openapi_json(), media_type="application/json")

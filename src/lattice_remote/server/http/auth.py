@@ -12,8 +12,8 @@ from starlette.responses import Response
 from lattice_remote.server.auth import Login, bearer
 from lattice_remote.server.http.access_log import log_entry_of
 from lattice_remote.server.http.middleware import wants_page
+from lattice_remote.server.project.metrics import OutcomeListener
 from lattice_remote.server.project.project import Project
-from lattice_remote.server.project.request_log import OutcomeListener
 from lattice_remote.server.registry import ProjectRegistry
 from lattice_remote.server.transport.admission import ConnectionQuota
 from lattice_remote.server.transport.api_error import ApiError

@@ -23,8 +23,7 @@ from lattice_remote.server.project.file_reader import PIECE_BYTES, read_content
 from lattice_remote.server.project.positions import Start, find_start
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.transport.api_error import ApiError
-from lattice_remote.server.transport.send_queue import payload_of
-from lattice_remote.server.transport.websocket import PlainHttp
+from lattice_remote.server.transport.websocket import PlainHttp, payload_of
 from lattice_remote.text import printable
 
 __all__ = ["KEEP_ALIVE_S", "Feeds", "page_events", "routes"]

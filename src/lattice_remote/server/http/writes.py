@@ -10,8 +10,16 @@ import msgspec
 from starlette.requests import Request
 
 from lattice_remote.errors import Rejected
-from lattice_remote.protocol.codec import decode_server_frame
-from lattice_remote.protocol.messages import Attachment, Bye, Refused, Reply, Returned, ServerFrame, Stored
+from lattice_remote.protocol.messages import (
+    Attachment,
+    Bye,
+    Refused,
+    Reply,
+    Returned,
+    ServerFrame,
+    Stored,
+    decode_server_frame,
+)
 from lattice_remote.server.http.auth import RequestContext
 from lattice_remote.server.ipc import Edit, RunCall, RunCommand
 from lattice_remote.server.project.project import stopping

@@ -1,12 +1,11 @@
-"""File contents according to the journal."""
+"""File contents according to the journal, and snapshots according to their event logs."""
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
-from lattice_remote.protocol.codec import decode_server_frame
-from lattice_remote.protocol.messages import Change
+from lattice_remote.protocol.messages import Change, decode_server_frame
 from lattice_remote.protocol.operations import (
     AnnounceFile,
     AppendBytes,
@@ -22,7 +21,8 @@ from lattice_remote.protocol.operations import (
 from lattice_remote.server.journal.segment import Record
 from lattice_remote.server.tree.tree import FileState
 
-__all__ = ["Contents", "Read", "change_of"]
+__all__ = ["Contents", "Read", "change_of", "counterpart", "derive", "is_snapshot", "log_of", "name_of_resource"]
+
 
 Read = Callable[[str], bytes]
 """Returns the content of a path of the tree, empty if there is none."""
@@ -150,3 +150,64 @@ def _patched(data: bytes, patches: list[MergeJson]) -> bytes:
         return canonical_json(value)
     except (ValueError, RecursionError):
         return data
+
+
+def counterpart(path: str) -> str:
+    """Return the path of a task's file once the task is archived, or before that."""
+    return path.removeprefix("archive/") if path.startswith("archive/") else f"archive/{path}"
+
+
+def is_snapshot(path: str) -> bool:
+    """Return whether a file is a snapshot of a task or a resource."""
+    folder, name = os.path.split(path)
+    return folder in ("tasks", "archive/tasks") or (folder.startswith("resources/") and name == "resource.json")
+
+
+def log_of(path: str, read: Read) -> str | None:
+    """Return the event log that a snapshot follows from; None for any other file."""
+    folder, name = os.path.split(path)
+    if folder in ("tasks", "archive/tasks"):
+        return f"{folder.removesuffix('tasks')}events/{name.removesuffix('.json')}.jsonl"
+    if folder.startswith("resources/") and name == "resource.json":
+        try:
+            return f"events/{json.loads(read(path))['id']}.jsonl"
+        except (ValueError, KeyError, TypeError):
+            return None
+    return None
+
+
+def derive(path: str, read: Read, logs: Collection[str] = ()) -> bytes:
+    """Return a snapshot as lattice derives it from its log; empty if that is not possible.
+
+    Args:
+        path: of the snapshot.
+        read: see ``Read``.
+        logs: of resources, to search if the snapshot does not name its own.
+    """
+    log = log_of(path, read)
+    if log is None and path.startswith("resources/"):
+        name = path.split("/")[1]
+        log = next((log for log in logs if name_of_resource(read(log)) == name), None)
+    if log is None:
+        return b""
+    from lattice.core.resources import apply_resource_event_to_snapshot, serialize_resource_snapshot
+    from lattice.core.tasks import apply_event_to_snapshot, serialize_snapshot
+
+    is_task = not path.startswith("resources/")
+    apply = apply_event_to_snapshot if is_task else apply_resource_event_to_snapshot
+    snapshot = None
+    try:
+        for line in read(log).splitlines():
+            snapshot = apply(snapshot, json.loads(line))
+        return (serialize_snapshot if is_task else serialize_resource_snapshot)(snapshot).encode() if snapshot else b""
+    except (ValueError, KeyError, TypeError):
+        return b""
+
+
+def name_of_resource(log: bytes) -> str | None:
+    """Return the name in the first event of a resource's log; None if there is none."""
+    try:
+        name = json.loads(log.split(b"\n", 1)[0])["data"]["name"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return name if isinstance(name, str) else None

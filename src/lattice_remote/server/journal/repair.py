@@ -23,15 +23,8 @@ from typing import Any
 
 from lattice_remote.files import write_atomically
 from lattice_remote.protocol.operations import digest_of
-from lattice_remote.server.journal.contents import Contents
-from lattice_remote.server.journal.lattice_files import (
-    counterpart,
-    derive,
-    is_own_id,
-    is_snapshot,
-    log_of,
-    name_of_resource,
-)
+from lattice_remote.server.journal.contents import Contents, counterpart, derive, is_snapshot, log_of, name_of_resource
+from lattice_remote.server.journal.ids import is_own_id
 from lattice_remote.server.tree.tree import ProjectTree, sync
 
 __all__ = ["Repair", "differing"]

@@ -1,25 +1,21 @@
 """Journal segments: file format, salvage of damaged ones, and a reader for other processes than the worker.
 
-A segment, ``%020d.log`` with the number of its first record, has frames (``record_format.py``): a ``Segment`` with the
+A segment, ``%020d.log`` with the number of its first record, has frames (``files.py``): a ``Segment`` with the
 position of the history, then ``Record``s.
 """
 
 import contextlib
-import hmac
 import re
-import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from lattice_remote.files import write_atomically
-from lattice_remote.server.record_format import HEAD_BYTES, frames, payload_at
-from lattice_remote.server.tree.tree import FileState, sync
+from lattice_remote.files import HEAD_BYTES, frames, payload_at
+from lattice_remote.server.tree.tree import FileState
 
 __all__ = [
-    "ChangeIds",
     "JournalReader",
     "Outline",
     "Record",
@@ -35,45 +31,6 @@ __all__ = [
     "salvaged",
     "segment_paths",
 ]
-
-
-class ChangeIds:
-    """Change ids of one journal, made with a key beside the segments that every copy of them shares (I7).
-
-    A change id is 8 random bytes, then 8 bytes of an HMAC of these, the epoch and the number. So an invented id is
-    recognized, and a genuine one that the journal lacks proves a rollback.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / "key"
-        self._key: bytes | None = None
-
-    def make(self, epoch: str, seq: int) -> bytes:
-        """Return an id for change ``seq``. The writer creates the key if there is none. Raises OSError."""
-        if self._key is None:
-            self._key = self._read() or self._create()
-        random = secrets.token_bytes(8)
-        return random + _code(self._key, epoch, seq, random)
-
-    def is_genuine(self, epoch: str, seq: int, mark: bytes) -> bool:
-        """Return whether this id was made for change ``seq``, by this project or a copy. Blocking. Raises OSError."""
-        key = self._read()
-        return key is not None and hmac.compare_digest(_code(key, epoch, seq, mark[:8]), mark[8:])
-
-    def _read(self) -> bytes | None:
-        try:
-            return self._path.read_bytes() or None
-        except FileNotFoundError:
-            return None
-
-    def _create(self) -> bytes:
-        key = secrets.token_bytes(32)
-        write_atomically(self._path, key, mode=0o600, temporary=self._path.with_suffix(".new"), sync=sync)
-        return key
-
-
-def _code(key: bytes, epoch: str, seq: int, random: bytes) -> bytes:
-    return hmac.digest(key, f"{epoch}-{seq}-{random.hex()}".encode(), "sha256")[:8]
 
 
 class Segment(msgspec.Struct, frozen=True, tag="segment"):

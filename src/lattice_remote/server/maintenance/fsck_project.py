@@ -12,11 +12,10 @@ from pathlib import Path
 import msgspec
 
 from lattice_remote.errors import ProtocolError
-from lattice_remote.protocol.codec import decode_server_frame
-from lattice_remote.protocol.messages import Change, Result, ServerFrame
+from lattice_remote.files import HEAD_BYTES, frames
+from lattice_remote.protocol.messages import Change, Result, ServerFrame, decode_server_frame
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.journal.segment import Record, Segment, segment_paths
-from lattice_remote.server.record_format import HEAD_BYTES, frames
 from lattice_remote.server.tree.tree import FileState, ProjectTree, has_signature, load_manifest
 from lattice_remote.server.worker.recovery import is_in_doubt
 

@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 from lattice_remote.errors import Misuse, Rejected, RemoteError
+from lattice_remote.files import frames
 from lattice_remote.protocol.change_summary import tasks_in
 from lattice_remote.protocol.messages import (
     MAX_LOG_TASKS,
@@ -26,7 +27,6 @@ from lattice_remote.protocol.messages import (
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.journal.contents import Contents
 from lattice_remote.server.journal.segment import Record, Segment, decoder, header_of, segment_paths
-from lattice_remote.server.record_format import frames
 from lattice_remote.server.tree.tree import FileState
 
 __all__ = [

@@ -25,7 +25,6 @@ from websockets.exceptions import ConnectionClosed
 import lattice_remote
 from lattice_remote.errors import ProtocolError, RemoteError, StorageError
 from lattice_remote.files import READ
-from lattice_remote.protocol.codec import decode_client_frame, encode
 from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
@@ -56,20 +55,27 @@ from lattice_remote.protocol.messages import (
     Upload,
     Welcome,
     Write,
+    decode_client_frame,
+    encode,
     needed_capability,
 )
 from lattice_remote.protocol.paths import is_editable
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.ipc import Edit, RunCall, RunCommand
-from lattice_remote.server.metrics import ProjectMetrics
 from lattice_remote.server.project.file_reader import PIECE_BYTES, FileSender
 from lattice_remote.server.project.history import REPLAY_BYTES, CommitTimes, History
+from lattice_remote.server.project.metrics import ProjectMetrics
 from lattice_remote.server.project.positions import can_continue, find_start
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.tokens import READ_ONLY, Token
 from lattice_remote.server.transport.response_budget import COUNTED_BYTES
-from lattice_remote.server.transport.send_queue import MAX_PENDING_BYTES, SendBudget, payload_of, websocket_frame
-from lattice_remote.server.transport.websocket import Handoff
+from lattice_remote.server.transport.websocket import (
+    MAX_PENDING_BYTES,
+    Handoff,
+    SendBudget,
+    payload_of,
+    websocket_frame,
+)
 from lattice_remote.server.worker.calls import is_offered
 from lattice_remote.text import describe_difference, printable
 

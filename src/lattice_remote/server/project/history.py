@@ -16,12 +16,12 @@ import msgspec
 
 from lattice_remote.errors import StorageError
 from lattice_remote.protocol.bundle import first_sign_of_use
-from lattice_remote.protocol.codec import encode
 from lattice_remote.protocol.effects import Position
-from lattice_remote.protocol.messages import Bye, Change, Entries, Entry
+from lattice_remote.protocol.messages import Bye, Change, Entries, Entry, encode
 from lattice_remote.server.ipc import PathState, Ready
-from lattice_remote.server.journal.segment import ChangeIds, JournalReader
-from lattice_remote.server.transport.send_queue import websocket_frame
+from lattice_remote.server.journal.ids import ChangeIds
+from lattice_remote.server.journal.segment import JournalReader
+from lattice_remote.server.transport.websocket import websocket_frame
 
 __all__ = ["REPLAY_BYTES", "CommitTimes", "Content", "History", "Recent", "Subscriber"]
 

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lattice_remote.errors import RemoteError
-from lattice_remote.protocol.codec import encode
-from lattice_remote.protocol.messages import Bye, Push, Refused
+from lattice_remote.protocol.messages import Bye, Push, Refused, encode
 from lattice_remote.server.config import Config
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.ipc import ImportProject

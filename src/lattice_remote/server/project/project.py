@@ -20,8 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lattice_remote.errors import Rejected, StorageError
-from lattice_remote.protocol.codec import encode
-from lattice_remote.protocol.messages import Bye, Refused
+from lattice_remote.protocol.messages import Bye, Refused, encode
 from lattice_remote.server.config import Config
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.ipc import (
@@ -40,11 +39,11 @@ from lattice_remote.server.ipc import (
     WorkerFailed,
     asked_by,
 )
-from lattice_remote.server.metrics import Metrics, ProjectMetrics
 from lattice_remote.server.project.audit_log import LogReader
 from lattice_remote.server.project.history import CommitTimes, History
 from lattice_remote.server.project.hooks import HookRunner
 from lattice_remote.server.project.imports import Pushes
+from lattice_remote.server.project.metrics import Metrics, OutcomeListener, ProjectMetrics, RequestLog
 from lattice_remote.server.project.queue import (
     QueuedRequest,
     QueueLimits,
@@ -52,7 +51,6 @@ from lattice_remote.server.project.queue import (
     RequestQueue,
 )
 from lattice_remote.server.project.reader_process import Readers
-from lattice_remote.server.project.request_log import OutcomeListener, RequestLog
 from lattice_remote.server.project.uploads import Uploads
 from lattice_remote.server.project.worker_process import WORKER_COMMAND, WorkerProcess
 

@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 
 from lattice_remote.errors import Rejected
 from lattice_remote.files import READ, SAFE, hash_descriptor, write_all
-from lattice_remote.protocol.codec import encode
-from lattice_remote.protocol.messages import MIN_PIECE_BYTES, Refused, Upload, Uploaded
+from lattice_remote.protocol.messages import MIN_PIECE_BYTES, Refused, Upload, Uploaded, encode
 from lattice_remote.server.config import LimitSettings
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.project.queue import Requester

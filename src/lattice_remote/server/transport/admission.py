@@ -17,7 +17,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from math import ceil
 
 from lattice_remote.errors import Misuse
-from lattice_remote.protocol.codec import FIRST_FRAME_BYTES
+from lattice_remote.protocol.messages import FIRST_FRAME_BYTES
 from lattice_remote.server.config import LimitSettings
 from lattice_remote.server.transport.api_error import ApiError
 

@@ -30,11 +30,11 @@ from lattice_remote.protocol.operations import (
     PutFile,
     canonical_json,
     digest_of,
+    flat_value,
     merge_patch,
 )
 from lattice_remote.protocol.paths import is_replicated
 from lattice_remote.server.tree.capture import AccessLog, Move
-from lattice_remote.server.tree.flat_json import flat_value
 
 __all__ = [
     "EDITED_BY_HAND",

@@ -13,10 +13,9 @@ from typing import Self
 
 import msgspec
 
-from lattice_remote.files import write_atomically
+from lattice_remote.files import frame, frames, write_atomically
 from lattice_remote.protocol.operations import digest_of
 from lattice_remote.server.ipc import TreeState
-from lattice_remote.server.record_format import frame, frames
 from lattice_remote.server.tree.capture import Replacement
 
 __all__ = ["Begin", "UndoLog"]

@@ -32,15 +32,14 @@ from lattice_remote.server.ipc import (
     ToWorker,
     asked_by,
 )
-from lattice_remote.server.journal.request_ids import token_digest
+from lattice_remote.server.journal.ids import token_digest
+from lattice_remote.server.journal.journal import CommitJob, Committer
 from lattice_remote.server.journal.segment import Record
 from lattice_remote.server.tree.capture import AccessDenied, AccessLog
 from lattice_remote.server.tree.tree import TreeDiff, TrustedDigest
-from lattice_remote.server.worker.attachments import Attached
+from lattice_remote.server.worker.caller import Attached, Identity, SessionOwners
 from lattice_remote.server.worker.calls import CallRequest, Operation, surface_named
-from lattice_remote.server.worker.committer import CommitJob, Committer
 from lattice_remote.server.worker.executor import CommandOutcome, Executor
-from lattice_remote.server.worker.identity import Identity, SessionOwners
 from lattice_remote.server.worker.policy import Command, parse
 from lattice_remote.server.worker.project_import import decide, is_adopting, require_empty
 from lattice_remote.server.worker.store import (

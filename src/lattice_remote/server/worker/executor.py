@@ -17,12 +17,12 @@ import click
 
 from lattice_remote.server.ipc import HookCall
 from lattice_remote.server.tree.capture import Capture
-from lattice_remote.server.tree.flat_json import FlatJson
 from lattice_remote.server.worker.calls import CallResponse, CommandOutput
 from lattice_remote.server.worker.patches import (
     LOCK_PREFIX,
     Clock,
     Disk,
+    FlatJson,
     Lock,
     LockBusy,
     LockTable,

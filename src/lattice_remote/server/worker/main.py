@@ -22,11 +22,10 @@ import msgspec
 
 from lattice_remote.server.config import JournalSettings
 from lattice_remote.server.ipc import ReceivedFrames, ToWorker, WorkerFailed
-from lattice_remote.server.journal.journal import Retention
-from lattice_remote.server.journal.lattice_files import make_id
+from lattice_remote.server.journal.ids import make_id
+from lattice_remote.server.journal.journal import CommitJob, Committer, Retention
 from lattice_remote.server.logging import FORMAT_VARIABLE, LEVEL_VARIABLE, log_to_stderr
 from lattice_remote.server.tree.tree import SyncFailed
-from lattice_remote.server.worker.committer import CommitJob, Committer
 from lattice_remote.server.worker.dispatcher import Worker
 from lattice_remote.server.worker.executor import Executor
 from lattice_remote.server.worker.policy import not_of_plugins

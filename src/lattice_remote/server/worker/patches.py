@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import io
+import json
 import os
 import shutil
 import stat
@@ -17,12 +18,30 @@ from typing import IO, Any, NamedTuple, NoReturn
 import click
 
 from lattice_remote.files import SAFE, write_all
-from lattice_remote.protocol.operations import digest_of
+from lattice_remote.protocol.operations import (
+    MIN_MEMO_BYTES,
+    FlatObject,
+    digest_of,
+    flat_json,
+    flat_value,
+    remember_flat,
+)
 from lattice_remote.protocol.paths import is_editable
 from lattice_remote.server.tree.capture import Capture
 from lattice_remote.server.tree.tree import EDITED_BY_HAND, INLINE_BYTES
 
-__all__ = ["LOCK_PREFIX", "Clock", "Disk", "Lock", "LockBusy", "LockTable", "Mover", "WriteSet", "parse_faster"]
+__all__ = [
+    "LOCK_PREFIX",
+    "Clock",
+    "Disk",
+    "FlatJson",
+    "Lock",
+    "LockBusy",
+    "LockTable",
+    "Mover",
+    "WriteSet",
+    "parse_faster",
+]
 
 LOCK_PREFIX = "locks/"
 """Prefix of lock names (``locks/tasks_...``) among resource names, which have no slash."""
@@ -450,3 +469,28 @@ class Disk:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(os, name)
+
+
+# --- JSON ---
+
+
+class FlatJson:
+    """Replacement of ``json`` in lattice's index of short ids: equal results, faster for large flat objects."""
+
+    def loads(self, text: str) -> Any:
+        value = flat_value(text.encode()) if len(text) >= MIN_MEMO_BYTES and text.isascii() else None
+        return _copied(value) if value is not None else json.loads(text)
+
+    def dumps(self, value: Any, **options: Any) -> str:
+        data = flat_json(value) if options == {"sort_keys": True, "indent": 2} else None
+        if data is None:
+            return json.dumps(value, **options)
+        remember_flat(data, _copied(value))
+        return data[:-1].decode()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(json, name)
+
+
+def _copied(value: FlatObject) -> FlatObject:
+    return {key: dict(inner) if isinstance(inner, dict) else inner for key, inner in value.items()}

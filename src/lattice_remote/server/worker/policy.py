@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from lattice_remote.protocol.paths import is_component, is_resource_name, is_session_name
-from lattice_remote.server.worker.identity import Identity, check_actor, is_plain, unsupported
+from lattice_remote.server.worker.caller import Identity, check_actor, is_plain, unsupported
 
 __all__ = ["MAX_TEXT_BYTES", "ROUTED", "Command", "Kind", "check", "check_new_task", "not_of_plugins", "parse", "shown"]
 

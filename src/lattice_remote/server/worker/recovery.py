@@ -12,16 +12,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from lattice_remote.server.journal.contents import Contents
+from lattice_remote.server.journal.contents import Contents, derive, is_snapshot, log_of
 from lattice_remote.server.journal.copies import is_copied, repair_copy
-from lattice_remote.server.journal.journal import Journal, Retention
-from lattice_remote.server.journal.lattice_files import derive, is_snapshot, log_of
+from lattice_remote.server.journal.journal import Committer, Journal, Retention
 from lattice_remote.server.journal.repair import Repair, differing
 from lattice_remote.server.journal.segment import JournalReader, remove_segments
 from lattice_remote.server.tree.capture import Capture
 from lattice_remote.server.tree.tree import FileState, ManifestFile, ProjectTree, TreeDiff, load_manifest
 from lattice_remote.server.tree.undo import UndoLog
-from lattice_remote.server.worker.committer import Committer
 from lattice_remote.server.worker.patches import LockTable
 from lattice_remote.server.worker.project_import import answer_to, cause_of, finish, first_difference, put_in_place
 from lattice_remote.server.worker.store import Store, server_origin, start_new_epoch

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lattice_remote.files import write_atomically
 from lattice_remote.protocol.operations import digest_of
-from lattice_remote.server.journal.lattice_files import counterpart, derive
+from lattice_remote.server.journal.contents import counterpart, derive
 from lattice_remote.server.tree.tree import FileState, ProjectTree, TreeDiff
 
 __all__ = ["files_of_task", "grown_tasks", "repair_task"]

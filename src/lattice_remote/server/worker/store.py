@@ -22,8 +22,16 @@ import msgspec
 
 from lattice_remote.errors import Rejected
 from lattice_remote.files import write_atomically
-from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_server_frame, encode
-from lattice_remote.protocol.messages import Change, Refused, Reply, Result, Returned
+from lattice_remote.protocol.messages import (
+    MAX_FRAME_BYTES,
+    Change,
+    Refused,
+    Reply,
+    Result,
+    Returned,
+    decode_server_frame,
+    encode,
+)
 from lattice_remote.protocol.operations import MoveFile, PutFile, digest_of, paths_of
 from lattice_remote.protocol.paths import is_replicated
 from lattice_remote.server.ipc import (
@@ -32,9 +40,9 @@ from lattice_remote.server.ipc import (
     RequestDone,
     ResultStats,
 )
+from lattice_remote.server.journal.contents import is_snapshot
 from lattice_remote.server.journal.copies import place_of
-from lattice_remote.server.journal.journal import Journal
-from lattice_remote.server.journal.lattice_files import is_snapshot
+from lattice_remote.server.journal.journal import CommitJob, Committer, Journal
 from lattice_remote.server.journal.segment import Record, list_beside, remove_segments
 from lattice_remote.server.logging import masked
 from lattice_remote.server.tree.capture import AccessLog, Capture, Replacement
@@ -50,7 +58,6 @@ from lattice_remote.server.tree.tree import (
     sync_files,
 )
 from lattice_remote.server.tree.undo import Begin, UndoLog
-from lattice_remote.server.worker.committer import CommitJob, Committer
 from lattice_remote.server.worker.executor import ResourceBusy
 from lattice_remote.server.worker.patches import LockTable
 from lattice_remote.server.worker.stale_snapshots import files_of_task, grown_tasks, repair_task

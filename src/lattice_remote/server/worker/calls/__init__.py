@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from lattice_remote.errors import Rejected
-from lattice_remote.server.worker.attachments import Attached
-from lattice_remote.server.worker.identity import Identity, unsupported
+from lattice_remote.server.worker.caller import Attached, Identity, unsupported
 from lattice_remote.server.worker.policy import Kind, check
 
 __all__ = [

@@ -18,8 +18,8 @@ import msgspec
 from msgspec import Meta
 
 from lattice_remote.errors import Rejected
+from lattice_remote.server.worker.caller import unsupported
 from lattice_remote.server.worker.calls import CallRequest, CallResponse, CommandOutput, Operation, json_object
-from lattice_remote.server.worker.identity import unsupported
 from lattice_remote.server.worker.policy import Command, Kind, check, parse, shown
 
 __all__ = ["load", "prepare"]

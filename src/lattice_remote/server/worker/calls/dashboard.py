@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lattice_remote.errors import Rejected
+from lattice_remote.server.worker.caller import Identity, unsupported
 from lattice_remote.server.worker.calls import CallRequest, CallResponse, Operation, check_fields, json_object
-from lattice_remote.server.worker.identity import Identity, unsupported
 from lattice_remote.server.worker.policy import Kind, check, shown
 
 __all__ = ["handler_class", "load", "prepare"]

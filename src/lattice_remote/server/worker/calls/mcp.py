@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lattice_remote.protocol.operations import canonical_json
-from lattice_remote.server.worker.attachments import Attached
+from lattice_remote.server.worker.caller import Attached, unsupported
 from lattice_remote.server.worker.calls import CallRequest, CallResponse, Operation, check_fields, json_object
-from lattice_remote.server.worker.identity import unsupported
 from lattice_remote.server.worker.policy import Kind, check, check_new_task, shown
 
 __all__ = ["load", "prepare"]

@@ -15,8 +15,8 @@ import msgspec
 
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.operations import canonical_json
+from lattice_remote.server.worker.caller import Identity, unsupported
 from lattice_remote.server.worker.calls import CallRequest, CallResponse, Operation, json_object
-from lattice_remote.server.worker.identity import Identity, unsupported
 from lattice_remote.server.worker.policy import shown
 from lattice_remote.storage.events import Conflict, Merged, Written, plain
 from lattice_remote.storage.local import LocalStorage

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lattice_remote.errors import HostilePath, ProtocolError
-from lattice_remote.protocol import codec
+from lattice_remote.protocol import messages
 from lattice_remote.protocol.messages import (
     Change,
     ClientFrame,
@@ -25,7 +25,7 @@ from lattice_remote.protocol.messages import (
 )
 from lattice_remote.protocol.operations import DeleteFile
 
-DECODERS = [codec.decode_client_frame, codec.decode_server_frame]
+DECODERS = [messages.decode_client_frame, messages.decode_server_frame]
 ID = "0" * 32
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=40)
@@ -61,7 +61,7 @@ def test_spoiled_frames_raise_nothing_else(data: bytes) -> None:
             frame = decode(data)
         except ProtocolError:
             continue
-        assert decode(codec.encode(frame)) == frame
+        assert decode(messages.encode(frame)) == frame
 
 
 @pytest.mark.parametrize("decode", DECODERS)
@@ -85,7 +85,7 @@ def test_hostile_shapes_are_refused(decode: Any, data: bytes) -> None:
 
 @pytest.mark.parametrize("decode", DECODERS)
 def test_frame_over_the_limit_is_not_even_looked_at(decode: Any) -> None:
-    data = codec.encode(Hello([1], "1", "1"))
+    data = messages.encode(Hello([1], "1", "1"))
     with pytest.raises(ProtocolError) as caught:
         decode(data, max_bytes=len(data) - 1)
     assert caught.value.code == "REMOTE_TOO_LARGE"
@@ -93,8 +93,8 @@ def test_frame_over_the_limit_is_not_even_looked_at(decode: Any) -> None:
 
 def test_frame_at_the_limit_is_taken() -> None:
     hello = Hello([1], "1", "1")
-    data = codec.encode(hello)
-    assert codec.decode_client_frame(data, max_bytes=len(data)) == hello
+    data = messages.encode(hello)
+    assert messages.decode_client_frame(data, max_bytes=len(data)) == hello
 
 
 @pytest.mark.parametrize(
@@ -102,13 +102,13 @@ def test_frame_at_the_limit_is_taken() -> None:
 )
 def test_paths_are_checked_while_decoding(frame: ClientFrame) -> None:
     with pytest.raises(HostilePath):
-        codec.decode_client_frame(codec.encode(frame))
+        messages.decode_client_frame(messages.encode(frame))
 
 
 @pytest.mark.parametrize("argv", [[], ["x"] * 1025])
 def test_argv_is_bounded(argv: list[str]) -> None:
     with pytest.raises(ProtocolError):
-        codec.decode_client_frame(codec.encode(Run(ID, argv)))
+        messages.decode_client_frame(messages.encode(Run(ID, argv)))
 
 
 @pytest.mark.parametrize("path", ["../x", "remote.json", "/etc/passwd"])
@@ -121,4 +121,4 @@ def test_paths_of_server_frames_are_checked_while_decoding(path: str) -> None:
     ]
     for frame in frames:
         with pytest.raises(HostilePath):
-            codec.decode_server_frame(codec.encode(frame))
+            messages.decode_server_frame(messages.encode(frame))

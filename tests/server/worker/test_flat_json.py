@@ -7,9 +7,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lattice_remote.protocol.operations import canonical_json, flat_json
-from lattice_remote.server.tree.flat_json import FlatJson, flat_value
+from lattice_remote.protocol.operations import canonical_json, flat_json, flat_value
 from lattice_remote.server.tree.tree import patch_between
+from lattice_remote.server.worker.patches import FlatJson
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=5) | st.text("abcXYZ-019 /,.:{}", max_size=9)
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS

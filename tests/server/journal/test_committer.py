@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from lattice_remote.server.ipc import ReceivedFrames, RequestDone, ToServer
-from lattice_remote.server.worker import committer
-from lattice_remote.server.worker.committer import CommitJob, Committer
+from lattice_remote.server.journal import journal
+from lattice_remote.server.journal.journal import CommitJob, Committer
 
 _decoder: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
 
@@ -49,7 +49,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
 @pytest.fixture
 def syncs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     done: list[int] = []
-    monkeypatch.setattr(committer, "sync", done.append)
+    monkeypatch.setattr(journal, "sync", done.append)
     return done
 
 
@@ -73,7 +73,7 @@ def test_what_is_done_is_committed_though_the_next_command_takes_long(place: Pla
 
 
 def test_a_flush_does_not_wait_for_the_delay(place: Place, syncs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(committer, "_MAX_DELAY_S", 3600.0)
+    monkeypatch.setattr(journal, "_MAX_DELAY_S", 3600.0)
     for seq in (1, 2):
         place.submit(seq)
         place.committer.flush_soon()
