@@ -6,6 +6,7 @@ is a save: it replaces the text that was there when the request arrived, merged 
 
 import os
 import re
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from http import HTTPStatus
@@ -19,7 +20,7 @@ from lattice_remote.errors import Rejected
 from lattice_remote.protocol.messages import MAX_LOG_ENTRIES, Log, LogPage, ReadVersion, Refused, Stored, Version
 from lattice_remote.protocol.operations import digest_of
 from lattice_remote.server.http.rest.commands import envelope_response, read_output, with_position
-from lattice_remote.server.http.rest.endpoint import Endpoint, EndpointRequest, Nothing, PageQuery, header_of
+from lattice_remote.server.http.rest.endpoint import Endpoint, EndpointRequest, Nothing, PageQuery, Query, header_of
 from lattice_remote.server.http.writes import edit
 from lattice_remote.server.project.audit_log import TextKind
 from lattice_remote.server.project.file_reader import text_at_head
@@ -56,10 +57,7 @@ class TextChange(msgspec.Struct, frozen=True):
 async def list_versions(
     project: Project, task: str, kind: TextKind, *, limit: int = MAX_VERSIONS, before: int | None = None
 ) -> tuple[list[TextChange], int | None]:
-    """Return the newest changes of a text, and ``before`` for the next page (None: the last page).
-
-    Raises Rejected if there is no such task, or the journal cannot be read.
-    """
+    """Return the newest changes of a text, and ``before`` for the next page. Raises Rejected."""
     found: list[TextChange] = []
     while len(found) < limit:
         entries, before = await _page(project, task, kind, limit - len(found), before)
@@ -89,10 +87,7 @@ async def _page(
 
 
 async def version_text(project: Project, task: str, kind: TextKind, change: str) -> Version:
-    """Return a text after a change: ``EPOCH-NUMBER``, or a number, meaning the newest change with it.
-
-    Raises Rejected if the version is not kept, or too large.
-    """
+    """Return a text after a change: ``EPOCH-NUMBER``, or a number, the newest one with it. Raises Rejected."""
     named = _CHANGE.fullmatch(change)
     if named is None:
         raise Rejected(f"{change[:80]!r} is not a change", code="REMOTE_NOT_FOUND")
@@ -115,9 +110,8 @@ def _new_id() -> str:
 
 _ETAG = re.compile(r'(W/)?"([^"]*)"')
 _UNSPECIFIC = ("application/octet-stream", "application/x-www-form-urlencoded")
-"""Media types that programs send unasked, for example curl."""
+"""Sent unasked by programs such as curl."""
 _OF_NO_TEXT = bytes(32)
-"""Digest of a missing text."""
 _TRIES = 5
 _KINDS: dict[str, TextKind] = {"plans": "plan", "notes": "notes"}
 
@@ -149,12 +143,12 @@ class _Place:
 
 async def read_plan(asked: EndpointRequest[Nothing, Nothing]) -> Response:
     """Return a task's plan, archived or not; 304 if ``If-None-Match`` matches."""
-    return await _get(asked, "plans")
+    return await _with_place(asked, "plans", _get)
 
 
 async def read_notes(asked: EndpointRequest[Nothing, Nothing]) -> Response:
     """Return a task's notes, archived or not; 304 if ``If-None-Match`` matches."""
-    return await _get(asked, "notes")
+    return await _with_place(asked, "notes", _get)
 
 
 async def write_plan(asked: EndpointRequest[Nothing, bytes]) -> Response:
@@ -162,7 +156,7 @@ async def write_plan(asked: EndpointRequest[Nothing, bytes]) -> Response:
 
     With ``If-Match`` or ``If-None-Match: *`` the answer is 412 if that does not match.
     """
-    return await _put(asked, "plans")
+    return await _with_place(asked, "plans", _put)
 
 
 async def write_notes(asked: EndpointRequest[Nothing, bytes]) -> Response:
@@ -171,61 +165,65 @@ async def write_notes(asked: EndpointRequest[Nothing, bytes]) -> Response:
     With ``If-Match`` or ``If-None-Match: *`` the answer is 412 if that does not match. A task has a plan
     from its creation; notes exist once they are written.
     """
-    return await _put(asked, "notes")
+    return await _with_place(asked, "notes", _put)
 
 
 async def list_plan_versions(asked: EndpointRequest[PageQuery, Nothing]) -> Response:
     """List the changes of a task's plan, newest first, as far back as the journal reaches."""
-    return await _versions(asked, "plans")
+    return await _with_place(asked, "plans", _versions)
 
 
 async def list_notes_versions(asked: EndpointRequest[PageQuery, Nothing]) -> Response:
     """List the changes of a task's notes, newest first, as far back as the journal reaches."""
-    return await _versions(asked, "notes")
+    return await _with_place(asked, "notes", _versions)
 
 
 async def read_plan_version(asked: EndpointRequest[Nothing, Nothing]) -> Response:
     """Return a task's plan after a change: ``EPOCH-NUMBER``, or a number."""
-    return await _version(asked, "plans")
+    return await _with_place(asked, "plans", _version)
 
 
 async def read_notes_version(asked: EndpointRequest[Nothing, Nothing]) -> Response:
     """Return a task's notes after a change: ``EPOCH-NUMBER``, or a number."""
-    return await _version(asked, "notes")
+    return await _with_place(asked, "notes", _version)
 
 
-async def _versions(asked: EndpointRequest[PageQuery, Nothing], kind: str) -> Response:
-    place = await _place(asked, kind)
-    if isinstance(place, Response):
-        return place
+async def _with_place[B: Nothing | bytes, Q: Query](
+    asked: EndpointRequest[Q, B], kind: str, work: Callable[[EndpointRequest[Q, B], _Place], Awaitable[Response]]
+) -> Response:
+    """Return the response of ``work`` on a task's text, or lattice's error if there is no such task."""
+    printed = await read_output(asked, "show", "--compact", "--", asked.path["id"])
+    if printed.status:
+        return envelope_response(printed.body)
+    data = msgspec.json.decode(printed.body, type=dict[str, Any])["data"]
+    return await work(asked, _Place(data["id"], kind, bool(data.get("archived"))))
+
+
+async def _versions(asked: EndpointRequest[PageQuery, Nothing], place: _Place) -> Response:
     page = asked.query
     limit = MAX_VERSIONS if page.limit is UNSET else page.limit
     if page.cursor is not UNSET and not re.fullmatch("[0-9]{1,18}", page.cursor):
         raise Rejected("the cursor belongs to another list; restart without it", code="REMOTE_INVALID")
     before = None if page.cursor is UNSET else int(page.cursor)
-    found, following = await list_versions(asked.context.project, place.task, _KINDS[kind], limit=limit, before=before)
+    found, following = await list_versions(
+        asked.context.project, place.task, _KINDS[place.kind], limit=limit, before=before
+    )
     envelope = {"ok": True, "data": found} | ({} if following is None else {"next": str(following)})
     return Response(msgspec.json.encode(envelope), media_type="application/json")
 
 
-async def _version(asked: EndpointRequest[Nothing, Nothing], kind: str) -> Response:
-    place = await _place(asked, kind)
-    if isinstance(place, Response):
-        return place
+async def _version(asked: EndpointRequest[Nothing, Nothing], place: _Place) -> Response:
     async with asked.context.share.making():
-        found = await version_text(asked.context.project, place.task, _KINDS[kind], asked.path["change"])
+        found = await version_text(asked.context.project, place.task, _KINDS[place.kind], asked.path["change"])
         asked.context.share.hold(found.data)
     headers = {"ETag": _etag(found.data), "Lattice-Change": f"{found.epoch}-{found.seq}"}
     return Response(found.data, headers=headers, media_type="text/markdown; charset=utf-8")
 
 
-async def _get(asked: EndpointRequest[Nothing, Nothing], kind: str) -> Response:
-    place = await _place(asked, kind)
-    if isinstance(place, Response):
-        return place
+async def _get(asked: EndpointRequest[Nothing, Nothing], place: _Place) -> Response:
     text = await text_at_head(asked.context.project, place.path, asked.context.share)
     if text is None:
-        raise Rejected(f"task {place.task} has no {'plan' if kind == 'plans' else kind}", code="REMOTE_NOT_FOUND")
+        raise Rejected(f"task {place.task} has no {_KINDS[place.kind]}", code="REMOTE_NOT_FOUND")
     etag = _etag(text)
     headers = {"ETag": etag, "Cache-Control": "no-cache"}
     named = header_of(asked.request, "If-None-Match")
@@ -234,14 +232,11 @@ async def _get(asked: EndpointRequest[Nothing, Nothing], kind: str) -> Response:
     return Response(text, headers=headers, media_type="text/markdown; charset=utf-8")
 
 
-async def _put(asked: EndpointRequest[Nothing, bytes], kind: str) -> Response:
+async def _put(asked: EndpointRequest[Nothing, bytes], place: _Place) -> Response:
     media_type = asked.request.headers.get("Content-Type", "text/markdown").partition(";")[0].strip().lower()
     if not media_type.startswith("text/") and media_type not in _UNSPECIFIC:
         why = "send the text with Content-Type: text/markdown"
         raise ApiError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "REMOTE_PROTOCOL", why)
-    place = await _place(asked, kind)
-    if isinstance(place, Response):
-        return place
     done, text = await _store(asked, place)
     etag = _etag(text)
     assert done.outcome != "conflict", "a conflict was raised or tried again"
@@ -252,7 +247,6 @@ async def _put(asked: EndpointRequest[Nothing, bytes], kind: str) -> Response:
 
 
 async def _store(asked: EndpointRequest[Nothing, bytes], place: _Place) -> tuple[Stored, bytes]:
-    """Return the result of a write, and the text then."""
     wanted = header_of(asked.request, "If-Match")
     if wanted:
         return await _replace(asked, place, wanted), asked.body
@@ -313,8 +307,7 @@ async def _edit(asked: EndpointRequest[Nothing, bytes], place: _Place, base_dige
 def _base(wanted: str, current: bytes) -> bytes:
     """Return the digest in If-Match of the text to replace.
 
-    The worker compares it with the file, because the request may be a repeated one with a known result. Raises Rejected
-    (412) if no such text can exist.
+    The worker compares it with the file: the request may be a repeated one. Raises Rejected (412).
     """
     if wanted == "*":
         return current or _OF_NO_TEXT
@@ -323,16 +316,6 @@ def _base(wanted: str, current: bytes) -> bytes:
         why = "If-Match has no ETag of this server; send the text's ETag with its quotes"
         raise Rejected(why, code="REMOTE_STALE_BASE")
     return bytes.fromhex(current.hex() if current.hex() in named else named[0])
-
-
-async def _place(asked: EndpointRequest[Any, Any], kind: str) -> _Place | Response:
-    """Return the place of a task's text, or lattice's error if there is no such task."""
-    printed = await read_output(asked, "show", "--compact", "--", asked.path["id"])
-    if printed.status:
-        return envelope_response(printed.body)
-    data = msgspec.json.decode(printed.body, type=dict[str, Any])["data"]
-    task, is_archived = data["id"], bool(data.get("archived"))
-    return _Place(task, kind, is_archived)
 
 
 def _etag(text: bytes) -> str:
