@@ -27,13 +27,13 @@ _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _NOWHERE = "(none)"
 """Label of requests without a route."""
 _PROBES = {"/healthz", "/readyz", "/metrics"}
-"""Polled every few seconds: logged only on an error, or with ``--log-level debug``."""
+"""Polled often: logged only on an error, or with ``--log-level debug``."""
 _PLAIN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
 _ANONYMOUS_PER_S, _ANONYMOUS_BURST = 2, 50
-"""Rate of lines for unauthenticated requests; ten addresses could send a thousand per second."""
+"""For unauthenticated requests."""
 _LEFT = 499
-"""Status of a request whose client disconnected before the response, as in nginx."""
+"""The client disconnected before the response, as in nginx."""
 
 _log = logging.getLogger("lattice_remote.requests")
 
@@ -46,10 +46,10 @@ class AccessLogEntry:
         self._quota: ConnectionQuota = scope["state"]["quota"]
         self.method = scope["method"] if scope["method"] in _METHODS else "other"
         self.since = time.time()
-        """Time of arrival in seconds since 1970."""
+        """Seconds since 1970."""
         self.login: Login | None = None
         self.project = ""
-        """The project's slug, once access to it is granted; "" before."""
+        """Once access to it is granted."""
         self.status = _LEFT
         self.is_stream = False
         self.sent_bytes = 0
@@ -58,12 +58,11 @@ class AccessLogEntry:
 
     @property
     def address(self) -> str:
-        """The client's address; behind a trusted proxy known after the headers were read."""
+        """The client's address, which a proxy names in the headers."""
         return self._quota.address
 
     @property
     def route(self) -> str:
-        """The path's pattern, for example ``/projects/{slug}/tasks``; known in the handler."""
         return self._patterns.of(self._scope)
 
     @property
@@ -80,13 +79,13 @@ class AccessLogEntry:
         self.sent_bytes += http.take_streamed()
 
     def take(self, outcome: RequestOutcome) -> None:
-        """Take the outcome of a write. Only the last of several shares the request's line."""
+        """Take the outcome of a write, the last of several."""
         if self._outcome is not None:
             self._outcome.log()
         self._outcome = outcome
 
     def log(self, left_out: int = 0) -> None:
-        """Write the line; ``left_out`` is the number of suppressed lines before it."""
+        """Write the line; ``left_out`` lines before it were suppressed."""
         token, outcome = self.login.token if self.login else None, self._outcome
         fields: dict[str, object] = {
             "method": self.method,
@@ -119,7 +118,7 @@ def log_entry_of(request: Request) -> AccessLogEntry:
 
 
 def with_access_log(app: ASGIApp, registry: ProjectRegistry, routes: Sequence[BaseRoute]) -> ASGIApp:
-    """Return the app with all requests counted and logged. ``routes`` are all its routes."""
+    """Return the app with all requests counted and logged."""
     patterns, anonymous = _Patterns(routes), _AnonymousLines()
 
     async def recording(scope: Scope, receive: Receive, send: Send) -> None:
@@ -171,19 +170,19 @@ class _AnonymousLines:
         self._left_out = 0
 
     def allows_line(self) -> bool:
-        """Return whether one more request gets a line; else count it as suppressed."""
+        """Return whether a request gets a line; else count it."""
         wait_s = self._lines.take(time.monotonic(), rate=_ANONYMOUS_PER_S, burst=_ANONYMOUS_BURST)
         self._left_out += bool(wait_s)
         return not wait_s
 
     def take_left_out(self) -> int:
-        """Return the number of lines suppressed since the last call."""
+        """Return the number suppressed since the last call."""
         left_out, self._left_out = self._left_out, 0
         return left_out
 
 
 class _Patterns:
-    """Route patterns: labels must be few, so they are patterns and never paths."""
+    """Patterns of routes: labels must be few."""
 
     def __init__(self, routes: Sequence[BaseRoute]) -> None:
         self._routes: dict[Any, list[Route | Mount]] = {}
@@ -198,7 +197,7 @@ class _Patterns:
         return candidates[0].path if candidates else _NOWHERE
 
     def path_of(self, scope: Scope) -> str:
-        """Return the path for the log: the pattern with its plain names filled in."""
+        """Return the path for the log: its pattern, with plain names."""
         values = scope.get("path_params", {})
 
         def shown(part: re.Match[str]) -> str:

@@ -98,7 +98,7 @@ async def _metrics(request: Request) -> Response:
 
 
 def metrics_app(gauges: Gauges) -> ASGIApp:
-    """Return the app of the separate metrics address: metrics without a token, nothing else."""
+    """Return the app of the metrics address: no token, nothing else."""
     app = Starlette(routes=[Route("/metrics", _metrics, methods=["GET"])])
     app.state.gauges = gauges
     return app
@@ -136,7 +136,6 @@ def http_app(registry: ProjectRegistry, gauges: Gauges) -> ASGIApp:
 
 
 def _behind_admission(app: ASGIApp, registry: ProjectRegistry, cookies: Cookies) -> ASGIApp:
-    """Return the app behind admission control."""
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
         quota: ConnectionQuota = scope["state"]["quota"]
@@ -216,7 +215,6 @@ ENDPOINTS = (*tasks.endpoints, *resources.endpoints, *documents.endpoints)
 
 @cache
 def _openapi_json() -> bytes:
-    """Return the description that ``make protocol`` generates."""
     return files(documents.__package__).joinpath("openapi.json").read_bytes()
 
 

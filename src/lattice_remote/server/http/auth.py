@@ -37,7 +37,7 @@ _READING = {"GET", "HEAD"}
 
 
 def is_https(request: Request) -> bool:
-    """Return whether the browser uses TLS to this server or to a trusted proxy."""
+    """Return whether the browser uses TLS."""
     quota: ConnectionQuota = request.state.quota
     by_proxy = quota.from_proxy and request.headers.get("X-Forwarded-Proto", "").split(",")[0].strip() == "https"
     return by_proxy or request.url.scheme == "https"
@@ -46,8 +46,7 @@ def is_https(request: Request) -> bool:
 def cross_site_objection(request: Request) -> str:
     """Return why a request with a cookie is refused as cross-site; "" if it is not.
 
-    Allowed are links that open a tab of their own, because the linking page cannot read it, and reads without an
-    origin, such as a typed address.
+    Allowed are links that open a tab, which the linking page cannot read, and reads without an origin.
     """
     reads, headers = request.method in _READING, request.headers
     site = headers.get("Sec-Fetch-Site")
@@ -65,7 +64,7 @@ def cross_site_objection(request: Request) -> str:
 
 
 def is_cross_site_link(request: Request) -> bool:
-    """Return whether a browser followed a link on another site, and therefore withheld the cookie."""
+    """Return whether a link on another site was followed, for which a browser withholds the cookie."""
     return request.headers.get("Sec-Fetch-Site") == "cross-site" and request.headers.get("Sec-Fetch-Mode") == "navigate"
 
 
@@ -105,7 +104,7 @@ class Cookies:
         return token_id, digest
 
     def give(self, request: Request, response: Response, login: Login) -> None:
-        """Set the cookie for ``login``: sent to this server only, from its own pages, invisible to scripts."""
+        """Set the cookie for ``login``: for this server and its own pages, invisible to scripts."""
         value = self._signer.dumps((login.token.id, login.sha256))
         self._set(request, response, value, self._max_age_s)
 
@@ -124,7 +123,7 @@ class Cookies:
         )
 
     def _name_for(self, request: Request) -> str:
-        """Return the cookie's name; with TLS one that only this host can set, over TLS."""
+        """Return the cookie's name; with TLS one that only this host can set."""
         return f"__Host-{self._name}" if is_https(request) else self._name
 
 
@@ -140,9 +139,9 @@ class RequestContext:
     login: Login
     project: Project
     share: ResponseShare
-    """Memory budget of the response."""
+    """Memory of the response."""
     on_result: OutcomeListener | None = None
-    """Receives the outcome of a write, so that the request's log line has the change's number."""
+    """For the number of the change in the request's log line."""
 
 
 def registry_of(request: Request) -> ProjectRegistry:

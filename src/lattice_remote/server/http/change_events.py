@@ -41,9 +41,9 @@ __all__ = ["ChangeEvent", "EventId", "Wanted", "block", "blocks", "events_of", "
 _MAX_PATHS = 100
 _NOT_BY_COMMAND = ("edit", "recovery")
 _FOLLOWS_FROM_OTHERS = frozenset({"ids.json", "events/_lifecycle.jsonl"})
-"""Files derived from others: reported only if nothing else changed."""
+"""Reported only if nothing else changed."""
 _MAX_SPREAD_BYTES = 64 * 1024
-"""A longer line of a log is sent only as ``event``."""
+"""A longer line is sent only as ``event``."""
 _FIELD_OF = {"status_changed": "status", "assignment_changed": "assigned_to"}
 """Field of the task that an event changes to its ``to``."""
 _NUMBER = re.compile(r"[0-9]{1,18}", re.ASCII)
@@ -59,7 +59,7 @@ class EventId:
 
     @classmethod
     def parse(cls, text: str) -> "EventId | None":
-        """Return the position of an event's id, or of a bare number in any epoch; None for other text."""
+        """Return the position of an event's id, or of a bare number in any epoch."""
         if _NUMBER.fullmatch(text):
             return cls(EventPosition("", int(text), b""))
         partly = _EVENTS.search(text)
@@ -94,7 +94,7 @@ class ChangeEvent:
 
 
 def events_of(change: Change) -> list[ChangeEvent]:
-    """Return a change's events. Malformed content is reported under ``files``; never raise."""
+    """Return a change's events; malformed content is under ``files``."""
     reported: set[str] = set()
     events = [*_log_events(change, reported), *_snapshots(change, reported), *_texts(change, reported)]
     paths = dict.fromkeys(path for operation in change.ops for path in paths_of(operation))
@@ -105,7 +105,7 @@ def events_of(change: Change) -> list[ChangeEvent]:
 
 
 def _log_events(change: Change, reported: set[str]) -> Iterator[ChangeEvent]:
-    """Yield the lines added to logs, in order; a replaced log yields none, as its new lines are unknown."""
+    """Yield the lines added to logs; a replaced log yields none, as its new lines are unknown."""
     resources = {path.split("/")[1]: path for path in _paths(change) if re.fullmatch(r"resources/[^/]+/[^/]+", path)}
     name = next(iter(resources)) if len(resources) == 1 else None
     for operation in change.ops:
@@ -133,7 +133,7 @@ class _Line(msgspec.Struct):
 
 
 def _spread(line: msgspec.Raw | None) -> dict[str, Any]:
-    """Return an event's type and the fields that it changed; data of another form as it is."""
+    """Return an event's type and the fields that it changed."""
     assert line is not None, "a log with a malformed line is not reported"
     try:
         event = msgspec.json.decode(line, type=_Line)
@@ -150,7 +150,7 @@ def _spread(line: msgspec.Raw | None) -> dict[str, Any]:
 
 
 def _snapshots(change: Change, reported: set[str]) -> Iterator[ChangeEvent]:
-    """Yield one event per changed task, with its state after the change."""
+    """Yield one event per changed task."""
     places: dict[str, tuple[str, bytes | Wanted | None]] = {}  # by task: path and content; None: deleted
     for operation in change.ops:
         _follow(operation, places)
@@ -191,7 +191,7 @@ def _moved(content: bytes | Wanted | None, to: str) -> bytes | Wanted | None:
 
 
 def _moved_with(task: str, change: Change) -> Iterator[str]:
-    """Yield the files that moved to or from the archive with their task."""
+    """Yield the files that an archived task took along."""
     for operation in change.ops:
         if isinstance(operation, MoveFile) and tasks_in(paths_of(operation)) == [task]:
             yield from paths_of(operation)
@@ -228,7 +228,7 @@ def position_block(behind: EventId) -> bytes:
 
 
 def block(kind: str, behind: EventId, data: Mapping[str, Any]) -> bytes:
-    """Return one encoded event. JSON has no line ends, so the data is one line."""
+    """Return one encoded event."""
     return b"event: %b\nid: %b\ndata: %b\n\n" % (
         kind.encode(),
         str(behind).encode(),
@@ -237,7 +237,7 @@ def block(kind: str, behind: EventId, data: Mapping[str, Any]) -> bytes:
 
 
 def _compact(data: bytes) -> msgspec.Raw | None:
-    """Return a JSON object on one line, otherwise unchanged; None if it is no object."""
+    """Return a JSON object on one line."""
     try:
         data.decode()
         msgspec.json.decode(data, type=dict[str, msgspec.Raw])

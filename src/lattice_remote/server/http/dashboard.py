@@ -52,10 +52,9 @@ class _Named(msgspec.Struct, frozen=True):
 
 
 async def _data(request: Request) -> Response:
-    """Return the project's data, and the position up to which it is current, for ``events/stream?since=``.
+    """Return the project's data, and its position for ``events/stream?since=``.
 
-    ``exact``: the data is the state at that position. Otherwise, during consecutive writes, it may include later
-    changes, which the events then repeat.
+    ``exact``: the data is the state there. Otherwise it may include later changes, which the events then repeat.
     """
     context = await request_context(request)
     project = context.project
@@ -153,11 +152,7 @@ def _text_path(request: Request) -> str:
 
 
 async def _text(context: RequestContext, path: str) -> _Text:
-    """Return the file's text, from the archive if the task is there.
-
-    Raises:
-        Rejected: there is no such task.
-    """
+    """Return the file's text, from the archive if the task is there. Raises Rejected."""
     files = context.project.history.files
     task = f"tasks/{Path(path).stem}.json"
     if task not in files and f"archive/{task}" not in files:
@@ -172,15 +167,15 @@ async def _text(context: RequestContext, path: str) -> _Text:
 
 
 _MAX_BODY = 1024 * 1024
-"""Lattice's own bound on a body of its page."""
+"""Lattice's own bound."""
 _STATIC = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(?:/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
-"""Names of files in lattice's package; no such name leads out of their directory."""
+"""No such name leads out of lattice's package."""
 _OWN_SCRIPT = re.compile(rb"""<script\b[^>]*\ssrc="(/static/[\w./-]+)\"""")
 _BASE = "/projects/{slug}/dashboard"
 
 
 async def _with_slash(request: Request) -> Response:
-    """Redirect, since the page's paths are relative: a proxy may serve it below any path."""
+    """Redirect: the page's paths are relative."""
     return RedirectResponse(f"{quote(request.url.path.rpartition('/')[2])}/", HTTPStatus.PERMANENT_REDIRECT)
 
 
@@ -244,11 +239,7 @@ async def _static(request: Request) -> Response:
 
 
 async def _read_file(context: RequestContext, path: str) -> ReadResult:
-    """Return a file of lattice's package from its dashboard.
-
-    Raises:
-        Rejected: there is no such file.
-    """
+    """Return a file of lattice's package. Raises Rejected: there is none."""
     found = await context.project.reader.read(ReadPage(path), context.share)
     if found.status != HTTPStatus.OK:
         raise Rejected(f"there is no {path} in this version of the dashboard", code="REMOTE_NOT_FOUND")
@@ -301,7 +292,7 @@ _BY_ENCODING = {"Vary": "Accept-Encoding, A-IM"}
 
 
 async def _write(request: Request) -> Response:
-    """Run a request of the page for the authenticated actor; it is journalled like a command."""
+    """Run a request of the page; it is journalled like a command."""
     context = await request_context(request)
     try:
         body = await read_body(request, _MAX_BODY)
@@ -382,7 +373,7 @@ def policy_for(page: bytes, *, has_handlers: bool = True) -> str:
 
 
 class _Scripts(HTMLParser):
-    """Collector of a page's script sources: digests of inline scripts, addresses of others."""
+    """A page's scripts: digests of inline ones, addresses of others."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=False)

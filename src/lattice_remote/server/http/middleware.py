@@ -50,7 +50,7 @@ _LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 
 
 def with_security_headers(app: ASGIApp) -> ASGIApp:
-    """Return the app with security headers on each response. Handlers may override those of ``_UNLESS_SAID``."""
+    """Return the app with security headers; handlers may override ``_UNLESS_SAID``."""
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
         async def sending(message: Message) -> None:
@@ -71,14 +71,14 @@ def with_security_headers(app: ASGIApp) -> ASGIApp:
 
 
 _BODY_S = 30.0
-"""Time in which a body must arrive completely."""
+"""For the whole body."""
 _LINGER_S = 1.0
-"""Time for which the rest of an unread body is discarded before the connection is closed."""
+"""For the rest of an unread body, before the connection is closed."""
 _WITH_BODY = {"POST", "PUT", "PATCH"}
 
 
 def refuse_body(method: str, headers: Headers) -> ApiError | None:
-    """Refuse a body with a method that has none, so that smuggled requests are never read."""
+    """Refuse a body with a method that has none: no request is smuggled in it."""
     has_body = "Transfer-Encoding" in headers or headers.get("Content-Length", "0") != "0"
     if not has_body or method in _WITH_BODY:
         return None
@@ -86,9 +86,9 @@ def refuse_body(method: str, headers: Headers) -> ApiError | None:
 
 
 async def read_body(request: Request, most: int, *, within_s: float = _BODY_S) -> bytes:
-    """Return a request's body of at most ``most`` bytes, received within ``within_s`` seconds.
+    """Return a request's body of at most ``most`` bytes.
 
-    Raises ApiError if it is too long or too slow, the token's requests hold too much, or the client has disconnected.
+    Raises ApiError if it is too long or too slow, the token's requests hold too much, or the client disconnects.
     """
     quota: ConnectionQuota = request.state.quota
     length = request.headers.get("Content-Length", "0")
@@ -206,7 +206,7 @@ async def _leaving(request: Request) -> None:
 
 
 def wants_page(request: Request) -> bool:
-    """Return whether a browser navigates, as opposed to a program or a script of a page."""
+    """Return whether a browser navigates."""
     return "text/html" in request.headers.get("Accept", "")
 
 

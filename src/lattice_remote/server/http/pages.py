@@ -76,7 +76,6 @@ async def _serve(request: Request) -> Response:
 
 
 async def _icon(_: Request) -> Response:
-    """Return the icon that browsers request even for pages that name none."""
     return Response(
         _content("icon.svg"), headers={"Cache-Control": "public, max-age=86400"}, media_type="image/svg+xml"
     )
@@ -94,14 +93,13 @@ _LOCAL = re.compile(r"/(?![/\\])[^\x00-\x20\\\x7f-\x9f]*")
 
 
 def local_path(wanted: str) -> str:
-    """Return a quoted path to redirect to; ``/`` if ``wanted`` is not a path of this server."""
+    """Return a quoted path to redirect to; ``/`` if ``wanted`` leads elsewhere."""
     if len(wanted) > _MAX_CHARS or _LOCAL.fullmatch(wanted) is None or wanted.startswith(("/sign-in", "/sign-out")):
         return "/"
     return quote(wanted, safe="/?#&=%:@+,;~!$'()*[]")
 
 
 def wanted_path(request: Request) -> str:
-    """Return the requested path and query, as sent."""
     raw: bytes = request.scope["raw_path"] + (b"?" + query if (query := request.scope["query_string"]) else b"")
     return raw.decode("latin-1")
 
@@ -113,7 +111,7 @@ def from_here(request: Request, path: str) -> str:
 
 
 def sign_in_path(request: Request) -> str:
-    """Return the address of the sign-in page that leads back to the requested path."""
+    """Return the sign-in page that leads back to the requested path."""
     wanted = local_path(wanted_path(request))
     return from_here(request, "/sign-in" if wanted == "/" else f"/sign-in?next={quote(wanted, safe='/')}")
 
@@ -145,7 +143,7 @@ def page(
 
 
 def error_response(request: Request, error: ApiError) -> Response:
-    """Return an error: the sign-in form or a page for a browser, JSON for a program."""
+    """Return an error: a form or page for a browser, JSON for a program."""
     if not wants_page(request):
         return Response(error.body, error.status, error.headers)
     if error.status is HTTPStatus.UNAUTHORIZED and request.method in ("GET", "HEAD"):
@@ -159,7 +157,7 @@ def error_response(request: Request, error: ApiError) -> Response:
 def retry_page(request: Request, path: str) -> Response:
     """Return a page that repeats a request from another site, so that the browser sends its cookie.
 
-    A link in an e-mail then needs no second sign-in.
+    A link in an e-mail needs no second sign-in.
     """
     return page(request, "onward", path=from_here(request, path))
 
@@ -171,7 +169,7 @@ _NOT_KNOWN = "Unknown token. Check that it was pasted completely, or ask your ad
 
 
 async def _sign_in_form(request: Request) -> Response:
-    """Return the sign-in form, or redirect a user who has signed in."""
+    """Return the form; redirect a user who has signed in."""
     following = local_path(request.query_params.get("next", "/"))
     who = signed_in(request)
     if who is None and is_cross_site_link(request):
@@ -208,10 +206,7 @@ def _retry_form(request: Request, refusal: ApiError, following: str) -> Response
 
 
 async def _form(request: Request) -> dict[str, str]:
-    """Return the fields of the submitted form, each once.
-
-    Raises ApiError if it is not a form, too large, or has unknown fields.
-    """
+    """Return the form's fields. Raises ApiError: no form, too large, unknown or repeated fields."""
     kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if kind != "application/x-www-form-urlencoded":
         raise _not_ours(HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
@@ -250,7 +245,7 @@ class Listed(Overview, frozen=True):
 
 
 async def listed(registry: ProjectRegistry, login: Login) -> list[Listed]:
-    """Return the existing projects of a token, by slug. Raises StorageError if a project's files cannot be read."""
+    """Return the projects of a token, by slug. Raises StorageError."""
     slugs = [slug for slug in sorted(login.token.projects) if registry.data.has_project(slug)]
     return list(await asyncio.gather(*(_list_project(registry, slug) for slug in slugs)))
 
@@ -271,13 +266,13 @@ project_list_routes = [Route("/projects", _projects, methods=["GET"])]
 
 
 _KNOWN = {"backlog", "in_planning", "planned", "in_progress", "review", "done", "blocked", "needs_human", "cancelled"}
-"""Lattice's standard statuses, which have colours."""
+"""Standard statuses, which have colours."""
 _UNITS = ((86_400, "day"), (3_600, "hour"), (60, "minute"))
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A status's part of a project's bar, in percent from the left."""
+    """A status's part of the bar, in percent from the left."""
 
     status: str
     kind: str
@@ -296,7 +291,7 @@ def slices(statuses: dict[str, int]) -> list[Slice]:
 
 
 def ago(time: str, now: datetime) -> str:
-    """Return the time since ``time`` in words; a date after 30 days; ``time`` itself if malformed."""
+    """Return the time since ``time`` in words; a date after 30 days."""
     try:
         passed_s = (now - datetime.fromisoformat(time)).total_seconds()
     except (ValueError, TypeError):
@@ -310,12 +305,12 @@ def ago(time: str, now: datetime) -> str:
 
 
 def did(command: str) -> str:
-    """Return the words of a command line before its first option, usually command and task."""
+    """Return the words of a command line before its options."""
     return " ".join(takewhile(lambda word: not word.startswith("-"), command.split())) or command
 
 
 def _line(project: Listed, now: datetime) -> dict[str, Any]:
-    """Return the template values of a project besides its counts."""
+    """Return a project's template values besides its counts."""
     called = [project.code or ""] if project.name in (None, project.slug) else [project.slug, project.code or ""]
     last = project.last
     return {
@@ -335,7 +330,7 @@ async def _home(request: Request) -> Response:
 
 
 async def _board(request: Request) -> Response:
-    """Redirect to the board of the token's only project, else to the list of its projects."""
+    """Redirect to the token's only board, else to the list."""
     slugs = [project.slug for project in await listed(registry_of(request), authenticated(request))]
     target = from_here(request, f"/projects/{slugs[0]}/dashboard/" if len(slugs) == 1 else "/")
     return RedirectResponse(target, HTTPStatus.SEE_OTHER)

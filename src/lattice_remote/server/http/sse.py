@@ -37,12 +37,11 @@ _HEADERS = [
 
 
 KEEP_ALIVE_S = 10.0
-"""Interval of comments while there is no change."""
 _KEPT = 256
 _KEPT_BYTES = 4 * 1024 * 1024
-"""Maximum size of the encoded changes kept for reconnecting clients."""
+"""Kept for reconnecting clients."""
 _IN_THREAD_BYTES = 64 * 1024
-"""Size above which a change is encoded in a thread."""
+"""A larger change is encoded in a thread."""
 _SETTLE_S, _LOOK_S = 1.0, 0.02
 
 _decoder = msgspec.msgpack.Decoder(Change)
@@ -50,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 
 def chunk(data: bytes) -> bytes:
-    """Return one chunk of an HTTP/1.1 body (RFC 9112 section 7.1); no data gives no chunk."""
+    """Return one chunk of an HTTP/1.1 body (RFC 9112 section 7.1)."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
@@ -67,30 +66,29 @@ def goodbye(project: Project, error: Exception) -> Bye:
 
 
 class EncodedChange:
-    """A change's encoded events, as one chunk shared by all subscribers."""
+    """A change's encoded events, shared by all subscribers."""
 
     def __init__(self, seq: int, events: list[bytes]) -> None:
         self.seq = seq
         self.chunk = chunk(b"".join(events))
         self.last = events[-1]
-        """The event ``change``."""
         self._ends = list(accumulate(map(len, events)))
 
     def text(self, had: int = 0) -> bytes:
-        """Return the events after the first ``had``, without chunk framing."""
+        """Return the events after the first ``had``."""
         begin = self.chunk.index(b"\r\n") + 2
         skipped = self._ends[min(had, len(self._ends)) - 1] if had else 0
         return self.chunk[begin + skipped : -2]
 
 
 class Feeds:
-    """The feeds of a server, one per project with subscribers."""
+    """Feeds of the projects with subscribers."""
 
     def __init__(self) -> None:
         self._feeds: dict[Project, Feed] = {}
 
     def join(self, project: Project, listener: "EventStream") -> "Feed":
-        """Add a subscriber; return the project's feed. ``leave()`` it later."""
+        """Add a subscriber to the project's feed; ``leave()`` it later."""
         feed = self._feeds.get(project)
         if feed is None or feed.is_over:
             feed = self._feeds[project] = Feed(project)
@@ -98,7 +96,7 @@ class Feeds:
         return feed
 
     def leave(self, feed: "Feed", listener: "EventStream") -> None:
-        """Remove a subscriber; close the feed with the last one."""
+        """Remove a subscriber; close the feed with the last."""
         feed.listeners.discard(listener)
         feed.live.discard(listener)
         if not feed.listeners:
@@ -108,19 +106,19 @@ class Feeds:
 
 
 class Feed:
-    """Change feed of one project and epoch: encodes each change once for all subscribers."""
+    """Change feed of one project and epoch: encodes each change once."""
 
     def __init__(self, project: Project) -> None:
         self.project = project
         self.epoch = project.history.epoch
         self.position = project.history.head
-        """The last change sent to live subscribers."""
+        """Sent to live subscribers."""
         self.listeners: set[EventStream] = set()
-        """All subscribers, including those that catch up."""
+        """Those that catch up too."""
         self.is_over = False
-        """Whether the feed has ended; later subscribers get another."""
+        """Later subscribers get another."""
         self.live: set[EventStream] = set()
-        """Subscribers that have every change up to ``position``."""
+        """Have every change up to ``position``."""
         self._encoded: OrderedDict[int, EncodedChange] = OrderedDict()
         self._encoded_bytes = 0
         self._making = asyncio.Lock()
@@ -129,7 +127,6 @@ class Feed:
         self._task = asyncio.get_running_loop().create_task(self._run(), name=f"events of {project.slug}")
 
     def close(self) -> None:
-        """Unsubscribe from the history. Idempotent."""
         self.project.history.leave(self)
         self._task.cancel()
 
@@ -139,7 +136,7 @@ class Feed:
         self._news.set()
 
     def end(self, bye: Bye) -> None:
-        """End all subscribers: the epoch changed, or the project is closed."""
+        """End all subscribers."""
         self.is_over = True
         for listener in tuple(self.listeners):
             listener.end(bye)
@@ -147,7 +144,7 @@ class Feed:
     # --- encoding ---
 
     async def encoded(self, seq: int, frame: bytes) -> EncodedChange:
-        """Return change ``seq`` encoded; ``frame`` is its WebSocket frame."""
+        """Return a change encoded; ``frame`` is its WebSocket frame."""
         if (known := self._encoded.get(seq)) is not None:
             return known
         async with self._making:  # once, although many subscribers reconnect together
@@ -171,8 +168,7 @@ class Feed:
     async def _content(self, wanted: Wanted) -> bytes | None:
         """Return a file as the change wrote it; None if a later change replaced it.
 
-        Running commands put the disk ahead of the head, and one may be undone: a mismatch is read again for a moment,
-        while the head still lists this content.
+        Running commands put the disk ahead of the head: a mismatch is read again for a moment.
         """
         files, end = self.project.history.files, asyncio.get_running_loop().time() + _SETTLE_S
         while (known := files.get(wanted.path)) is not None and known[1] == wanted.digest and known[0] <= PIECE_BYTES:
@@ -223,17 +219,17 @@ class Feed:
 
 
 async def _beside[*A, R](size: int, function: Callable[[*A], R], *arguments: *A) -> R:
-    """Call a function, in a thread if its input is large enough to delay the event loop."""
+    """Call a function, in a thread if its input is large."""
     return function(*arguments) if size <= _IN_THREAD_BYTES else await asyncio.to_thread(function, *arguments)
 
 
 _MAX_PENDING_BYTES = 4 * 1024 * 1024
 _HELD_S = 0.5
-"""Time for which changes read for a stalled subscriber are held; then they are read again."""
+"""For a stalled subscriber; then they are read again."""
 
 
 class EventStream:
-    """ASGI response with the changes after ``asked`` (None: the head); it also ends with the context's token."""
+    """ASGI response with the changes after ``asked`` (None: the head), until the context's token ends."""
 
     def __init__(self, context: RequestContext, feeds: Feeds, asked: EventId | None, *, is_brief: bool) -> None:
         self._context, self._project = context, context.project
@@ -255,7 +251,6 @@ class EventStream:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _run(self) -> None:
-        """Send every change after the start until the stream is over."""
         try:
             begin = await self._find_start()
         except (RemoteError, OSError) as error:
@@ -279,7 +274,6 @@ class EventStream:
         return await find_start(self._project, asked.epoch, asked.seq, asked.mark)
 
     def _begin(self, start: Start) -> None:
-        """Send the start: the requested position, or the head."""
         had, seq = self._asked.events if self._asked is not None else None, start.position.seq
         if start.outcome != "kept":
             self._reset(start.outcome)
@@ -291,7 +285,7 @@ class EventStream:
             self._push(f"retry: {RETRY_MS}\n".encode() + position_block(here))
 
     def _reset(self, why: str) -> None:
-        """Report that the requested changes are unavailable, and continue from the head."""
+        """Report that changes are unavailable; continue from the head."""
         history = self._project.history
         self._sent, self._had = history.head, 0
         here = EventId(history.position)
@@ -299,7 +293,7 @@ class EventStream:
         self._push(f"retry: {RETRY_MS}\n".encode() + block("reset", here, data))
 
     async def _catch_up(self) -> None:
-        """Send the missed changes at the client's pace; go live in the tick that completes them."""
+        """Send missed changes at the client's pace; go live in the tick of the last."""
         try:
             while self._sent < self._feed.position:
                 await self._send_batch()
@@ -310,7 +304,6 @@ class EventStream:
             self._feed.live.add(self)
 
     async def _send_batch(self) -> None:
-        """Send a batch of missed changes, no faster than the client takes them."""
         batch = await self._project.history.changes_after(self._sent)
         if not batch and self._sent < self._feed.position:
             self._reset("expired")  # expired during the catch-up
@@ -340,7 +333,7 @@ class EventStream:
         self._push(event)
 
     def end(self, bye: Bye) -> None:
-        """Queue the reason as a comment, then end the response. Idempotent, never waits."""
+        """Queue the reason as a comment, then end. Idempotent, never waits."""
         if not self._over.is_set():
             self._push(f": {printable(bye.code)} {printable(bye.reason)}\n\n".encode())
             self._http.end_stream()
@@ -356,15 +349,15 @@ async def _events(request: Request) -> EventStream:
 
 
 async def page_events(request: Request) -> EventStream:
-    """Return a brief stream from the head: a page reads the board again after each change."""
+    """Return a stream from the head: a page reads the board again after each change."""
     return EventStream(await request_context(request), request.app.state.feeds, None, is_brief=True)
 
 
 def _asked_position(request: Request) -> EventId | None:
-    """Return where to continue. A reconnecting browser sends a header, which takes precedence over the query.
+    """Return where to continue: a reconnecting browser's header, else the query.
 
-    A malformed header counts as an unknown position: a browser would not reconnect after an error. Raises ApiError for
-    a malformed ``?since=``.
+    A malformed header counts as an unknown position: no browser reconnects after an error. Raises ApiError for a
+    malformed query.
     """
     nowhere = EventId(Position("-", 0, b""))  # an epoch that never exists
     if last := request.headers.getlist("Last-Event-ID"):

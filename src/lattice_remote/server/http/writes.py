@@ -46,13 +46,10 @@ class IdempotencyKey:
 
 
 def unique_key() -> IdempotencyKey:
-    """Return a random id, for a request without a key."""
     return IdempotencyKey(secrets.token_hex(16))
 
 
 class _Requester:
-    """Requester of a single reply."""
-
     def __init__(self, context: RequestContext, request_id: str) -> None:
         self._project, self._request_id = context.project, request_id
         self._fairness_key = ("http", context.login.token.id)
@@ -60,7 +57,7 @@ class _Requester:
 
     @property
     def fairness_key(self) -> Hashable:
-        """The token's: all its HTTP connections share one place in the queue."""
+        """The token's: all its HTTP connections take one turn."""
         return self._fairness_key
 
     def answer(self, request_id: str, reply: bytes) -> None:  # noqa: ARG002 - it has asked once
@@ -85,9 +82,9 @@ async def run(
     once: IdempotencyKey | None = None,
     files: list[Attachment] | None = None,
 ) -> Reply:
-    """Run a command line for the authenticated actor, once for its id; return its output and exit code.
+    """Run a command line once for its id; return its output and exit code.
 
-    Cancelling does not undo the command; it only ends waiting for a resource.
+    Cancelling only ends waiting for a resource.
 
     Raises:
         ApiError: the token was revoked since it was checked.
@@ -101,7 +98,7 @@ async def run(
 async def call(
     context: RequestContext, surface: str, name: str, payload: bytes, *, once: IdempotencyKey | None = None
 ) -> Returned:
-    """Run an operation of a surface; otherwise like ``run``."""
+    """Run an operation of a surface, like ``run``."""
     token, once = context.login.token, once or unique_key()
     message = RunCall(
         *(once.id, surface, name, payload, [], token.id, token.actor, token.act_as), fingerprint=once.fingerprint
@@ -118,7 +115,7 @@ async def edit(
     base_digest: bytes = b"",
     once: IdempotencyKey | None = None,
 ) -> Stored:
-    """Store a plan or notes edited from ``base``, or from the server's text of this digest; otherwise like ``run``."""
+    """Store a plan or notes edited from ``base``, or from the server's text of this digest, like ``run``."""
     token, once = context.login.token, once or unique_key()
     message = Edit(
         *(once.id, path, base, text, token.id, token.actor), base_digest=base_digest, fingerprint=once.fingerprint
@@ -157,10 +154,7 @@ _CONDITIONS = ("If-Match", "If-None-Match")
 
 
 def idempotency_key(request: Request, context: RequestContext, content: bytes) -> IdempotencyKey:
-    """Return the id for a request with this body: that of its key, which is scoped to the token, or a new one.
-
-    Raises Rejected if the key is malformed.
-    """
+    """Return the id of the request's key, scoped to the token, or a new one. Raises Rejected."""
     keys = request.headers.getlist(KEY_HEADER)
     if not keys:
         return unique_key()

@@ -46,7 +46,6 @@ _NOT_FOUND = "REMOTE_NOT_FOUND"
 
 
 def paths_of_text(task: str, kind: TextKind) -> tuple[str, str]:
-    """Return a text's active and archived path."""
     path = f"{'plans' if kind == 'plan' else kind}/{task}.md"
     return path, f"archive/{path}"
 
@@ -56,17 +55,14 @@ def read_version(
 ) -> Version:
     """Return a text as of one change, without a request id.
 
-    The content is rebuilt from the journal's operations, with its beginning from the file on disk if the first of them
-    only appends. The digest in the record verifies the result.
+    It is rebuilt from the journal's operations, with its beginning from the file on disk if the first of them only
+    appends. The digest in the record verifies it.
 
     Args:
-        change: epoch and number of a change that wrote it; an empty epoch selects the newest epoch with such a change.
+        change: epoch and number of a change that wrote it; an empty epoch selects the newest one.
         head: epoch and number of the last durable change; later records are ignored (I2).
 
-    Raises:
-        Rejected: REMOTE_NOT_FOUND, the journal has no such change of this text, or too little to rebuild it;
-            REMOTE_TOO_LARGE, over ``MAX_VERSION_BYTES``.
-        OSError: a segment cannot be read.
+    Raises Rejected: REMOTE_NOT_FOUND, or REMOTE_TOO_LARGE, over ``MAX_VERSION_BYTES``; or OSError.
     """
     (epoch, seq), paths = change, paths_of_text(task, kind)
     contents = Contents(paths)
@@ -124,7 +120,7 @@ def _records(journal: Path, paths: tuple[str, str], head: tuple[str, int]) -> It
 
 
 MAX_SCAN_BYTES = 16 * 1024 * 1024
-"""Approximate limit of the journal bytes read for one page."""
+"""Approximately, for one page."""
 
 _TASK_ID = re.compile(r"task_[0-9A-HJKMNP-TV-Z]{26}")
 
@@ -164,14 +160,14 @@ _MALFORMED = (msgspec.DecodeError, UnicodeDecodeError)
 
 
 class LogReader:
-    """Reader of ``Log`` and ``ReadVersion`` requests of one project, one at a time, in a thread."""
+    """Reader of logs and versions of one project, one at a time, in a thread."""
 
     def __init__(self, paths: ProjectPaths) -> None:
         self._paths = paths
         self._turn = asyncio.Lock()
 
     async def answer(self, request: Log | ReadVersion, *, epoch: str, head: int) -> LogPage | Version | Refused:
-        """Return a page of the durable changes up to ``head`` (I2), or a text as of one of them."""
+        """Return a page of the durable changes up to ``head`` (I2), or a text as of one."""
         async with self._turn:
             try:
                 return await asyncio.to_thread(self._answer, request, (epoch, head))
@@ -201,7 +197,7 @@ def present_epoch(paths: ProjectPaths) -> str:
 def read_log(paths: ProjectPaths, task: str, limit: int) -> tuple[list[LogEntry], bool]:
     """Return the newest changes, of one task if named, and whether there are more. Blocking.
 
-    Raises Misuse if the task does not exist, or OSError.
+    Raises Misuse if there is no such task, or OSError.
     """
     task_id = find_task(paths.lattice, task) if task else ""
     if task_id is None:
@@ -228,10 +224,10 @@ def read_page(
     """Return the newest ``limit`` changes before a record; fewer if that would exceed ``MAX_SCAN_BYTES``. Blocking.
 
     Args:
-        task: a task's id: only changes that touched it; "" for all.
+        task: a task's id: only changes that touched it.
         text: only changes that wrote this text of the task.
-        before: ``before`` of the previous page; None for the newest.
-        head: epoch and number of the last change to include; None for all.
+        before: ``before`` of the previous page.
+        head: epoch and number of the last change to include.
 
     Raises OSError.
     """
@@ -261,7 +257,6 @@ def find_task(lattice: Path, name: str) -> str | None:
 
 
 def short_ids(lattice: Path) -> dict[str, str]:
-    """Return the tasks' short ids by their ids. Raises OSError."""
     return {task: short_id for short_id, task in _ids(lattice).items()}
 
 
@@ -275,7 +270,7 @@ def _ids(lattice: Path) -> dict[str, str]:
 def _entries(
     data: bytes, task: str, text: TextKind | None, before: int | None, head: tuple[str, int] | None
 ) -> Iterator[tuple[int, LogEntry]]:
-    """Yield the changes of one segment with their record numbers, oldest first, up to the first damaged record."""
+    """Yield the changes of one segment with their record numbers, up to the first damaged record."""
     epoch, position = "", -1
     paths = set(paths_of_text(task, text)) if text else set[str]()
     for _, payload in frames(data):

@@ -42,8 +42,7 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFE
 class Candidate:
     """Project under construction in ``place``, the real path of an empty directory.
 
-    Every file is created here, with a checked name, in directories created here. So no link leads outside, and no mode
-    or owner is taken from the input.
+    Every file is created here, with a checked name: no link leads outside, and no mode or owner is from the input.
     """
 
     def __init__(self, place: Path, layout: Layout) -> None:
@@ -77,8 +76,8 @@ class ImportReport(msgspec.Struct, kw_only=True):
     """Result of the check. The candidate may be put in place if ``refused`` is empty.
 
     Attributes:
-        omitted: entries of the directory that do not belong to a project.
-        rebuilt: files that differed from the event logs and were rebuilt.
+        omitted: entries that do not belong to a project.
+        rebuilt: files that differed from the event logs.
         warnings: of lattice's doctor.
     """
 
@@ -94,7 +93,7 @@ class ImportReport(msgspec.Struct, kw_only=True):
     warnings: list[str] = []
 
     def notes(self) -> list[str]:
-        """Return messages for the user, one line each."""
+        """Return messages for the user."""
         lines = []
         if self.hooks and not self.hooks_kept:
             lines.append("its hooks were removed: an administrator must allow them")
@@ -127,12 +126,11 @@ async def quarantine(
 ) -> ImportReport:
     """Build a candidate in ``place``, which must not exist, and check it.
 
-    Without ``refused`` in the report, ``place`` holds a complete, durable project and nothing else; the caller puts it
-    in place or removes it. Otherwise ``place`` is removed. Raises StorageError if the check cannot run.
+    Without ``refused`` in the report, ``place`` holds a complete, durable project and nothing else. Otherwise ``place``
+    is removed. Raises StorageError if the check cannot run.
 
     Args:
         source: ``--pack FILE`` or ``--from DIRECTORY``.
-        max_bytes: of the project.
         keep_hooks: an administrator allows its hooks.
         hooks_of: a ``config.json`` whose hooks replace its own.
     """
@@ -189,14 +187,11 @@ async def _checked(
 _PIECE_BYTES = 1 << 20
 _MAX_OMITTED = 1000
 _BOOKKEEPING = frozenset({"locks", "remote.json", "cache_state.json", ".gitignore", ".remote"})
-"""Lattice's locks and the client's cache files: omitted without a note."""
+"""Omitted without a note."""
 
 
 def add_pack(candidate: Candidate, pack: Path) -> None:
-    """Add a bundle's files to a candidate, after validating the whole bundle.
-
-    Raises ProtocolError if it is malformed, or Misuse if a project cannot contain one of its files.
-    """
+    """Add a bundle's files, after validating it as a whole. Raises ProtocolError, or Misuse."""
     layout = Layout(max_bytes=candidate.layout.max_bytes)
     for item in _items(pack):
         if isinstance(item, Entry):
@@ -232,10 +227,9 @@ class _Content:
 
 
 def add_directory(candidate: Candidate, directory: Path) -> list[str]:
-    """Add the replicated files below ``directory`` (a ``.lattice``) to a candidate; return the omitted paths.
+    """Add the replicated files below ``directory`` (a ``.lattice``); return the omitted paths: links, special files.
 
-    Omits symbolic links and special files. Raises Misuse if a project cannot contain a file, or it was truncated while
-    being read, or OSError.
+    Raises Misuse if a project cannot contain a file, or it was truncated while being read, or OSError.
     """
     omitted: list[str] = []
     for path in _walk(directory, omitted):
@@ -248,7 +242,7 @@ def add_directory(candidate: Candidate, directory: Path) -> list[str]:
 
 
 def _first(size: int, file: BinaryIO, path: str) -> Iterator[bytes]:
-    """Yield the first ``size`` bytes; what is appended to a log after it was opened is ignored."""
+    """Yield the first ``size`` bytes: a log may grow."""
     while size:
         piece = file.read(min(size, _PIECE_BYTES))
         if not piece:
@@ -287,12 +281,12 @@ READS: Sequence[Sequence[str]] = (
     ("resource", "list", "--json"),
     ("session", "list", "--json"),
 )
-"""Commands that must not fail on the project: the first ones of every user."""
+"""The first commands of every user: they must not fail."""
 _MAX_WARNINGS = 50
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the report. The exit code is 0 whenever one is printed."""
+    """Print the report; the exit code is 0 then."""
     parser = argparse.ArgumentParser(prog="lattice-remote-intake")
     parser.add_argument("--into", type=Path, required=True, help="an empty directory")
     parser.add_argument("--pack", type=Path)
@@ -348,7 +342,7 @@ def _limit_resources(max_bytes: int) -> None:
 
 
 def _settle_hooks(candidate: Candidate, report: ImportReport, *, keep: bool, hooks_of: Path | None) -> None:
-    """Remove the project's hooks unless an administrator allows them; hooks of the replaced project stay."""
+    """Remove the project's hooks unless an administrator allows them."""
     path = candidate.lattice / "config.json"
     config = _json_object(path)
     report.hooks, report.hooks_kept = bool(config.get("hooks")), keep
@@ -377,7 +371,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 class _NoPreImages:
-    """No pre-images: a refused candidate is removed as a whole."""
+    """None: a refused candidate is removed as a whole."""
 
     def keep_for_append(self, path: str, status: os.stat_result | None) -> None: ...
     def keep_for_rewrite(self, path: str, status: os.stat_result | None) -> None: ...
@@ -464,7 +458,7 @@ class _SessionIndex(msgspec.Struct):
 
 
 class _Session(msgspec.Struct):
-    """Active session. Its own id becomes part of a file name when it ends, so it must not contain a path."""
+    """Active session. Its own id becomes part of a file name when it ends."""
 
     name: str
     session: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -507,7 +501,6 @@ def _count(candidate: Candidate, report: ImportReport) -> None:
 
 
 def _make_durable(place: Path) -> None:
-    """Fsync the whole candidate, which must survive a power cut once it is put in place."""
     for name in os.listdir(place / "tmp"):
         os.unlink(place / "tmp" / name)
     os.chdir(place)

@@ -90,7 +90,7 @@ __all__ = [
 
 
 class ReplicationStatus:
-    """Replication state of one connection. Empty before ``greeted()``."""
+    """Replication of one connection; empty before ``greeted()``."""
 
     def __init__(self, commit_times: CommitTimes, metrics: ProjectMetrics) -> None:
         self.since = datetime.now(UTC)
@@ -104,7 +104,6 @@ class ReplicationStatus:
         self._measured_from = 0  # the head at the greeting: earlier changes are not measured
 
     def greeted(self, hello: Hello, *, start: int, head: int) -> None:
-        """Record a greeting; the client gets the changes after ``start``."""
         self.client_version, self.lattice_version = hello.client_version[:40], hello.lattice_version[:40]
         self._measured_from = head
         if hello.follow:
@@ -126,7 +125,7 @@ def offered_capabilities() -> list[str]:
 
 
 async def download(request: Download, history: History, paths: ProjectPaths) -> Downloaded | Refused:
-    """Return the requested piece of a file as of the head. Reads in a thread."""
+    """Return a piece of a file as of the head. Reads in a thread."""
     content = history.files.get(request.path)
     if content is None:
         return Refused(request.id, "REMOTE_NOT_FOUND", f"there is no file {request.path!r} in this project")
@@ -154,7 +153,7 @@ def _read(path: Path, offset: int, size: int) -> bytes:
 
 
 async def replay(request: Replay, project: Project) -> Replayed:
-    """Return the changes after the requested position, about ``REPLAY_BYTES`` of them."""
+    """Return about ``REPLAY_BYTES`` of the changes after a position."""
     history = project.history
     outcome, position = await find_start(project, request.epoch, request.seq, request.mark)
     batch = await history.changes_after(position.seq) if outcome == "kept" else []
@@ -193,7 +192,7 @@ _log = logging.getLogger(__name__)
 
 
 class ClientConnection:
-    """Connection of one client to one project; serve it with ``run()``."""
+    """Connection of one client; serve it with ``run()``."""
 
     def __init__(self, connection: Handoff, token: Token, project: Project, budget: SendBudget) -> None:
         self.token = token
@@ -221,11 +220,10 @@ class ClientConnection:
 
     @property
     def fairness_key(self) -> Hashable:
-        """This connection."""
         return self
 
     async def run(self) -> None:
-        """Serve the client until either side closes the connection. Raises nothing."""
+        """Serve the client until either side closes. Raises nothing."""
         try:
             await self._welcome(await self._greeting())
             async with asyncio.TaskGroup() as group:
@@ -249,22 +247,19 @@ class ClientConnection:
 
     @property
     def address(self) -> str:
-        """The client's address, according to admission control."""
         return self._connection.quota.address
 
     @property
     def behind(self) -> int | None:
-        """Number of changes that the cache is known to lack; None without a cache."""
+        """Number of changes that the cache lacks; None without a cache."""
         applied = self.replication.applied
         return None if applied is None else max(0, self.project.history.head - applied)
 
     @property
     def waiting_bytes(self) -> int:
-        """Bytes queued and not yet written."""
         return self._outbox.pending_bytes
 
     def count_sent(self) -> None:
-        """Add the bytes sent since the last call to the metrics."""
         self.project.metrics.sent_bytes.inc(self._outbox.take_written())
 
     def end(self, bye: Bye) -> None:
@@ -280,7 +275,7 @@ class ClientConnection:
         self._connection.end(_CLOSE_CODES.get(bye.code, 1011), bye.reason)
 
     def _withdraw_requests(self, bye: Bye) -> None:
-        """Refuse requests without effect so far: a revoked token cannot send them again, so they must not run."""
+        """Refuse requests without effect so far: a revoked token cannot send them again."""
         for request_id in tuple(self._in_flight):
             if self.project.withdraw(self, request_id, bye.code):
                 del self._in_flight[request_id]
@@ -298,11 +293,7 @@ class ClientConnection:
     # --- greeting ---
 
     async def _greeting(self) -> Hello:
-        """Return the client's first frame.
-
-        Raises:
-            ProtocolError: no ``Hello`` within ``HELLO_TIMEOUT_S``, or no common version.
-        """
+        """Return the client's first frame. Raises ProtocolError: none in time, or no common version."""
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 hello = _decode(await self._connection.recv())
@@ -429,10 +420,9 @@ class ClientConnection:
                 self._work.set()
 
     def _register(self, frame: Request) -> bool:
-        """Register a request; return False for a duplicate or above the limit per connection.
+        """Register a request; return False for a duplicate or above the limit.
 
-        Raises:
-            ProtocolError: a different request with this id is in flight.
+        Raises ProtocolError: a different request with this id is in flight.
         """
         if (known := self._in_flight.get(frame.id)) is not None:
             if _without_age(known) != _without_age(frame):
@@ -452,7 +442,6 @@ class ClientConnection:
     # --- sent frames ---
 
     def change_committed(self, seq: int, frame: bytes) -> None:
-        """Queue a change if the connection is live and subscribed."""
         if self._live and self._follows:
             assert seq == self._sent + 1, "a live client was sent every change up to the head"
             self._sent = seq
@@ -469,7 +458,7 @@ class ClientConnection:
         self._queue_answer(request_id, reply)
 
     def _release_answers(self) -> None:
-        """Count the answers no longer that were sent."""
+        """Uncount the answers that were sent."""
         if self._counted_bytes and not self._deferred_replies:
             self._budget.give_back(self.token.id, self._counted_bytes)
             self._counted_bytes = 0
@@ -535,7 +524,7 @@ class ClientConnection:
                 return await download(request, history, self.project.paths)
 
     async def _catch_up(self) -> None:
-        """Send the changes after ``_sent`` at the client's pace; go live in the tick of the last."""
+        """Send missed changes at the client's pace; go live in the tick of the last."""
         while not self._live:
             batch = await self.project.history.changes_after(self._sent)
             if not batch:
@@ -562,7 +551,7 @@ def _describe_versions(hello: Hello, lattice_version: str) -> str:
 
 
 def _first_sent_at(frame: Write) -> float | None:
-    """Return when a repeated request was first sent, by this machine's clock."""
+    """Return when a repeated request was first sent, by this clock."""
     return time.time() - frame.age_s if frame.age_s else None
 
 

@@ -29,11 +29,10 @@ _MAX_BYTES = 64 * 1024 * 1024
 
 
 async def text_at_head(project: Project, path: str, share: ResponseShare) -> bytes | None:
-    """Return the content of a plan or notes at the head; None if it does not exist. It counts as part of ``share``.
+    """Return the content of a plan or notes at the head; None if there is none. It counts as part of ``share``.
 
-    Raises:
-        Rejected: REMOTE_TOO_LARGE, over 64 MiB; REMOTE_BUSY, the token has too many responses outstanding.
-        StorageError: it cannot be read, or differed from the head for ``_TEXT_SETTLE_S``.
+    Raises Rejected: REMOTE_TOO_LARGE, or REMOTE_BUSY, too many responses outstanding; StorageError: it cannot be read,
+    or differed from the head for ``_TEXT_SETTLE_S``.
     """
     try:
         async with share.making(), asyncio.timeout(_TEXT_SETTLE_S):
@@ -72,12 +71,12 @@ def read_content(path: Path, content: Content) -> bytes | None:
 
 
 PIECE_BYTES = 1024 * 1024
-"""Maximum bytes of a file in one frame."""
+"""Per frame."""
 _MAX_GROWTH_BYTES = 4 * 1024 * 1024
 
 
 class Snapshot:
-    """Open file, digested as a whole and at its expected size, so that either may be sent. Close it."""
+    """Open file, digested as a whole and at its expected size: either may be sent. Close it."""
 
     def __init__(
         self, descriptor: int, size: int, digest: bytes, first: "tuple[int, hashlib._Hash]", data: bytes | None
@@ -92,7 +91,7 @@ class Snapshot:
 
     @classmethod
     def open(cls, path: Path, expected_size: int) -> "Snapshot | None":
-        """Open and digest a file; None if it does not exist. Blocking. Raises OSError."""
+        """Open and digest a file; None if there is none. Blocking. Raises OSError."""
         try:
             descriptor = os.open(path, READ)
         except FileNotFoundError:
@@ -105,7 +104,7 @@ class Snapshot:
 
     @classmethod
     def _read(cls, descriptor: int, expected_size: int) -> "Snapshot":
-        """Digest the file in one pass of bounded memory."""
+        """Digest the file in one pass."""
         digest = hashlib.sha256()
         first = (0, digest.copy())
         data: bytes | None = b""
@@ -122,9 +121,9 @@ class Snapshot:
             data = None if data is None or size > PIECE_BYTES else data + piece
 
     def digest_at(self, size: int) -> bytes | None:
-        """Return the digest of the first ``size`` bytes; None if the file is shorter or computing it would take long.
+        """Return the digest of the first ``size`` bytes; None if the file is shorter, or has grown by much.
 
-        Takes at most a few ms, enough for the growth of a busy log since ``open``. Raises OSError.
+        Takes at most a few ms. Raises OSError.
         """
         if self._data is not None:
             return hashlib.sha256(self._data[:size]).digest() if size <= len(self._data) else None
@@ -138,7 +137,7 @@ class Snapshot:
         return digest.digest() if len(grown) == size - seen else None
 
     def piece(self, offset: int, size: int) -> bytes:
-        """Return the piece at ``offset`` of content with ``size`` bytes. Raises OSError."""
+        """Return a piece of content with ``size`` bytes. Raises OSError."""
         if self._data is not None:
             return self._data[offset : min(size, offset + PIECE_BYTES)]
         assert self._descriptor is not None, "a large file stays open until close()"
@@ -152,13 +151,13 @@ class Snapshot:
 
 _BATCH_FILES = 64
 _SETTLE_S = 0.25
-"""Time from disk to commit after which the worker is asked to check the file."""
+"""Then the worker is asked to check the file."""
 
 _log = logging.getLogger(__name__)
 
 
 class FileSender:
-    """Sender of requested files to one client, at the pace of its send queue."""
+    """Sender of files to one client, at the pace of its send queue."""
 
     def __init__(self, project: Project, outbox: SendQueue, push: Callable[[Part], None]) -> None:
         self._project = project
@@ -166,7 +165,7 @@ class FileSender:
         self._push = push
 
     def batch(self, paths: dict[str, None]) -> list[str]:
-        """Remove from the front of ``paths`` several small files or one large."""
+        """Remove several small files or one large from ``paths``."""
         taken: list[str] = []
         weight = 0
         for path in paths:

@@ -70,18 +70,17 @@ class Recent:
 
 _ENTRIES_PER_FRAME = 1000
 REPLAY_BYTES = 1024 * 1024
-"""Approximate size of a batch of changes."""
+"""About, for a batch of changes."""
 _MAX_FORMER = 1000
 
 Content = tuple[int, bytes]
-"""A file's size in bytes and its digest."""
 
 
 class Subscriber(Protocol):
     """Recipient of changes. No method waits or raises."""
 
     def change_committed(self, seq: int, frame: bytes) -> None:
-        """Handle a durable change; ``frame`` is the shared WebSocket frame."""
+        """Handle a durable change in a WebSocket frame that all share."""
 
     def end(self, bye: Bye) -> None:
         """Send a ``Bye`` and close."""
@@ -95,7 +94,6 @@ class History:
 
     def __init__(self, journal: Path, committed: Callable[[int], None] = lambda _: None) -> None:
         self.epoch = ""
-        """"" before the worker is first ready."""
         self.head = 0
         self.mark = b""
         self.oldest = 0
@@ -123,16 +121,14 @@ class History:
     # --- subscribers ---
 
     def join(self, subscriber: Subscriber) -> None:
-        """Send this subscriber every change from now on."""
+        """Send every change from now on."""
         self._subscribers.add(subscriber)
 
     def leave(self, subscriber: Subscriber) -> None:
         self._subscribers.discard(subscriber)
 
     async def changes_after(self, seq: int) -> list[tuple[int, bytes]]:
-        """Return a batch of numbers and frames of the changes after ``seq``, in order; empty when not kept. Raises
-        OSError.
-        """
+        """Return a batch of the changes after ``seq``; empty when not kept. Raises OSError."""
         batch = self._recent.after(seq, REPLAY_BYTES)
         if batch or seq >= self.head:
             return batch
@@ -141,20 +137,18 @@ class History:
             return [(number, websocket_frame(change)) for number, change in stored or ()]
 
     async def mark_at(self, seq: int) -> bytes | None:
-        """Return the change id of ``seq``; None when no longer known. Raises OSError."""
+        """Return a change id; None when no longer known. Raises OSError."""
         if seq in (0, self.head):
             return self.mark if seq else b""
         known = self._recent.mark_at(seq)
         return known if known is not None else await asyncio.to_thread(self._journal.mark_at, seq)
 
     async def is_genuine(self, position: Position) -> bool:
-        """Return whether this project, or another copy of its data, made this position's change id. Raises OSError."""
+        """Return whether this project, or a copy of it, made this position's change id. Raises OSError."""
         return await asyncio.to_thread(self._change_ids.is_genuine, position.epoch, position.seq, position.mark)
 
     async def lacks(self, position: Position) -> bool:
-        """Return whether the project has no record of a position, so that changes up to it may be lost here. Raises
-        OSError.
-        """
+        """Return whether the project has no record of a position: its changes may be lost here. Raises OSError."""
         if not position.epoch:
             return False
         if (known := self._was_at.get(position)) is None:
@@ -167,7 +161,6 @@ class History:
         return not known
 
     def entries(self) -> list[bytes]:
-        """Return the manifest at ``head`` as frames, cached."""
         if self._entries is None or self._entries[0] != self.head:
             entries = [Entry(path, size, digest) for path, (size, digest) in self.files.items()]
             pieces = [list(piece) for piece in batched(entries, _ENTRIES_PER_FRAME)] or [[]]
@@ -178,7 +171,7 @@ class History:
     def expect(self, path: str, content: Content, call: Callable[[], None]) -> Callable[[], None]:
         """Call ``call()`` in the tick in which a change gives the file this content; return a function that cancels it.
 
-        The call comes after subscribers got that change and before they get the next.
+        Subscribers have got that change then, and not the next.
         """
         calls = self._expected.setdefault((path, content), [])
         calls.append(call)
@@ -261,26 +254,26 @@ _MINUTE_S = 60.0
 
 
 class CommitTimes:
-    """Commit times of the newest changes, at most ``most``."""
+    """Commit times of the newest changes."""
 
     def __init__(self, most: int = 20_000) -> None:
         self._times: deque[float] = deque(maxlen=most)
         self._last = 0
 
     def committed(self, seq: int, now: float) -> None:
-        """Record a change; a gap in the numbers resets the record."""
+        """Record a change; a gap in the numbers resets."""
         if seq != self._last + 1:
             self._times.clear()
         self._times.append(now)
         self._last = seq
 
     def age_of(self, seq: int, now: float) -> float | None:
-        """Return a change's age in seconds; None when unknown."""
+        """Return a change's age in seconds, if known."""
         back = self._last - seq
         return now - self._times[-1 - back] if 0 <= back < len(self._times) else None
 
     def per_minute(self, now: float) -> int:
-        """Return the number of changes in the last minute, extrapolated if fewer are recorded."""
+        """Return the changes in the last minute, extrapolated if fewer are recorded."""
         times = self._times
         if len(times) == times.maxlen and now - times[0] < _MINUTE_S:
             return round(len(times) * _MINUTE_S / max(now - times[0], 1.0))

@@ -29,10 +29,10 @@ __all__ = ["HOOK_TIMEOUT_S", "HookRunner"]
 HOOK_TIMEOUT_S = 10.0
 _MAX_WAITING = 10_000
 _MAX_LINE_BYTES = 4096
-"""Bytes of a hook's stderr that are examined; the rest is discarded."""
+"""Examined; the rest is discarded."""
 _MAX_SHOWN_CHARS = 200
 _POLL_S = 0.05
-"""Polling interval for the end of a hook that left its stderr to a background process."""
+"""For the end of a hook that left its stderr to a background process."""
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class HookRunner:
         self._closing = threading.Event()
 
     def submit(self, seq: int, calls: list[HookCall]) -> None:
-        """Queue the hooks of change ``seq``; returns at once."""
+        """Queue the hooks of a change."""
         for call in calls:
             if len(self._waiting) >= _MAX_WAITING:
                 self._failed(seq, call, f"was dropped: {_MAX_WAITING} are waiting")
@@ -90,7 +90,7 @@ class HookRunner:
 
     @contextlib.contextmanager
     def _started(self, call: HookCall, stdin: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-        """Start a hook in its own process group; it has ended on exit."""
+        """Start a hook in its own process group; end it on exit."""
         process = subprocess.Popen(  # noqa: S602 - the administrator's own command, as upstream runs it
             call.command,
             shell=True,
@@ -135,7 +135,6 @@ class HookRunner:
         _log.error("%s: change %d: hook %s of %s %s%s", self._slug, seq, self._name(call), printable(event), how, text)
 
     def _name(self, call: HookCall) -> str:
-        """Return a hook's key in ``config.json``, for example ``hooks.on.task_created``."""
         try:
             config = json.loads((self._cwd / ".lattice" / "config.json").read_text("utf-8"))
             names = [name for name, command in _commands(config["hooks"]) if command == call.command]
@@ -154,7 +153,7 @@ def _commands(hooks: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 @contextlib.contextmanager
 def _event_file(text: str) -> Iterator[IO[bytes]]:
-    """Open a hook's standard input: a file, so that a hook which ignores it blocks no pipe; in memory on Linux."""
+    """Open a hook's standard input: a file, so that no pipe blocks; in memory on Linux."""
     in_memory = getattr(os, "memfd_create", None)
     with os.fdopen(in_memory("event"), "w+b") if in_memory else tempfile.TemporaryFile() as file:
         file.write(text.encode())

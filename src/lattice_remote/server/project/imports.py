@@ -40,13 +40,13 @@ class _Push:
     """Recipients of a refusal by the check."""
     task: "asyncio.Task[None] | None" = None
     request: ImportProject | None = None
-    """Request to the worker once the check has passed; repeated pushes join it."""
+    """Once the check has passed; repeated pushes join it."""
 
 
 class Pushes:
     """Pushes of one project in progress. Belongs to the event loop's thread; ``close()`` it.
 
-    ``submit`` queues a request for the worker; ``refused`` is called with the code of each refusal made here.
+    ``submit`` queues a request for the worker; ``refused`` is called with the code of each refusal.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Pushes:
             push.task = asyncio.get_running_loop().create_task(self._check(push, first_sent_at), name="push")
 
     def forget(self, requester: Requester) -> None:
-        """Remove a closed connection. Its pushes continue, since the client will ask again."""
+        """Remove a closed connection. Its pushes continue."""
         for push in self._under_way.values():
             if requester in push.requesters:
                 push.requesters.remove(requester)
@@ -155,7 +155,7 @@ class Pushes:
         requester.answer(request_id, encode(Refused(request_id, code, message[:4096])))
 
     def _settled(self, push: _Push, place: Path) -> None:
-        """Clean up after the worker's reply: remove a rejected candidate, or the bundle of an accepted one."""
+        """Remove a rejected candidate, or the bundle of an accepted one."""
         self._under_way.pop(push.frame.id, None)
         if place.exists():
             asyncio.get_running_loop().run_in_executor(None, lambda: shutil.rmtree(place, ignore_errors=True))
@@ -194,5 +194,4 @@ class _Cleaner:
         del request_id, reply
         self._settled()
 
-    def end(self, bye: Bye) -> None:
-        """Do nothing."""
+    def end(self, bye: Bye) -> None: ...

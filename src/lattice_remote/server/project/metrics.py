@@ -91,7 +91,7 @@ class ProjectMetrics:
 
 
 _FAILED = 400
-"""Lowest status of a failed operation."""
+"""Lowest of a failed operation."""
 _KINDS = {RunCommand: "command", RunCall: "call", Edit: "edit", ImportProject: "push", AbandonRequest: "command"}
 
 _log = logging.getLogger("lattice_remote.requests")
@@ -122,7 +122,6 @@ class RequestOutcome:
 
     @property
     def fields(self) -> dict[str, object]:
-        """Fields of its own in a line, beside those of the request."""
         code = self.code or None
         return {"actor": self.actor, "command": self.command, "outcome": self.outcome, "code": code, "seq": self.seq}
 
@@ -142,7 +141,7 @@ class RequestOutcome:
 
 
 OutcomeListener = Callable[[RequestOutcome], None]
-"""Receives an outcome and writes its log line, for example as part of the HTTP access log."""
+"""Receives an outcome and logs it."""
 
 
 class RequestLog:
@@ -166,7 +165,6 @@ class RequestLog:
         )
 
     def refused(self, message: WorkerRequest, code: str, on_result: OutcomeListener | None = None) -> None:
-        """Record a request that never reached the worker."""
         self._add(message, ResultStats(code=code), None, time.monotonic(), on_result)
 
     def found(self, seq: int) -> None:
@@ -175,7 +173,6 @@ class RequestLog:
         _log.info("%s: another program changed files, change %d", self._project, seq, extra={"fields": fields})
 
     def refused_other(self, code: str) -> None:
-        """Count a refusal that is not of a write."""
         self._metrics.refused(code)
 
     def _add(

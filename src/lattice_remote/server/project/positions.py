@@ -9,9 +9,9 @@ __all__ = ["Start", "can_continue", "find_start"]
 
 
 async def _is_in_history(project: Project, position: Position) -> bool | None:
-    """Return whether a position belongs to the current history; None if its change is no longer kept.
+    """Return whether a position belongs to the history; None if its change is no longer kept.
 
-    A genuine position outside the history proves a rollback and starts a new epoch (I7).
+    A genuine one outside proves a rollback and starts a new epoch (I7).
     """
     history = project.history
     if position.epoch != history.epoch:
@@ -26,7 +26,6 @@ async def _is_in_history(project: Project, position: Position) -> bool | None:
 
 
 async def can_continue(project: Project, position: Position) -> bool:
-    """Return whether a replay can update a cache at this position."""
     if not await _is_in_history(project, position):
         return False
     history = project.history

@@ -57,9 +57,9 @@ from lattice_remote.server.project.worker_process import WORKER_COMMAND, WorkerP
 __all__ = ["Load", "Project", "stopping"]
 
 _MAX_START_FAILURES = 5
-"""Failed starts in a row until the project is reported as failed; restarts continue."""
+"""In a row, until the project is reported as failed; restarts continue."""
 _RESTART_DELAYS_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
-"""Delays before worker restarts, in order; reset once a worker has run for ``_STEADY_S``."""
+"""Reset once a worker has run for ``_STEADY_S``."""
 _STEADY_S = 10.0
 
 _log = logging.getLogger(__name__)
@@ -73,13 +73,13 @@ class Load:
     with_worker: int
     waiting: int
     in_flight_bytes: int
-    """Weight of all requests, without reads."""
+    """Without reads."""
     reads_waiting: int
     worker_pid: int | None
 
 
 class Project:
-    """Queue, worker, history and subscribers of one project. Belongs to the event loop's thread."""
+    """Queue, worker, history and subscribers. Belongs to the event loop's thread."""
 
     def __init__(
         self,
@@ -104,7 +104,6 @@ class Project:
         self.pushes = Pushes(paths, config, self.uploads, self.submit, self.request_log.refused_other)
         self.reader = Readers(slug, paths, self._settled_state, self._durable, lambda: len(self.history.files))
         self.lattice_version = ""
-        """The worker's lattice-tracker version."""
         self._hooks = hooks
         self._bounds = bounds or QueueLimits()
         self._worker_command = worker_command
@@ -127,16 +126,11 @@ class Project:
     # --- life ---
 
     def start(self) -> None:
-        """Start keeping a worker running; ``opened()`` waits until it is ready."""
+        """Keep a worker running; ``opened()`` waits for it."""
         self._supervisor = asyncio.get_running_loop().create_task(self._keep_worker(), name=f"project {self.slug}")
 
     async def opened(self) -> None:
-        """Wait until the project can be used.
-
-        Raises:
-            StorageError: it failed, for now or until the server is restarted.
-            Rejected: the server is stopping or closes this project.
-        """
+        """Wait until the project can be used. Raises StorageError: it failed; Rejected: it is stopping."""
         await self._open.wait()
         if self._failure is not None:
             raise self._failure
@@ -156,27 +150,26 @@ class Project:
 
     @property
     def stopping(self) -> bool:
-        """Whether new requests are ignored; they get no reply."""
+        """Whether requests are ignored; they get no reply."""
         return self._stopping
 
     @property
     def is_working(self) -> bool:
-        """Whether a worker runs requests; otherwise one is starting, unless the project has failed."""
+        """Whether a worker runs requests."""
         return self._working
 
     @property
     def failure(self) -> StorageError | None:
-        """Why the project cannot be used; None when it can."""
         return self._failure
 
     def dismiss(self, bye: Bye) -> None:
-        """End every subscriber, and every requester whose reply will not come."""
+        """End all subscribers, and requesters whose reply will not come."""
         self.history.dismiss(bye)
         for requester in self._queue.requesters():
             requester.end(bye)
 
     async def drain(self, timeout_s: float) -> None:
-        """Accept no further requests; wait at most ``timeout_s`` for those with the worker."""
+        """Accept no requests; wait for those with the worker."""
         self._stopping = True
         self._open.set()  # opened() then raises
         self._queue.waiting.clear()
@@ -186,7 +179,7 @@ class Project:
                 await asyncio.wait_for(self._idle.wait(), timeout_s)
 
     async def stop(self, timeout_s: float) -> None:
-        """Stop the worker, by force after ``timeout_s``. Call ``drain()`` first."""
+        """Stop the worker, by force after ``timeout_s``, after ``drain()``."""
         self._stopping = True
         if self._supervisor is not None:
             self._supervisor.cancel()
@@ -210,8 +203,7 @@ class Project:
     def _settled_state(self) -> object | None:
         """Return a name of the tree's state at the head; None while a request is with the worker.
 
-        An undone command leaves the head unchanged, although readers may have seen its files. The name therefore
-        includes the number of attempts.
+        It includes the number of attempts: readers may have seen the files of an undone command.
         """
         settled = self._working and not self._queue.sent
         return (self.history.epoch, self.history.head, self._queue.attempts) if settled else None
@@ -275,7 +267,7 @@ class Project:
         requester.answer(message.id, encode(Refused(message.id, code, why)))
 
     def forget(self, requester: Requester, request_ids: set[str]) -> None:
-        """Remove a closed connection. Its requests continue, except those that only wait for a resource."""
+        """Remove a closed connection. Its requests continue, except waits for a resource."""
         self.pushes.forget(requester)
         for request_id in request_ids:
             job = self._queue.get(request_id)
@@ -286,7 +278,7 @@ class Project:
                 self._queue.withdraw(job)
 
     def withdraw(self, requester: Requester, request_id: str, code: str) -> bool:
-        """Withdraw a request of a revoked token; return True if it had no effect and never will.
+        """Withdraw a request of a revoked token; return True if it never has an effect.
 
         False: the worker has or had it, or another connection also requests it.
         """
@@ -298,7 +290,7 @@ class Project:
         return True
 
     def files_touched(self, paths: set[str] | None) -> None:
-        """Have the worker check files that another program may have changed (I12); None for the whole tree."""
+        """Have the worker check files that another program may have changed (I12)."""
         if paths is None:
             self._rescan = True
         else:
@@ -306,7 +298,7 @@ class Project:
         self._reconcile()
 
     async def rollback_proved(self, epoch: str, reason: str) -> None:
-        """Start a new epoch and wait for it: a client has a genuine change that ``epoch`` lacks (I7)."""
+        """Start a new epoch: a client has a genuine change that ``epoch`` lacks (I7)."""
         if epoch != self.history.epoch:
             return  # another proof came first
         if self._disproved_epoch != epoch:
@@ -409,7 +401,6 @@ class Project:
                 raise AssertionError("these are not answered with an outcome")
 
     def _uploads_used(self, message: RunCommand | RunCall) -> None:
-        """Release the uploads of a committed request; without a change a retry may need them."""
         for file in message.files:
             if file.digest is not None:
                 self.uploads.used(message.token_id, file.digest)
@@ -439,7 +430,7 @@ class Project:
             await asyncio.sleep(_RESTART_DELAYS_S[min(restarts, len(_RESTART_DELAYS_S) - 1)])
 
     async def _start_worker(self) -> None:
-        """Start a worker and send it the unanswered requests of its predecessor."""
+        """Start a worker, with the unanswered requests of its predecessor."""
         self._worker_ended = asyncio.Event()
         self._ready = asyncio.get_running_loop().create_future()
         self._worker = await WorkerProcess.start(
@@ -469,7 +460,7 @@ class Project:
         self._pump()
 
     def _ended(self) -> None:
-        """Queue the requests of an ended worker again, first and in the same order."""
+        """Queue an ended worker's requests again, first and in order."""
         sent, unanswered = len(self._queue.sent), self._queue.worker_ended()
         if len(unanswered) < sent:
             self._reconciling = False  # the next worker looks at the whole tree when it starts
@@ -506,10 +497,7 @@ class Project:
                 )
 
     def _fail(self, message: str, *, for_good: bool = False) -> None:
-        """Close the project, for now or until the server is restarted.
-
-        In-flight requests get no reply, since their outcome is unknown.
-        """
+        """Close the project. Requests in flight get no reply: their outcome is unknown."""
         self._failed_for_good |= for_good
         if self._failure is not None:
             return
@@ -530,7 +518,6 @@ class Project:
 
 
 def stopping() -> Rejected:
-    """Return the refusal of requests to a project that is stopping."""
     return Rejected("the server is stopping or closing this project; try again", code="REMOTE_SHUTDOWN")
 
 

@@ -45,21 +45,19 @@ __all__ = [
 
 
 class Requester(Protocol):
-    """Recipient of a request's reply. No method waits or raises."""
+    """Recipient of a reply. No method waits or raises."""
 
     @property
     def fairness_key(self) -> Hashable:
-        """Key of its requests, which keep their order; keys take turns. Several requesters may share one."""
+        """Key of its requests, which keep their order; keys take turns."""
 
-    def answer(self, request_id: str, reply: bytes) -> None:
-        """Handle an encoded reply."""
+    def answer(self, request_id: str, reply: bytes) -> None: ...
 
-    def end(self, bye: Bye) -> None:
-        """Handle that no reply will come."""
+    def end(self, bye: Bye) -> None: ...
 
 
 class FairQueue[T]:
-    """Queue that serves fairness keys in turn, such as one per connection or token; ``None`` is the server's own."""
+    """Queue that serves fairness keys in turn; ``None`` is the server's own."""
 
     def __init__(self) -> None:
         self._first: deque[T] = deque()
@@ -77,16 +75,14 @@ class FairQueue[T]:
         self._length += 1
 
     def add_first(self, item: T) -> None:
-        """Insert an item before all others, to run again."""
         self._first.appendleft(item)
         self._length += 1
 
     def next(self) -> T:
-        """Return the item that ``pop`` would return."""
         return self._first[0] if self._first else next(iter(self._by_key.values()))[0]
 
     def pop(self) -> T:
-        """Remove and return the next item; its key then comes last."""
+        """Remove the next item; its key then comes last."""
         self._length -= 1
         if self._first:
             return self._first.popleft()
@@ -98,7 +94,6 @@ class FairQueue[T]:
         return item
 
     def remove(self, item: T) -> None:
-        """Remove an item if present."""
         for fairness_key in (self._first, *self._by_key.values()):
             if item in fairness_key:
                 fairness_key.remove(item)
@@ -157,29 +152,29 @@ class QueuedRequest:
 
     message: ToWorker
     requesters: list[Requester] = field(default_factory=list)
-    """Recipients of the reply; a request may be repeated on a new connection."""
+    """A request may be repeated on a new connection."""
     state: Literal["queued", "sent", "waiting"] = "queued"
     """In its turn, with the worker, or for a resource."""
     submitted_at: float = field(default_factory=time.monotonic)
-    """Monotonic time of the first submission, possibly to an earlier server process."""
+    """First submission, possibly to an earlier server process; monotonic."""
     arrived_at: float = field(default_factory=time.monotonic)
-    """Monotonic time of arrival in this process."""
+    """In this process; monotonic."""
     on_result: Callable[[Any], None] | None = None
-    """Called with the outcome; writes the log line (see ``request_log``)."""
+    """Writes the log line (see ``metrics``)."""
     suspect: bool = False
-    """Was with a worker that died; runs alone until the culprit is known."""
+    """Was with a worker that died; runs alone."""
     deaths: int = 0
-    """Workers that certainly died of it."""
+    """Workers that died of it."""
     resource: str | None = None
     lock_tries: int = 0
     lock_until: float = 0.0
-    """Monotonic deadline of its lock waits; 0 before the first."""
+    """Deadline of its lock waits; 0 before the first."""
     wait_until: float = 0.0
-    """Monotonic deadline of the current wait."""
+    """Deadline of the current wait."""
     weight: int = field(init=False)
-    """Bytes of its arguments and attached files, as submitted."""
+    """Bytes of its arguments and files, as submitted."""
     fairness_key: Hashable = field(init=False)
-    """The first requester's key; None for the server's own."""
+    """None for the server's own."""
 
     def __post_init__(self) -> None:
         self.weight = _weight_of(self.message)
@@ -187,12 +182,11 @@ class QueuedRequest:
 
     @property
     def id(self) -> str:
-        """The request's id; "" for the server's own."""
         return getattr(self.message, "id", "")
 
 
 _LOCKS = "locks/"
-"""Prefix of lock names; no resource name has a slash."""
+"""No resource name has a slash."""
 _MIN_RETRY_S = 0.1
 _LOCK_RETRY_S, _MAX_LOCK_RETRY_S = 0.02, 0.25
 """Plain lattice holds a lock for about 10 ms."""
@@ -220,7 +214,7 @@ class ResourceWaitQueue:
     def _lock_delay(
         self, job: QueuedRequest, done: RequestDone, line: dict[QueuedRequest, asyncio.TimerHandle | None]
     ) -> float:
-        """Return the seconds until the next lock attempt. Only the first waiter retries before its deadline."""
+        """Return the delay of a lock attempt. Only the first waiter retries before its deadline."""
         job.lock_until = job.lock_until or time.monotonic() + done.wait_timeout_s
         job.wait_until = job.lock_until
         delay = job.wait_until - time.monotonic()
@@ -230,7 +224,7 @@ class ResourceWaitQueue:
         return min(delay, _LOCK_RETRY_S * 1.5**job.lock_tries, _MAX_LOCK_RETRY_S)
 
     def ahead_of(self, job: QueuedRequest) -> list[str]:
-        """Return the resources that another request has waited for longer."""
+        """Return the resources with longer waiters."""
         return [
             resource
             for resource, line in self._lines.items()
@@ -257,7 +251,7 @@ class ResourceWaitQueue:
             self.wake_first(resource)
 
     def leave(self, job: QueuedRequest) -> bool:
-        """Remove a waiter and wake the next; return whether it was waiting rather than being tried."""
+        """Remove a waiter and wake the next; return False if it is being tried."""
         line = self._lines.get(job.resource or "", {})
         if job not in line:
             return False
@@ -286,7 +280,7 @@ class ResourceWaitQueue:
 
 
 def _delay(job: QueuedRequest, done: RequestDone) -> float:
-    """Return the seconds until a resource is tried again without an event."""
+    """Return the delay of a try without an event."""
     job.lock_until, job.lock_tries = 0.0, 0
     job.wait_until = job.submitted_at + done.wait_timeout_s
     delay = job.wait_until - time.monotonic()
@@ -300,19 +294,17 @@ class QueueLimits:
     """Limits of a project's queue and worker."""
 
     command_s: float = 30.0
-    """Time limit of a command, which is then undone."""
+    """A command is then undone."""
     upkeep_s: float = 600.0
-    """Time limit for opening the project or reading its whole tree; checks of single files have ``command_s``."""
+    """For opening the project or reading its whole tree; checks of single files have ``command_s``."""
     window: int = 16
-    """Requests with the worker at once: enough to work on while others are fsynced. More would only delay the next
-    connection.
-    """
+    """Requests with the worker at once. More would only delay the next connection."""
     queued: int = 1024
-    """Queue length above which connections with a queued request are refused as busy."""
+    """Beyond, connections with a queued request are refused as busy."""
     per_token: int = 512
-    """Requests of one token in flight."""
+    """In flight."""
     in_flight_bytes: int = 256 * 1024 * 1024
-    """Total weight of requests in flight: queued, with the worker, or waiting for a resource."""
+    """Weight of requests in flight: queued, sent or waiting."""
     in_flight_bytes_per_token: int = 128 * 1024 * 1024
     """The same for one token; the rest is reserved for other tokens."""
     window_bytes: int = 32 * 1024 * 1024
@@ -341,13 +333,12 @@ class RequestQueue:
         self._weight: Counter[str] = Counter()  # by token
         self._weight_sent = 0
         self.attempts = 0
-        """Number of requests ever sent that may write, including those without effect."""
+        """Requests ever sent that may write."""
         self._oldest_since = 0.0  # when the oldest with the worker became the oldest
         self._timer: asyncio.TimerHandle | None = None
 
     @property
     def bytes(self) -> int:
-        """Weight of all requests."""
         return self._weight.total()
 
     def get(self, request_id: str) -> QueuedRequest | None:
@@ -359,7 +350,7 @@ class RequestQueue:
     # --- admission ---
 
     def objection(self, request: QueuedRequest) -> str | None:
-        """Return why a client may not add a request; None if it may."""
+        """Return why a client may not add a request."""
         limits, token_id = self._limits, _token_of(request.message)
         busy = "the server has too much to do for this project; try again"
         # A requester with nothing queued is always admitted: others must not lock it out.
@@ -384,7 +375,7 @@ class RequestQueue:
     # --- the worker ---
 
     def take(self) -> list[ToWorker]:
-        """Return the messages to send to the worker now, in order."""
+        """Return the messages to send to the worker now."""
         batch: list[ToWorker] = []
         while self.turns and self._has_room(self.turns.next()):
             request = self.turns.pop()
@@ -411,7 +402,7 @@ class RequestQueue:
         self._watch()
 
     def settle(self) -> QueuedRequest:
-        """Remove the oldest request from the worker's, no longer suspect; return it. ``wait()`` or ``drop()`` it."""
+        """Remove and return the worker's oldest request, to ``wait()`` or ``drop()``."""
         request = self.sent.popleft()
         self._weight_sent -= request.weight
         request.suspect, request.deaths = False, 0
@@ -425,7 +416,7 @@ class RequestQueue:
         self.waiting.add(request, done, ahead=request.message.ahead)
 
     def worker_ended(self) -> list[QueuedRequest]:
-        """Queue the worker's requests again, first and in order, as suspects; return them. Checks are dropped."""
+        """Queue the worker's requests again, first and in order, as suspects; return them. Drops checks."""
         unanswered = [request for request in self.sent if not isinstance(request.message, Reconcile)]
         self.sent.clear()
         self._weight_sent = 0
@@ -437,7 +428,6 @@ class RequestQueue:
     # --- ends ---
 
     def drop(self, request: QueuedRequest) -> None:
-        """Forget a request that is settled. Idempotent."""
         self.waiting.leave(request)
         if self._by_id.pop(request.id, None) is not None:
             token_id = _token_of(request.message)
@@ -445,7 +435,7 @@ class RequestQueue:
             self._weight[token_id] -= request.weight
 
     def withdraw(self, request: QueuedRequest) -> bool:
-        """Forget a request that has had no effect; return False if the worker has it."""
+        """Forget a request without effect; return False if the worker has it."""
         if request.state == "sent":
             return False
         if request.state == "queued":
@@ -454,7 +444,6 @@ class RequestQueue:
         return True
 
     def clear(self) -> None:
-        """Forget all requests, except those of the worker."""
         self.waiting.clear()
         self.turns.clear()
         self._by_id.clear()

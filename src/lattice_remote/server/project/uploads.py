@@ -25,31 +25,31 @@ from lattice_remote.server.project.queue import Requester
 __all__ = ["EXPIRE_S", "Staging", "Uploads"]
 
 EXPIRE_S = 24 * 3600.0
-"""Age, since the last piece or use, at which staged content is removed."""
+"""Since the last piece or use."""
 _IDLE_S = 600.0
-"""Age, since the last piece, at which incomplete content makes room for another upload of its token."""
+"""Then incomplete content makes room for another upload of its token."""
 _SYNC_BYTES = 8 * 1024 * 1024
-"""Bytes written between fsyncs, so that a command's own fsync never has to flush more."""
+"""Between fsyncs, so that a command's own fsync never has to flush more."""
 _SETTLED_NS = 1_000_000_000
 _NAME = re.compile(r"([0-9a-f]{16})-[0-9a-f]{64}(\.part)?")
 _NEW_FILE_MODE = 0o644
-"""Mode of staged files before the umask; ``attach`` copies it."""
+"""Before the umask; ``attach`` copies it."""
 
 
 @dataclass(slots=True)
 class _Content:
     owner: str
     size: int
-    """Final size in bytes; after a restart the current size, until the client repeats it."""
+    """Final size; after a restart the current one, until the client repeats it."""
     have: int
     is_whole: bool
     used_at: float
-    """Time of the last piece, in seconds since 1970."""
+    """Seconds since 1970."""
     is_admitted: bool = False
-    """Whether its size was checked since the start."""
+    """Its size was checked since the start."""
     unsynced: int = 0
     hasher: "hashlib._Hash | None" = field(default=None, repr=False)
-    """Has seen all bytes so far; None after a restart."""
+    """None after a restart."""
 
 
 class Staging:
@@ -79,13 +79,11 @@ class Staging:
         return content.have
 
     def used(self, token_id: str, digest: bytes) -> None:
-        """Remove consumed content."""
         name = self._paths.upload(token_id, digest).name
         if name in self._known():
             self._remove(name)
 
     def sweep(self) -> None:
-        """Remove expired content."""
         now = time.time()
         for name, content in list(self._known().items()):
             if now - content.used_at > EXPIRE_S:
@@ -94,9 +92,9 @@ class Staging:
     # --- admission ---
 
     def _admitted(self, frame: Upload, name: str) -> _Content:
-        """Return the content of a piece, registering it if new. Writes nothing.
+        """Return the content of a piece, registering it if new.
 
-        Raises Rejected if it is too large, no room is left, or its size differs from the size named before.
+        Raises Rejected if it is too large, no room is left, or its size differs from before.
         """
         contents = self._known()
         content = contents.get(name)
@@ -145,7 +143,7 @@ class Staging:
     # --- on the disk ---
 
     def _known(self) -> dict[str, _Content]:
-        """Return the staged contents; the first call scans the directory and removes foreign files."""
+        """Return the staged contents. The first call scans the directory and removes foreign files."""
         if self._contents is None:
             self._paths.uploads.mkdir(mode=0o700, exist_ok=True)
             with self._directory() as directory:
@@ -155,7 +153,7 @@ class Staging:
 
     @contextlib.contextmanager
     def _directory(self) -> Iterator[int]:
-        """Open the directory; raise OSError if it is a symbolic link."""
+        """Open the directory. Raises OSError if it is a symbolic link."""
         descriptor = os.open(self._paths.uploads, READ | os.O_DIRECTORY)
         try:
             yield descriptor
@@ -241,10 +239,7 @@ _log = logging.getLogger(__name__)
 
 
 class Uploads:
-    """Uploads of one project. Belongs to the event loop's thread; ``close()`` it.
-
-    ``refused`` is called with the code of each refusal.
-    """
+    """Uploads of one project, in the event loop's thread. ``refused`` gets the code of each refusal. ``close()`` it."""
 
     def __init__(
         self, paths: ProjectPaths, limits: LimitSettings, refused: Callable[[str], None] = lambda _: None
@@ -256,7 +251,7 @@ class Uploads:
         self._closed = False
 
     def take(self, frame: Upload, token_id: str, requester: Requester) -> None:
-        """Queue a piece. Calls ``requester.answer()`` once it is written or refused."""
+        """Queue a piece. ``requester.answer()`` follows."""
         weight = len(frame.data) + _FRAME_BYTES
         waits_too_much = self._waiting[token_id] + weight > _WAITING_BYTES_PER_TOKEN
         if self._closed or waits_too_much or self._waiting.total() + weight > _WAITING_BYTES:
@@ -285,7 +280,7 @@ class Uploads:
         self._do(self._staging.sweep)
 
     def close(self) -> None:
-        """Accept no more. Queued pieces are finished; incomplete content continues after the next start."""
+        """Accept no more. Queued pieces are finished; incomplete content continues after a restart."""
         self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
 

@@ -43,11 +43,9 @@ class UnauthenticatedConnections[T: Hashable]:
         return len(self._address_of)
 
     def at(self, address: str) -> int:
-        """Return the number at an address."""
         return len(self._at.get(address, ()))
 
     def oldest_at(self, address: str) -> T:
-        """Return the oldest one at an address that has one."""
         return next(iter(self._at[address]))
 
     def put(self, stranger: T, address: str) -> None:
@@ -65,11 +63,10 @@ class UnauthenticatedConnections[T: Hashable]:
                 del self._at[address]
 
     def next_to_go(self) -> T:
-        """Return the one to close for a new one; there is at least one."""
         return next(iter(self._at[next(iter(self._with[-1]))]))
 
     def _recount(self, address: str, before: int) -> None:
-        """Note that an address has one more or one less than ``before``."""
+        """Note a changed number of an address."""
         count = self.at(address)
         if before:
             del self._with[before][address]
@@ -81,7 +78,7 @@ class UnauthenticatedConnections[T: Hashable]:
 
 
 class TokenBucket:
-    """``burst`` at once, and ``rate`` per second in the long run."""
+    """``burst`` at once, then ``rate`` per second."""
 
     __slots__ = ("_at", "_left")
 
@@ -90,7 +87,7 @@ class TokenBucket:
         self._at = now
 
     def take(self, now: float, *, rate: float, burst: float) -> float:
-        """Take one and return 0.0; if there is none, return the seconds until there is."""
+        """Take one and return 0.0; else return the seconds to wait."""
         self._left = min(burst, self._left + (now - self._at) * rate)
         self._at = now
         if self._left < 1.0:
@@ -100,7 +97,7 @@ class TokenBucket:
 
 
 def counted_as(host: str) -> str:
-    """Return the name under which an address is counted: an IPv6 address stands for its /64, usually one customer."""
+    """Return an address's name: an IPv6 address stands for its /64, usually one customer."""
     address = _parsed(host)
     if isinstance(address, IPv6Address):
         return str(ip_network((address, 64), strict=False))
@@ -108,13 +105,13 @@ def counted_as(host: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a listening address is reachable from this machine alone."""
+    """Return whether a listening address is of this machine alone."""
     address = _parsed(host)
     return address is not None and address.is_loopback
 
 
 class Proxies:
-    """Proxies, by addresses and networks, whose X-Forwarded-For is trusted. Raises Misuse if one is neither."""
+    """Trusted proxies, by addresses and networks. Raises Misuse."""
 
     def __init__(self, trusted: Sequence[str]) -> None:
         try:
@@ -149,18 +146,18 @@ def _parsed(host: str) -> IPv4Address | IPv6Address | None:
 
 
 def _without_port(hop: str) -> str:
-    """Return the address of ``1.2.3.4``, ``1.2.3.4:5``, ``::1``, ``[::1]`` or ``[::1]:5``."""
+    """Return the address of ``1.2.3.4:5`` or ``[::1]:5``."""
     if hop.startswith("["):
         return hop[1:].partition("]")[0]
     return hop.partition(":")[0] if hop.count(":") == 1 else hop
 
 
 MAX_ADDRESSES = 10_000
-"""Remembered addresses without a connection."""
+"""Without a connection."""
 _BURST_S = 10
-"""Seconds' worth of new connections that may come at once."""
+"""Of new connections."""
 _TOKEN_BURST_S = 4
-"""Seconds' worth of requests with one token that may come at once."""
+"""Of requests with one token."""
 _PATIENCE_S = 1.0
 """Age at which a connection without a token may be closed for the next of its address. A token comes with the first
 packet; a shorter time would cut TLS handshakes when hundreds of agents reconnect together.
@@ -186,11 +183,11 @@ class ConnectionQuota:
 
     def __init__(self, admission: "AdmissionControl", host: str) -> None:
         self.cut: Callable[[], object] = lambda: None
-        """Ends the connection at once; set by its owner."""
+        """Set by its owner."""
         self._admission = admission
         self._host = host
         self.since = admission.clock()
-        """Time of acceptance, in seconds of ``AdmissionControl.clock``."""
+        """By ``AdmissionControl.clock``."""
         self._home: _Address | None = None  # behind a proxy it is known once a request has come
         self._refusal: ApiError | None = None
         self._requests = 0
@@ -204,22 +201,20 @@ class ConnectionQuota:
 
     @property
     def address(self) -> str:
-        """The address it comes from; behind a proxy known with the first request."""
+        """The client's; behind a proxy known with the first request."""
         return self._host if self._home is None else self._home.name
 
     @property
     def from_proxy(self) -> bool:
-        """Whether a trusted proxy made the connection; its headers about the client are trusted."""
+        """Whether a trusted proxy made the connection."""
         return self._host in self._admission.proxies
 
     def enter(self, forwarded_for: Sequence[str], token_id: str = "") -> ApiError | None:
         """Count a request's head; return the refusal, if any.
 
         Args:
-            forwarded_for: all X-Forwarded-For headers, used only from a trusted proxy.
-            token_id: of this request's valid token, "" for none. Earlier requests do not count: a proxy sends many
-                people's
-                requests on one connection.
+            forwarded_for: used only from a trusted proxy.
+            token_id: of this request's valid token. Earlier ones do not count: a proxy sends many people's requests.
         """
         proxies = self._admission.proxies
         if self._host in proxies and not self._gone:
@@ -238,7 +233,7 @@ class ConnectionQuota:
         return self._refusal
 
     def come_from(self, home: _Address, *, is_new: bool = True) -> None:
-        """Count it for an address, as new or as one more open connection; ``enter()`` refuses it if needed."""
+        """Count it for an address; ``enter()`` refuses it if needed."""
         self._home = home
         home.connections += 1
         home.admitted += bool(self._token_id)
@@ -250,17 +245,17 @@ class ConnectionQuota:
         self._admission.log(reason, self.address)
 
     def log_cut(self, reason: str) -> None:  # noqa: ARG002 - the figures in it differ each time
-        """Log, at a limited rate, that it was cut because the client does not read."""
+        """Log, at a limited rate, a client that does not read."""
         self._admission.log("cut: the client does not read", self.address)
 
     def failed(self) -> ApiError | None:
-        """Count a request without a valid token; return the refusal if there were too many."""
+        """Count a request without a valid token."""
         return self._admission.login_failed(self._admission.known(self.address))
 
     def admit(self, token_id: str) -> ApiError | None:
-        """Count it for this token from now on, no longer as unauthenticated; or return the refusal.
+        """Count it for this token, no longer as unauthenticated; or return the refusal.
 
-        A proxy's connection shows many tokens; it is counted for the last.
+        A proxy's connection is counted for its last token.
         """
         if token_id == self._token_id:
             return None
@@ -279,10 +274,7 @@ class ConnectionQuota:
         return refusal
 
     def holds(self, size: int) -> bool:
-        """Count the bytes held of an unfinished message; return whether the token's limit allows them.
-
-        Small messages always pass.
-        """
+        """Count the bytes of an unfinished message; return False over the token's limit. Small messages pass."""
         held = self._admission.held_by_token
         if self._token_id and not self._gone:
             held[self._token_id] += size - self._held
@@ -307,7 +299,7 @@ class ConnectionQuota:
 
 
 class AdmissionControl:
-    """All connections and addresses together. Belongs to the event loop's thread. Raises Misuse for a bad proxy."""
+    """All connections and addresses. Raises Misuse for a bad proxy."""
 
     def __init__(
         self, limits: LimitSettings, trusted_proxies: Sequence[str] = (), *, clock: Callable[[], float] = time.monotonic
@@ -319,12 +311,12 @@ class AdmissionControl:
         self.unauthenticated: UnauthenticatedConnections[ConnectionQuota] = UnauthenticatedConnections()
         self._by_token: Counter[str] = Counter()
         self.held_by_token: Counter[str] = Counter()
-        """Bytes held of unfinished messages."""
+        """Of unfinished messages."""
         self._requests_of: dict[str, TokenBucket] = {}  # by token: bounded by the number of tokens
         self._logged: dict[str, tuple[float, int]] = {}  # by reason: last line, omitted since
 
     def arrive(self, host: str) -> ConnectionQuota | None:
-        """Count a new connection; return None if its address has no room for another unauthenticated one."""
+        """Count a new connection; None if its address has no room for another unauthenticated one."""
         quota = ConnectionQuota(self, host)
         if host in self.proxies:
             self.unauthenticated.put(quota, host)
@@ -359,7 +351,7 @@ class AdmissionControl:
     # --- for its visits ---
 
     def known(self, name: str) -> _Address:
-        """Return the state of an address; drop the one not seen for longest if there are too many."""
+        """Return an address's state; drop the one not seen for longest if there are too many."""
         known = self._addresses.get(name)
         if known is None:
             known = self._addresses[name] = _Address(name, self.limits, self.clock())
@@ -369,7 +361,7 @@ class AdmissionControl:
         return known
 
     def _forget_one(self) -> None:
-        """Drop the oldest address without a connection. Those with connections are bounded by the open files."""
+        """Drop the oldest address without a connection. Open files bound the others."""
         for _ in range(100):
             name, oldest = self._addresses.popitem(last=False)
             if not oldest.connections:
@@ -377,7 +369,7 @@ class AdmissionControl:
             self._addresses[name] = oldest
 
     def one_more_from(self, home: _Address, *, is_new: bool) -> ApiError | None:
-        """Return the refusal of a connection from an address, already counted, if it is one too many."""
+        """Return the refusal of a counted connection that is one too many."""
         if is_new and (refusal := self.too_fast(home)) is not None:
             return refusal
         if self.unauthenticated.at(home.name) > self.limits.waiting_connections_per_address:
@@ -386,7 +378,7 @@ class AdmissionControl:
         return None
 
     def one_more_admitted(self, home: _Address) -> ApiError | None:
-        """Return the refusal of one more authenticated connection from an address."""
+        """Return the refusal of one more authenticated connection."""
         most = self.limits.connections_per_address
         if home.admitted < most:
             return None
@@ -394,7 +386,7 @@ class AdmissionControl:
         return _too_many(f"your address has {most} connections already", 10)
 
     def too_fast(self, home: _Address) -> ApiError | None:
-        """Count a new connection, or a further request on one; return the refusal if there are too many."""
+        """Count a new connection or request; return the refusal if there are too many."""
         rate = self.limits.new_connections_per_second
         wait_s = home.arrivals.take(self.clock(), rate=rate, burst=rate * _BURST_S)
         if not wait_s:
@@ -403,7 +395,7 @@ class AdmissionControl:
         return _too_many("too many new connections or requests from your address", wait_s)
 
     def too_fast_with(self, token_id: str, address: str) -> ApiError | None:
-        """Count a request with a valid token; return the refusal if there are too many."""
+        """Count a request with a token; return the refusal if there are too many."""
         rate, now = self.limits.messages_per_second, self.clock()
         requests = self._requests_of.setdefault(token_id, TokenBucket(rate * _TOKEN_BURST_S, now))
         wait_s = requests.take(now, rate=rate, burst=rate * _TOKEN_BURST_S)

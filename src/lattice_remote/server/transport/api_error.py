@@ -24,7 +24,7 @@ _STATUSES = {
     "REMOTE_UNKNOWN_OUTCOME": HTTPStatus.SERVICE_UNAVAILABLE,
     "REMOTE_FAILED": HTTPStatus.INTERNAL_SERVER_ERROR,
 }
-"""HTTP status of each code; 500 for any other."""
+"""500 for any other."""
 _RETRYABLE = {"REMOTE_BUSY", "REMOTE_SHUTDOWN", "REMOTE_STORAGE"}
 
 
@@ -52,7 +52,7 @@ class ApiError(Exception):
 
     @classmethod
     def from_remote_error(cls, error: RemoteError) -> "ApiError":
-        """Return the response to an error of an admitted request; the connection stays open."""
+        """Return the response to an error of an admitted request."""
         status = _STATUSES.get(error.code, HTTPStatus.INTERNAL_SERVER_ERROR)
         return cls(status, error.code, error.message, 1 if error.code in _RETRYABLE else None, closes=False)
 
@@ -62,7 +62,7 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """The headers, without ``Content-Length``."""
+        """Without ``Content-Length``."""
         headers = {"Content-Type": "application/json"}
         if self.closes:
             headers["Connection"] = "close"
@@ -76,7 +76,7 @@ class ApiError(Exception):
 
     @property
     def raw(self) -> bytes:
-        """The whole response in HTTP/1.1."""
+        """In HTTP/1.1."""
         headers = {**self.headers, "Content-Length": str(len(self.body))}
         lines = [f"HTTP/1.1 {self.status.value} {self.status.phrase}", *(f"{k}: {v}" for k, v in headers.items())]
         return "\r\n".join(lines).encode() + b"\r\n\r\n" + self.body

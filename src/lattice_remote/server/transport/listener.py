@@ -29,7 +29,7 @@ class _Encrypted(Exception): ...
 
 
 class Certificate:
-    """A certificate, its private key, and their TLS context: TLS 1.2 or newer.
+    """A certificate, its key, and their TLS context: TLS 1.2 or newer.
 
     Raises Misuse if a file is unreadable, any user can read the key, it has a password, or they do not match.
     """
@@ -42,7 +42,7 @@ class Certificate:
     def refresh(self) -> None:
         """Use changed files for new connections; log why if they are unusable.
 
-        Files are renewed one after the other: a pair that does not match is tried again at the next call.
+        A pair that does not match, half renewed, is tried again at the next call.
         """
         try:
             signature = self._stat()
@@ -69,7 +69,7 @@ class Certificate:
         return context
 
     def _stat(self) -> tuple[int, ...]:
-        """Return the signature of both files. Raises Misuse if one is unreadable, or any user can read the key."""
+        """Return the signature of both files. Raises Misuse as the class."""
         numbers: list[int] = []
         for path in (self._cert, self._key):
             try:
@@ -94,7 +94,6 @@ def _reason(error: ssl.SSLError, cert: Path, key: Path) -> str:
 
 
 TLS_TIMEOUT_S = 10.0
-"""Time limit of the TLS handshake."""
 _TLS_GOODBYE_S = 0.6
 _RETRY_S = 0.2
 _UNSENT_BYTES = 128 * 1024
@@ -106,7 +105,7 @@ _NO_ROOM = ApiError(
 
 
 class Acceptor:
-    """One listening socket. ``start()`` it; ``close()`` and ``wait_closed()`` are those of an ``asyncio.Server``."""
+    """One listening socket: ``start()`` it. ``close()`` and ``wait_closed()`` are as of an ``asyncio.Server``."""
 
     def __init__(
         self,
@@ -127,7 +126,7 @@ class Acceptor:
         self._accepting = asyncio.get_running_loop().create_task(self._accept(), name="accept")
 
     def close(self) -> None:
-        """Stop accepting, and abort the connections in their TLS handshake."""
+        """Stop accepting; abort TLS handshakes."""
         for task in (self._accepting, *self._opening):
             if task is not None:
                 task.cancel()
@@ -168,7 +167,7 @@ class Acceptor:
         quota.cut = task.cancel
 
     async def _open(self, connection: socket.socket, quota: ConnectionQuota) -> None:
-        """Do the TLS handshake, if any, and give the connection to its protocol."""
+        """Do the TLS handshake, then give the connection to its protocol."""
         tls = self._context is not None
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
@@ -186,15 +185,12 @@ class Acceptor:
 
 
 def service_manager() -> Callable[[str], None]:
-    """Return a function that reports a state to the service manager that ``NOTIFY_SOCKET`` names, if any.
-
-    Unsets the variable for workers and hooks.
-    """
+    """Return a function that reports to the service manager in ``NOTIFY_SOCKET``, which it unsets."""
     return partial(notify, os.environ.pop("NOTIFY_SOCKET", ""))
 
 
 def notify(address: str, state: str) -> None:
-    """Report ``READY=1`` or ``STOPPING=1`` to a service manager; without an address to none. A failure is logged."""
+    """Report ``READY=1`` or ``STOPPING=1``. A failure is logged."""
     if not address:
         return
     try:

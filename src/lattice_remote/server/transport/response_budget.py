@@ -16,9 +16,9 @@ from lattice_remote.server.config import LimitSettings
 __all__ = ["COUNTED_BYTES", "ResponseBudget", "ResponseShare"]
 
 COUNTED_BYTES = 64 * 1024
-"""Larger bodies are counted, and sent in pieces of this size."""
+"""Larger bodies are counted, and sent in such pieces."""
 _WAIT_S = 30.0
-"""Longest wait for room: three times the limit of a client that does not read."""
+"""Three times the limit of a client that does not read."""
 
 
 class _Bodies:
@@ -56,7 +56,7 @@ async def _in_time() -> AsyncIterator[None]:
 
 
 class ResponseBudget:
-    """The bodies held by all responses of a server. Belongs to the event loop's thread."""
+    """Bodies held by all responses."""
 
     def __init__(self, limits: LimitSettings) -> None:
         self._limits = limits
@@ -70,17 +70,16 @@ class ResponseBudget:
         return self._all.bytes
 
     def of(self, token_id: str) -> int:
-        """Return the bytes held by the responses of a token."""
         return self._of[token_id].bytes if token_id in self._of else 0
 
     def has_room(self, token_id: str) -> bool:
-        """Return whether a token may have one more response; one that holds nothing always may."""
+        """Return whether a token may have one more response; one that holds nothing may."""
         held = self.of(token_id)
         is_below = held < self._limits.answer_bytes_per_token and self.total_bytes < self._limits.answer_bytes
         return not held or is_below
 
     def has(self, token_id: str, body: bytes) -> bool:
-        """Return whether a response of this token holds this very body already."""
+        """Return whether a response of this token holds this very body."""
         return token_id in self._of and self._of[token_id].has(body)
 
     async def room(self, token_id: str) -> None:
@@ -90,7 +89,7 @@ class ResponseBudget:
                 await self._released(token_id)
 
     async def _released(self, token_id: str) -> None:
-        """Wait until a body of this token is released, or any body if the total was exceeded."""
+        """Wait until a body is released, of this token unless the total was exceeded."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[token_id].append(waiter)
         try:
@@ -101,7 +100,7 @@ class ResponseBudget:
 
     @asynccontextmanager
     async def alone(self, token_id: str) -> AsyncIterator[None]:
-        """Become the only request of its token that makes a response; raises as ``room``."""
+        """Be the only request of its token that makes a response; raises as ``room``."""
         lock = self._making.setdefault(token_id, asyncio.Lock())
         async with _in_time():
             await lock.acquire()
@@ -111,12 +110,12 @@ class ResponseBudget:
             lock.release()
 
     def add(self, token_id: str, body: bytes) -> None:
-        """Count a body; ``remove`` it when its response is over."""
+        """Count a body until ``remove``."""
         self._of.setdefault(token_id, _Bodies()).add(body)
         self._all.add(body)
 
     def remove(self, token_id: str, body: bytes) -> None:
-        """Uncount a body, and wake requests that wait for room."""
+        """Uncount a body, and wake waiting requests."""
         self._of[token_id].remove(body)
         self._all.remove(body)
         if not self._of[token_id].bytes:
@@ -128,17 +127,17 @@ class ResponseBudget:
 
 
 class ResponseShare:
-    """The share of one response in the budget; ``close()`` it when the response is over."""
+    """Share of one response; ``close()`` it."""
 
     def __init__(self, budget: ResponseBudget) -> None:
         self._budget = budget
         self._bodies: list[bytes] = []
         self.token_id = ""
-        """The token, once known; responses without one are small."""
+        """Once known; responses without one are small."""
 
     @property
     def has_room(self) -> bool:
-        """Whether a body may be made now; the later parts of a response always may."""
+        """Whether a body may be made now; later parts always may."""
         return bool(self._bodies) or self._budget.has_room(self.token_id)
 
     async def room(self) -> None:
@@ -154,30 +153,30 @@ class ResponseShare:
             yield
 
     def may_hold(self, body: bytes) -> bool:
-        """Return whether the response may share this body, which is in memory already."""
+        """Return whether the response may share this body in memory."""
         return len(body) <= COUNTED_BYTES or self.has_room or self._budget.has(self.token_id, body)
 
     def hold(self, body: bytes) -> None:
-        """Count a body of the response, once."""
+        """Count a body, once."""
         if len(body) > COUNTED_BYTES and self.token_id and not any(body is held for held in self._bodies):
             self._bodies.append(body)
             self._budget.add(self.token_id, body)
 
     def hold_if_room(self, body: bytes) -> bool:
-        """Count a body that was made without waiting for room; return False, and do not count it, if there is none."""
+        """Count a body made without waiting; return False if there is no room."""
         has_room = len(body) <= COUNTED_BYTES or self.has_room
         if has_room:
             self.hold(body)
         return has_room
 
     def hold_only(self, body: bytes) -> None:
-        """Count the body that is sent; what it was made from is released."""
+        """Count the body that is sent, and nothing that it was made from."""
         self.hold(body)
         for held in [held for held in self._bodies if held is not body]:
             self.drop(held)
 
     def drop(self, body: bytes) -> None:
-        """Uncount a body that the response does not use after all. Idempotent."""
+        """Uncount a body. Idempotent."""
         if any(body is held for held in self._bodies):
             self._bodies = [held for held in self._bodies if held is not body]
             self._budget.remove(self.token_id, body)

@@ -71,19 +71,19 @@ __all__ = [
 
 
 MAX_PENDING_BYTES = 16 * 1024 * 1024
-"""Outstanding bytes at which the client is cut. One frame may always be queued, however large."""
+"""The client is cut then. One frame may always be queued, however large."""
 STALL_DEADLINE_S = 10.0
-"""Time without a byte read after which the client is cut."""
+"""Without a byte read; then the client is cut."""
 _WRITE_BYTES = 256 * 1024
 _JOINED_BYTES = 16 * 1024
-"""Frames up to this size are written together. Larger ones are not copied: joined, each client would have its copy."""
+"""Written together. Larger frames are not copied: joined, each client would have its copy."""
 _CHECK_S = 1.0
 
 _log = logging.getLogger(__name__)
 
 
 def websocket_frame(payload: bytes) -> bytes:
-    """Return a whole binary WebSocket message from a server (RFC 6455 section 5.2): final, unmasked, one frame."""
+    """Return a binary WebSocket message from a server (RFC 6455 section 5.2): final, unmasked, one frame."""
     size = len(payload)
     if size < 126:
         return b"\x82" + bytes((size,)) + payload
@@ -93,14 +93,13 @@ def websocket_frame(payload: bytes) -> bytes:
 
 
 def payload_of(frame: bytes) -> bytes:
-    """Return the payload of a frame made by ``websocket_frame``."""
     return frame[{126: 4, 127: 10}.get(frame[1], 2) :]
 
 
 class SendQueue:
     """The queue in front of one transport; the owner passes on ``pause()``, ``resume()`` and ``close()``.
 
-    ``log`` is called with the reason when the client is cut.
+    ``log`` gets the reason when the client is cut.
     """
 
     def __init__(
@@ -128,20 +127,20 @@ class SendQueue:
         self._check: asyncio.TimerHandle | None = None
         self._room: list[asyncio.Future[None]] = []
         self.drained: Callable[[], None] = lambda: None
-        """Called when everything queued is with the transport and it wants more, and after the end."""
+        """All queued is with the transport and it wants more; and after the end."""
 
     @property
     def pending_bytes(self) -> int:
-        """Bytes that the client's kernel has not taken yet."""
+        """Not taken by the client's kernel."""
         return self._bytes + (0 if self._closed else self._transport.get_write_buffer_size())
 
     def take_written(self) -> int:
-        """Return the bytes given to the transport since the last call."""
+        """Return the bytes written since the last call."""
         written, self._written = self._written, 0
         return written
 
     def push(self, frame: bytes) -> None:
-        """Queue one frame, to be written at the end of this loop tick; a no-op after the connection's end."""
+        """Queue one frame, to be written at the end of this loop tick; a no-op after the end."""
         if self._closed:
             return
         if self.pending_bytes >= self._max_bytes:
@@ -154,7 +153,7 @@ class SendQueue:
             self._loop.call_soon(self._flush)
 
     async def room(self) -> None:
-        """Wait until the transport has everything queued and wants more; return at once after the end."""
+        """Wait until the transport wants more; return at once after the end."""
         if self._closed or not (self._frames or self._paused):
             return
         waiter = self._loop.create_future()
@@ -162,7 +161,6 @@ class SendQueue:
         await waiter
 
     def pause(self) -> None:
-        """Stop writing: the transport's buffer is full."""
         self._paused = True
         self._left = self._untaken()
         self._taken_at = self._loop.time()
@@ -170,18 +168,17 @@ class SendQueue:
             self._check = self._loop.call_later(min(_CHECK_S, self._deadline_s / 4), self._check_progress)
 
     def resume(self) -> None:
-        """Continue writing: the transport's buffer has drained."""
         self._paused = False
         self._flush()
 
     def finish(self) -> None:
-        """Hand everything to the transport, regardless of its buffer; the owner then sends its goodbye and closes."""
+        """Hand all to the transport; the owner then sends its goodbye."""
         while self._frames:
             self._transport.write(self._next_write())
         self.close()
 
     def close(self) -> None:
-        """Drop the queue: the connection is over. Idempotent."""
+        """Drop the queue. Idempotent."""
         self._closed = True
         self._frames.clear()
         self._bytes = 0
@@ -204,7 +201,7 @@ class SendQueue:
             self._loop.call_soon(self._flush)
 
     def _next_write(self) -> bytes:
-        """Take small frames of up to ``_WRITE_BYTES`` together, or one large one."""
+        """Take small frames together, or one large one."""
         first = self._frames.popleft()
         size = len(first)
         batch = [first]
@@ -238,7 +235,7 @@ class SendQueue:
             self._check = self._loop.call_later(min(_CHECK_S, self._deadline_s / 4), self._check_progress)
 
     def _untaken(self) -> int:
-        """Return how many of the bytes given to the transport the client has not acknowledged.
+        """Return the bytes that the client has not acknowledged.
 
         Bytes in the kernel count: it takes no more until a good part of its queue is sent, which takes a slow client
         longer than the deadline.
@@ -257,7 +254,7 @@ class SendQueue:
 
 
 MAX_UNSENT_BYTES_PER_TOKEN = 128 * 1024 * 1024
-"""Over all connections of a token. A token with no unread bytes always gets one answer of any size."""
+"""Over all connections. A token with no unread bytes always gets one answer of any size."""
 
 
 class SendBudget:
@@ -272,14 +269,14 @@ class SendBudget:
         return self._held[token_id]
 
     def take(self, token_id: str, size: int) -> bool:
-        """Count ``size`` bytes; return False, and count nothing, if that exceeds the bound."""
+        """Count bytes; return False, and count nothing, beyond the bound."""
         if not self._fits(token_id, size):
             return False
         self._held[token_id] += size
         return True
 
     def give_back(self, token_id: str, size: int) -> None:
-        """Subtract ``size`` bytes and wake the waiters that now fit."""
+        """Uncount bytes; wake the waiters that now fit."""
         self._held[token_id] -= size
         if not self._held[token_id]:
             del self._held[token_id]
@@ -294,7 +291,7 @@ class SendBudget:
 
     @asynccontextmanager
     async def reserved(self, token_id: str, size: int) -> AsyncIterator[None]:
-        """Wait for room, first come, first served, and count ``size`` bytes during the block."""
+        """Wait for room, first come, first served; count the bytes during the block."""
         if token_id in self._waiting or not self.take(token_id, size):
             await self._turn(token_id, size)
         try:
@@ -317,19 +314,19 @@ class SendBudget:
 
 
 CLOSE_TIMEOUT_S = 0.6
-"""Time limit for a client to answer a close frame; then its connection is aborted."""
+"""For a client's close frame; then it is aborted."""
 HEAD_TIMEOUT_S = 10.0
-"""Time limit for the head of a request, from connecting or from the last progress of the response before it."""
+"""From connecting or from the last progress of the response before it."""
 _SLICE_BYTES = 8 * 1024
 _FRAGMENT_BYTES = 256
-"""Memory of a frame of an unfinished message beside its data."""
+"""Beside its data."""
 _BURST_S = 4
 _KEEPALIVE_S = 10.0
 _HIGH_WATER_BYTES = 64 * 1024
 
 
 class PlainHttp(H11Protocol):
-    """uvicorn's HTTP protocol with a time limit for the rest of a request's head."""
+    """uvicorn's HTTP protocol with a time limit for a request's head."""
 
     def __init__(
         self,
@@ -362,13 +359,12 @@ class PlainHttp(H11Protocol):
         return outbox
 
     def end_stream(self) -> None:
-        """Hand over the queue; abort the connection if the client does not read it in time."""
+        """Hand over the queue; abort if the client does not read it in time."""
         if self._streamed is not None:
             self._streamed[0].finish()
             self.loop.call_later(CLOSE_TIMEOUT_S, self.transport.abort)
 
     def take_streamed(self) -> int:
-        """Return the bytes streamed since the last call."""
         return 0 if self._streamed is None else self._streamed[0].take_written()
 
     def _stream_lost(self) -> None:
@@ -403,7 +399,7 @@ class PlainHttp(H11Protocol):
             self._head_received()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer data that is not HTTP, unless another request on the connection is being answered."""
+        """Answer data that is not HTTP, unless a response is under way."""
         self._quota.log("no HTTP")
         answering: RequestResponseCycle | None = self.cycle
         if answering is not None and not answering.response_complete:
@@ -431,7 +427,7 @@ class PlainHttp(H11Protocol):
         self._deadline = self.loop.call_later(HEAD_TIMEOUT_S, self._head_overdue)
 
     def _head_overdue(self) -> None:
-        """End it, unless it is still reading the response before."""
+        """End it, unless it still reads the response before."""
         if self.transport.get_write_buffer_size() < self._left:
             self._await_head()
         else:
@@ -443,10 +439,7 @@ class PlainHttp(H11Protocol):
 
 
 class Handoff(ServerConnection):
-    """One client's WebSocket connection, made by uvicorn. Send messages only through ``outbox``.
-
-    ``server`` is that of ``websocket_server()``.
-    """
+    """One client's WebSocket, made by uvicorn. Send only through ``outbox``."""
 
     outbox: SendQueue
 
@@ -474,20 +467,20 @@ class Handoff(ServerConnection):
         self._fragments = 0  # bytes held of a message with frames outstanding
         self._over = False
         self.who: Any = None
-        """Set by the check of the request, for the handler."""
+        """Set by the check of the request."""
 
     @property
     def peer_name(self) -> str:
-        """The client's address and port, for the log."""
+        """For the log."""
         address = self.remote_address
         return f"{address[0]}:{address[1]}" if address else "client"
 
     def allow_message_bytes(self, limit: int) -> None:
-        """Accept messages of up to ``limit`` bytes from now on; before, it is ``FIRST_FRAME_BYTES``."""
+        """Accept longer messages than ``FIRST_FRAME_BYTES`` from now on."""
         self.protocol.max_message_size = limit
 
     def end(self, code: int, reason: str) -> None:
-        """Send the queue and a close frame; abort if the client does not answer in time. Never waits."""
+        """Send the queue and a close frame; abort without an answer in time. Never waits."""
         if self.protocol.state is State.OPEN:
             self.outbox.finish()
             self.protocol.send_close(code, reason.encode()[:120].decode(errors="ignore"))
@@ -495,7 +488,7 @@ class Handoff(ServerConnection):
         self.loop.call_later(CLOSE_TIMEOUT_S, self.transport.abort)
 
     def send_data(self) -> None:
-        """Write the library's data; nothing may follow a close frame."""
+        """Write the library's data; nothing follows a close frame."""
         super().send_data()
         if self.protocol.state in (State.CLOSING, State.CLOSED):
             self.outbox.close()
@@ -503,7 +496,7 @@ class Handoff(ServerConnection):
     # --- asyncio.Protocol, and uvicorn's addition to it ---
 
     def data_received(self, data: bytes) -> None:
-        """Process data in slices: thousands of tiny frames may come at once, and each takes time."""
+        """Process data in slices: thousands of tiny frames take time."""
         if self.request is not None and self.protocol.state is State.CONNECTING:
             return  # no data may follow before the response, and a failure now would break the response
         for start in range(0, len(data), _SLICE_BYTES):
@@ -527,7 +520,7 @@ class Handoff(ServerConnection):
             super().process_event(event)
 
     def _end_over(self, limit: str) -> None:
-        """End it, and stop reading from it."""
+        """End it; stop reading."""
         self._over = True
         self.quota.holds(0)  # it is about to close; cut no other connection for it
         self.end(1012, limit)
@@ -553,7 +546,7 @@ class Handoff(ServerConnection):
         self.outbox.resume()
 
     def shutdown(self) -> None:
-        """Abort the connection: uvicorn stops, and the goodbye was sent before."""
+        """Abort: uvicorn stops, and the goodbye was sent before."""
         self.transport.abort()
 
 
@@ -562,7 +555,7 @@ def websocket_server(
     check: Callable[[Handoff, Request], Awaitable[Response | None] | Response | None],
     is_serving: Callable[[], bool],
 ) -> Server:
-    """Return the server object that connections belong to; it never has a port of its own.
+    """Return the server object of the connections; it has no port of its own.
 
     ``check`` may refuse a request before the upgrade. When ``handler`` returns, the connection is closed.
     """
@@ -577,7 +570,7 @@ def websocket_server(
 
 
 def http_answer(refusal: ApiError) -> Response:
-    """Return the response for ``check`` to refuse an upgrade with."""
+    """Return the refusal of an upgrade for ``check``."""
     headers = Headers(refusal.headers)
     headers["Content-Length"] = str(len(refusal.body))
     return Response(refusal.status, refusal.status.phrase, headers, refusal.body)

@@ -38,7 +38,7 @@ _STATUSES = {
     "TIMEOUT": HTTPStatus.CONFLICT,
     "REMOTE_FAILED": HTTPStatus.INTERNAL_SERVER_ERROR,
 }
-"""HTTP status of each lattice error code; 422 for any other."""
+"""422 for any other."""
 _MESSAGE_CHARS = 2000
 
 
@@ -96,7 +96,7 @@ def _option(name: str, value: object) -> list[str]:
 
 
 async def read(asked: EndpointRequest[Any, Any], path: str, *arguments: str) -> Response:
-    """Return the output of a read-only command; ``path`` is its words, for example ``resource list``."""
+    """Return the output of a read-only command, for example ``resource list``."""
     return output_response(await read_output(asked, path, *arguments))
 
 
@@ -108,10 +108,7 @@ def output_response(printed: ReadResult) -> Response:
 async def read_output(
     asked: EndpointRequest[Any, Any], path: str, *arguments: str, list_at: tuple[str, ...] = ()
 ) -> ReadResult:
-    """Return the output of a read-only command: its envelope, or its error; ``list_at`` as in ``ReadCommand``.
-
-    Raises StorageError if the command crashed.
-    """
+    """Return the output of a read-only command; ``list_at`` as in ``ReadCommand``. Raises StorageError: it crashed."""
     asking = ReadCommand(path, (*path.split(), "--json", *arguments), list_at)
     printed = await asked.context.project.reader.read(asking, asked.context.share)
     if not printed.body:
@@ -132,13 +129,13 @@ async def write(
 async def write_together(
     asked: EndpointRequest[Any, Any], name: str, payload: dict[str, object]
 ) -> tuple[Returned, Response]:
-    """Run an operation of the surface ``commands``: several commands that take effect together or not at all."""
+    """Run commands that take effect together or not at all."""
     done = await call(asked.context, "commands", name, json.dumps(payload).encode(), once=asked.once)
     return done, await with_position(asked, done.seq, envelope_response(done.payload))
 
 
 async def with_position(asked: EndpointRequest[Any, Any], seq: int, response: Response) -> Response:
-    """Add the position up to which a response is true, in the form of the event stream."""
+    """Add the position up to which a response is true."""
     history = asked.context.project.history
     epoch, mark = history.epoch, (await history.mark_at(seq) if seq <= history.head else None)
     response.headers["Lattice-Change"] = str(Position(epoch, seq, mark or b""))
@@ -160,6 +157,6 @@ def _in_json(content: bytes, status: HTTPStatus) -> Response:
 
 
 def _error_message(message: str) -> str:
-    """Return the message of a command without JSON output, for example a usage error."""
+    """Return the message of a command without JSON output."""
     lines = [line for line in message.splitlines() if line.strip()]
     return (lines[-1].removeprefix("Error: ") if lines else "the command printed nothing")[:_MESSAGE_CHARS]

@@ -57,9 +57,9 @@ class EndpointRequest[Q: Query, B: Json | Nothing | bytes]:
     """A validated request to a project.
 
     Attributes:
-        path: the values of the parts in braces of the endpoint's path.
+        path: the values of the parts in braces.
         query, body: of the types that the handler declares.
-        once: the id of a write, and the fingerprint of its request.
+        once: id and fingerprint of a write.
         request: for its headers.
     """
 
@@ -72,17 +72,12 @@ class EndpointRequest[Q: Query, B: Json | Nothing | bytes]:
 
 
 def header_of(request: Request, name: str) -> str:
-    """Return a list header with its lines joined; "" if it is absent."""
+    """Return a list header with its lines joined."""
     return ", ".join(request.headers.getlist(name)).strip()
 
 
 async def validated_request(request: Request, query: type[Any], body: type[Any]) -> EndpointRequest[Any, Any]:
-    """Return a request, checked.
-
-    Raises:
-        ApiError: not authorized, or a body that is too long or of another media type.
-        Rejected: 400, 404 or 422: the request does not match the endpoint.
-    """
+    """Return a request, checked. Raises ApiError or Rejected."""
     context = await request_context(request)
     if not all(part.isprintable() for part in request.path_params.values()):
         raise Rejected("not found: the name has characters that are not allowed", code="REMOTE_NOT_FOUND")
@@ -112,7 +107,7 @@ def _query(request: Request, kind: type[Query]) -> Query:
 
 
 def _json(request: Request, content: bytes, kind: type[Any]) -> Any:
-    """Return a decoded body; an empty one is an empty object."""
+    """Return a decoded body, by default an empty object."""
     media_type = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if content and media_type != "application/json":
         why = "send the body with Content-Type: application/json"
@@ -172,7 +167,7 @@ class Endpoint:
 
 
 def routes_of(endpoints: Sequence[Endpoint]) -> list[Route]:
-    """Return one route for each path, in order of first occurrence."""
+    """Return one route for each path."""
     by_path: dict[str, dict[str, Endpoint]] = defaultdict(dict)
     for endpoint in endpoints:
         by_path[endpoint.path][endpoint.method] = endpoint
@@ -198,10 +193,9 @@ class PageQuery(Query, frozen=True, kw_only=True):
 
 
 def page_of(found: ReadResult, page: PageQuery, *, by_id: bool) -> ReadResult:
-    """Return ``found`` with one page of its list; an error is returned unchanged. The list's length does not matter.
+    """Return ``found`` with one page of its list; an error is unchanged.
 
-    ``by_id``: the list is sorted by id, and its items may disappear. Raises Rejected if the cursor belongs to another
-    list.
+    ``by_id``: the list is sorted by id, and its items may disappear. Raises Rejected: a cursor of another list.
     """
     items = found.items
     if items is None or (page.limit is UNSET and page.cursor is UNSET):

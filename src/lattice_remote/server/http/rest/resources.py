@@ -173,7 +173,7 @@ async def _change(asked: EndpointRequest[Nothing, ResourceChanges], found: ReadR
 
 
 async def _update(asked: EndpointRequest[Nothing, ResourceChanges], resource: dict[str, Any], values: Any) -> Response:
-    """Write an event for each field, which lattice has no command for."""
+    """Write an event for each field; lattice has no command."""
     from lattice.core.events import create_resource_event
 
     if resource.get("id") is None:
@@ -197,11 +197,7 @@ async def _update(asked: EndpointRequest[Nothing, ResourceChanges], resource: di
 
 
 async def _with_id(asked: EndpointRequest[Any, Any]) -> ReadResult:
-    """Return lattice's output for a resource; the name of an id never changes.
-
-    Raises:
-        Rejected: it has another id, or none.
-    """
+    """Return lattice's output for a resource. Raises Rejected: it has another id."""
     name, id_ = asked.path["name"], asked.path["id"]
     printed = await read_output(asked, "resource status", "--", name)
     resource = {} if printed.status else msgspec.json.decode(printed.body, type=dict[str, Any])["data"]

@@ -233,7 +233,6 @@ async def change_task(asked: EndpointRequest[Nothing, TaskChanges]) -> Response:
 
 
 def _lines(asked: EndpointRequest[Any, Any], changes: TaskChanges) -> list[list[str]]:
-    """Return the command lines that make these changes."""
     common, task = ["--json", *options(changes, asked, without=_CHANGED)], asked.path["id"]
     lines = []
     if pairs := list(_pairs(changes)):
@@ -280,7 +279,7 @@ async def unarchive_task(asked: EndpointRequest[Nothing, Provenance]) -> Respons
 
 
 def _one(task: str) -> str:
-    """Return a single id: in these commands a comma separates several."""
+    """Return a single id: a comma separates several."""
     if "," in task or not task.strip():
         why = f"Invalid task ID format: {task[:60]!r}."
         raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "INVALID_ID", why)
@@ -292,7 +291,6 @@ def _data_of(envelope: bytes) -> msgspec.Raw:
 
 
 def _with_data(response: Response, data: object) -> Response:
-    """Return a response with other data and the same headers."""
     content = msgspec.json.encode({"ok": True, "data": data})
     headers = {"Lattice-Change": response.headers["Lattice-Change"]}
     return Response(content, response.status_code, headers, media_type="application/json")
