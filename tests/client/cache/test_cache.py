@@ -13,8 +13,7 @@ from client_kit import MINE, PLAN, make_cache
 from lattice_remote.client.cache import cache as state
 from lattice_remote.client.cache import safe_directory as directory_module
 from lattice_remote.client.cache.cache import Cache, CacheState, decode_state, encode_away, encode_state
-from lattice_remote.client.cache.conflicts import TextConflicts
-from lattice_remote.client.cache.edits import Edits
+from lattice_remote.client.cache.edits import Edits, TextConflicts
 from lattice_remote.client.cache.verify import read_all
 from lattice_remote.client.config import Remote, read_remote
 from lattice_remote.errors import StorageError

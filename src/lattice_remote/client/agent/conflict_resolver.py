@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lattice_remote.client.agent.edit_sync import EditSender
-from lattice_remote.client.cache.conflicts import TextConflict
+from lattice_remote.client.cache.edits import TextConflict
 from lattice_remote.client.cache.replicator import Replicator
 from lattice_remote.client.connection.connection import Connection
 from lattice_remote.errors import Misuse, Rejected

@@ -44,10 +44,9 @@ from lattice_remote.client.agent.audit_log import read_log, read_version, task_o
 from lattice_remote.client.agent.change_feed import ChangeFeed
 from lattice_remote.client.agent.conflict_resolver import Resolver
 from lattice_remote.client.agent.edit_sync import EditSender, EditWatcher
-from lattice_remote.client.agent.payloads import Fetching
+from lattice_remote.client.agent.payloads import Fetching, Unreadable, call_frame, opened_files, run_frame, send_files
 from lattice_remote.client.agent.repair import IntegrityMonitor
 from lattice_remote.client.agent.rescue import Rescuer, decoded, described
-from lattice_remote.client.agent.uploads import Unreadable, call_frame, opened_files, run_frame, send_files
 from lattice_remote.client.agent_runtime import boot_time
 from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.cache.replicator import Replicator

@@ -16,8 +16,7 @@ from typing import Any
 from lattice_remote import __version__
 from lattice_remote.client.cache.apply import Files
 from lattice_remote.client.cache.cache import STATE_FILE, Cache, CacheState
-from lattice_remote.client.cache.conflicts import TextConflicts
-from lattice_remote.client.cache.edits import Edits
+from lattice_remote.client.cache.edits import Edits, TextConflicts
 from lattice_remote.client.cache.rescued_files import RESTORED, RescuePolicy
 from lattice_remote.client.cache.verify import CacheComparison, Reading, RepairSchedule, compare_files
 from lattice_remote.errors import ConnectionFailed, StorageError

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lattice_remote.client.cache.cache import GITIGNORE, LOCKS_FILE, STATE_FILE, Cache
-from lattice_remote.client.cache.conflicts import CONFLICTS_DIRECTORY, TextConflicts
-from lattice_remote.client.cache.edits import Edits
+from lattice_remote.client.cache.edits import CONFLICTS_DIRECTORY, Edits, TextConflicts
 from lattice_remote.client.cache.rescued_files import RESCUED_DIRECTORY, RescuedFiles
 from lattice_remote.client.cache.safe_directory import remove_tree
 from lattice_remote.client.cli import push
