@@ -13,7 +13,7 @@
     projects/<slug>/adopting/       a pushed project being put in place, see ``worker/project_import.py``
     archived/<slug>/                projects that are not served
     trash/<slug>-<time>/            deleted projects
-    admin.log                       changes made by the command line, see ``admin_log.py``
+    admin.log                       changes made by the command line
     renamed.json                    former names of projects
     .lock                           held by the running server
     status.sock                     status of the running server, see ``status.py``

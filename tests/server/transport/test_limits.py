@@ -27,7 +27,7 @@ async def limited(tmp_path: Path, *, proxies: tuple[str, ...] = (), **limits: in
     """A server with these limits, for which no time passes."""
     config = Config(limits=LimitSettings(**limits), trusted_proxies=list(proxies))
     async with serving(*make_data(tmp_path / "data"), config=config) as running:
-        running.hub.door.clock = lambda: 0.0
+        running.registry.admission.clock = lambda: 0.0
         yield running
 
 
