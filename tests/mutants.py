@@ -97,6 +97,8 @@ class Mutant:
     after: str
     scope: str
     """Qualified name of the function, empty for the module itself."""
+    statement: int
+    """Line at which its statement begins."""
 
     @property
     def key(self) -> str:
@@ -117,14 +119,14 @@ def mutants_of(module: str, text: str) -> Iterator[Mutant]:
     for line in data.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
     tree = ast.parse(text)
-    scopes = dict(_scopes(tree, ""))
+    places = dict(_places(tree, "", 1))
     skipped = {id(node) for each in ast.walk(tree) for node in _not_worth_it(each)}
 
     def mutant(node: ast.expr | ast.stmt, after: str) -> Mutant:
         assert node.end_lineno is not None and node.end_col_offset is not None
         start = starts[node.lineno - 1] + node.col_offset
         end = starts[node.end_lineno - 1] + node.end_col_offset
-        return Mutant(module, node.lineno, start, end, data[start:end].decode(), after, scopes[node])
+        return Mutant(module, node.lineno, start, end, data[start:end].decode(), after, *places[node])
 
     for node in ast.walk(tree):
         if id(node) in skipped:
@@ -140,13 +142,14 @@ def mutants_of(module: str, text: str) -> Iterator[Mutant]:
                 yield mutant(node, "pass")
 
 
-def _scopes(node: ast.AST, scope: str) -> Iterator[tuple[ast.AST, str]]:
-    """Yield each node below this one with the qualified name of the function or class that it is in."""
+def _places(node: ast.AST, scope: str, statement: int) -> Iterator[tuple[ast.AST, tuple[str, int]]]:
+    """Yield each node below this one with the qualified name of its function and the first line of its statement."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         scope = f"{scope}.{node.name}".removeprefix(".")
     for child in ast.iter_child_nodes(node):
-        yield child, scope
-        yield from _scopes(child, scope)
+        first = child.lineno if isinstance(child, ast.stmt) else statement
+        yield child, (scope, first)
+        yield from _places(child, scope, first)
 
 
 def _not_worth_it(node: ast.AST) -> Iterator[ast.AST]:
@@ -224,13 +227,15 @@ class Coverage(msgspec.Struct):
     durations: dict[str, float]
 
     def of(self, mutant: Mutant) -> list[str]:
-        """Return the shortest tests that cover a change, then others of the same files.
+        """Return the shortest tests that cover a change, then others of the same files and of the module's own.
 
-        A process that several tests share is recorded for the first of them only.
+        A process that several tests share is recorded for the first of them only, and the hook for audit events for
+        none.
         """
-        lines = (f"{mutant.module}.py:{mutant.line - back}" for back in range(8))  # back to where its statement begins
+        lines = (f"{mutant.module}.py:{line}" for line in range(mutant.line, mutant.statement - 1, -1))
         covering = next((self.tests[line] for line in lines if line in self.tests), set())
-        files = {test.partition("::")[0] for test in covering}
+        folder, _, name = mutant.module.rpartition("/")
+        files = {test.partition("::")[0] for test in covering} | {f"tests/{folder}/test_{name}.py"}
         beside = [test for test in self.durations if test.partition("::")[0] in files and test not in covering]
         chosen, total_s = [], 0.0
         for test in (

@@ -422,6 +422,22 @@ def test_what_an_unacknowledged_command_replaced_comes_back_though_the_journal_w
         assert tree_of(lattice) == promised, worker.ready.notes
 
 
+def test_the_index_of_ids_is_derived_from_the_logs_once_the_journal_was_trimmed(project: Path) -> None:
+    lattice = project / ".lattice"
+    with in_boot(project, "one", SETTINGS[1]) as worker:
+        for title in ("x", "y"):
+            worker.ok("create", title, *ANA)
+        worker.ok("archive", "LAT-2", *ANA)
+        for number in range(100):
+            worker.ok("comment", "LAT-1", f"{number} " + "x" * 900, *ANA)
+        assert min(int(path.stem) for path in (project / "journal").glob("*.log")) > 4, "the journal was trimmed"
+        promised = tree_of(lattice)
+        worker.kill()
+    (lattice / "ids.json").write_bytes(b"")
+    with in_boot(project, "two", SETTINGS[1]) as worker:
+        assert tree_of(lattice) == promised, worker.ready.notes
+
+
 def cut_last_record(project: Path) -> None:
     segment = max((project / "journal").glob("*.log"))
     data = segment.read_bytes()
