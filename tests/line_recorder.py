@@ -17,6 +17,7 @@ from typing import Any
 __all__ = ["begin", "durations", "recorded"]
 
 _TOOL = 4
+_write = os.write  # which a test may replace
 _directory = ""
 _package = ""
 _output = -1
@@ -44,13 +45,13 @@ def _restart() -> None:
         test = file.read()
     name = hashlib.sha256(test).hexdigest()[:24]
     _output = os.open(f"{_directory}/{name}.{os.getpid()}", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
-    os.write(_output, test + b"\n")
+    _write(_output, test + b"\n")
     sys.monitoring.restart_events()
 
 
 def _executed(code: CodeType, line: int) -> Any:
     if code.co_filename.startswith(_package):
-        os.write(_output, f"{code.co_filename[len(_package) :]}:{line}\n".encode())
+        _write(_output, f"{code.co_filename[len(_package) :]}:{line}\n".encode())
     return sys.monitoring.DISABLE
 
 

@@ -65,9 +65,9 @@ RECORDED = [
     "test_textmerge.py",
 ]
 """Tests whose executed lines are recorded. The others take too long to run for each change."""
-MAX_TESTS = 40
-MAX_TESTS_S = 60.0
-"""At most this many tests run for a change, of at most this duration together: the shortest of those that cover it."""
+MAX_TESTS = 120
+MAX_TESTS_S = 90.0
+"""At most this many tests run for a change, of at most this duration together."""
 
 _OPPOSITE: dict[type[ast.cmpop], ast.cmpop] = {
     ast.Eq: ast.NotEq(),
@@ -159,7 +159,7 @@ def _not_worth_it(node: ast.AST) -> Iterator[ast.AST]:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         for each in (*node.decorator_list, *([node.returns] if node.returns else [])):
             yield from ast.walk(each)
-    if isinstance(node, ast.JoinedStr | ast.Assert):
+    if isinstance(node, ast.JoinedStr | ast.Assert) or (isinstance(node, ast.keyword) and node.arg == "frozen"):
         yield from ast.walk(node)
     if isinstance(node, ast.Module):
         for statement in node.body:
@@ -227,21 +227,21 @@ class Coverage(msgspec.Struct):
     durations: dict[str, float]
 
     def of(self, mutant: Mutant) -> list[str]:
-        """Return the shortest tests that cover a change, then others of the same files and of the module's own.
+        """Return the tests that cover a change, then others of the same files and of the module's own.
 
-        A process that several tests share is recorded for the first of them only, and the hook for audit events for
-        none.
+        Those in the module's folder come first, and the shortest of them. A process that several tests share is
+        recorded for the first of them only, and the hook for audit events for none.
         """
         lines = (f"{mutant.module}.py:{line}" for line in range(mutant.line, mutant.statement - 1, -1))
         covering = next((self.tests[line] for line in lines if line in self.tests), set())
         folder, _, name = mutant.module.rpartition("/")
         files = {test.partition("::")[0] for test in covering} | {f"tests/{folder}/test_{name}.py"}
-        beside = [test for test in self.durations if test.partition("::")[0] in files and test not in covering]
+        near = [test for test in self.durations if test in covering or test.partition("::")[0] in files]
+        near.sort(
+            key=lambda test: (test not in covering, not test.startswith(f"tests/{folder}/"), self.durations[test])
+        )
         chosen, total_s = [], 0.0
-        for test in (
-            *sorted(covering, key=self.durations.__getitem__),
-            *sorted(beside, key=self.durations.__getitem__),
-        ):
+        for test in near:
             total_s += self.durations[test]
             if len(chosen) == MAX_TESTS or (chosen and total_s > MAX_TESTS_S):
                 break

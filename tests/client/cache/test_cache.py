@@ -8,13 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from client_kit import MINE, PLAN, make_cache, rescued
+from client_kit import MINE, PLAN, make_cache
 
 from lattice_remote.client.cache import cache as state
 from lattice_remote.client.cache import safe_directory as directory_module
 from lattice_remote.client.cache.cache import Cache, CacheState, decode_state, encode_away, encode_state
 from lattice_remote.client.cache.edits import Edits, TextConflicts
-from lattice_remote.client.cache.rescued_files import RescuePolicy
 from lattice_remote.client.cache.verify import read_all
 from lattice_remote.client.config import Remote, read_remote
 from lattice_remote.errors import StorageError
@@ -273,18 +272,6 @@ def test_a_conflict_is_kept_once(cache: Cache) -> None:
     cache.replace(PLAN, b"mine again")
     assert conflicts.set_aside(PLAN) == MINE.replace(".md", ".2.md")
     assert conflicts.copies() == [MINE, MINE.replace(".md", ".2.md")]
-
-
-def test_a_text_that_was_changed_while_no_agent_looked_is_rescued_once(cache: Cache) -> None:
-    policy = RescuePolicy(cache)
-    cache.replace("context.md", b"# Ours\n")
-    policy.remember("context.md")
-    Path(cache.absolute("context.md")).write_bytes(b"# Mine\n")
-    for after in (b"# Ours, later\n", b"# Ours, later still\n"):
-        policy.keep("context.md", is_strange=False, after=after)
-        cache.replace("context.md", after)
-        policy.remember("context.md")
-    assert rescued(Path(cache.directory)) == {"context.md": [b"# Mine\n"]}
 
 
 def test_a_full_disk_does_not_stay_full_of_a_file_that_did_not_fit(

@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -151,3 +152,25 @@ async def test_a_connection_that_was_current_resets_the_delay(
     await server.stop()
     await until(lambda: link.failed_attempts == 1)
     assert link._pace.streak == 0
+
+
+@pytest.mark.parametrize(
+    ("ends", "says"),
+    [
+        (lambda transport: transport.write(b"\xf2\x00"), "the server broke the protocol: reserved bits"),
+        (lambda transport: transport.abort(), "the connection was closed"),
+    ],
+    ids=["a frame with reserved bits", "no close frame"],
+)
+async def test_why_a_connection_ended_is_said(
+    server: FakeServer, service: Service, ends: Callable[[asyncio.Transport], None], says: str
+) -> None:
+    await ask(service, "ready")
+    link = service._link
+    link._pace.uniform = longest
+    (connection,) = server.connections
+    ends(connection.transport)
+    await until(lambda: link.failed_attempts == 1)
+    assert link.error is not None and link.error.message.startswith(says)
+    await run(service, "put", "tasks/x.json", "x")
+    assert server.files["tasks/x.json"] == b"x"
