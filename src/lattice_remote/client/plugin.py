@@ -50,7 +50,11 @@ def register(cli_group: click.Group) -> None:
 
 
 def remote_directory() -> str | None:
-    """Return the surrounding ``.lattice``, found as lattice finds it, if it is a cache or waits for a push."""
+    """Return the surrounding ``.lattice``, found as lattice finds it, if it is a cache or waits for a push.
+
+    Raises:
+        ClickException: it cannot be looked into: it is another user's.
+    """
     try:
         root = find_root()
     except (LatticeRootError, OSError):
@@ -62,7 +66,11 @@ def remote_directory() -> str | None:
     # A project that waits to be pushed has another file, so that other programs see a local project.
     # ``cache_state.json`` alone is a cache whose remote.json git or the user has removed: no local project (I4).
     files = ("remote.json", ".remote/unpushed.json", "cache_state.json")
-    return directory if any(os.path.isfile(os.path.join(directory, name)) for name in files) else None
+    if any(os.path.isfile(os.path.join(directory, name)) for name in files):
+        return directory
+    if not os.access(directory, os.R_OK | os.X_OK):
+        raise click.ClickException(f"cannot read {directory}: permission denied; see: lattice remote doctor")
+    return None
 
 
 class _RemoteCommand(click.Command):

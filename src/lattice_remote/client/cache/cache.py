@@ -33,6 +33,7 @@ __all__ = [
     "LOCKS_TEXT",
     "LOCK_FILE",
     "STATE_FILE",
+    "WATCHES_DIRECTORY",
     "Cache",
     "CacheLock",
     "CacheState",
@@ -146,6 +147,7 @@ BASE_DIRECTORY = f"{PRIVATE_DIRECTORY}/base"
 _DOWNLOADS = f"{PRIVATE_DIRECTORY}/downloads"
 """Holds the parts of large contents that are being fetched, named by digest."""
 LOCK_FILE = f"{PRIVATE_DIRECTORY}/lock"
+WATCHES_DIRECTORY = f"{PRIVATE_DIRECTORY}/watches"
 GITIGNORE = b"# Written by lattice-remote: only the remote's address belongs into git.\n*\n!remote.json\n"
 LOCKS_FILE = "locks"
 LOCKS_TEXT = b"""\
@@ -199,9 +201,10 @@ class Cache:
             self._block_plain_writes()
 
     def make_private(self) -> None:
-        """Create the directory of our other files, with the permissions of the cache's."""
+        """Create the directories of our other files, with the permissions of the cache's."""
         with explained(PRIVATE_DIRECTORY):
-            self._files.make(PRIVATE_DIRECTORY)
+            for directory in (PRIVATE_DIRECTORY, WATCHES_DIRECTORY):
+                self._files.make(directory)
 
     def _block_plain_writes(self) -> None:
         """Put a file in the place of lattice's lock directory, so that writes without the plugin fail at once (I4).
@@ -582,4 +585,7 @@ def explained(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"cannot write the cache ({what}): {error.strerror or error}") from error
+        why = error.strerror or str(error)
+        if isinstance(error, PermissionError):
+            why += ", see lattice remote doctor"
+        raise StorageError(f"cannot write the cache ({what}): {why}") from error

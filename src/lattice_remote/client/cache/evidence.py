@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Literal, NamedTuple
 
-from lattice_remote.client.cache.cache import Cache, booted_at
+from lattice_remote.client.cache.cache import WATCHES_DIRECTORY, Cache, booted_at
 from lattice_remote.client.cache.repository import Blobs
 from lattice_remote.client.config import PRIVATE_DIRECTORY
 from lattice_remote.errors import StorageError
@@ -37,7 +37,6 @@ __all__ = ["EDIT", "Evidence", "Judgement", "takes_away"]
 
 _FILE = f"{PRIVATE_DIRECTORY}/edits.json"
 _VERSIONS = f"{PRIVATE_DIRECTORY}/versions"
-_WATCHES = f"{PRIVATE_DIRECTORY}/watches"
 _DIGEST_BYTES = 16
 _MAX_VERSIONS = 512
 """Most earlier versions of a text that are recognised."""
@@ -133,9 +132,8 @@ class Evidence:
 
         Each agent keeps a locked file; an unlocked one was left by a killed process.
         """
-        place = self._cache.absolute(_WATCHES)
+        place = self._cache.absolute(WATCHES_DIRECTORY)
         with contextlib.suppress(OSError):  # no room, or a read-only mount: the files count as unwatched
-            os.makedirs(place, mode=0o700, exist_ok=True)
             for name in os.listdir(place):
                 if (handle := _locked(os.path.join(place, name), os.O_RDONLY)) is not None:
                     self.watched_since = time.time()
@@ -143,6 +141,8 @@ class Evidence:
                     os.close(handle)
             self._watch = os.path.join(place, os.urandom(8).hex())
             self._watch_handle = _locked(self._watch, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            if self._watch_handle is not None:  # agents of other users of the directory lock it too
+                os.fchmod(self._watch_handle, os.stat(self._cache.directory).st_mode & 0o666)
 
     def end_watch(self) -> None:
         """End the watch in order."""

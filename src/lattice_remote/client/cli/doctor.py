@@ -107,6 +107,8 @@ def _configured() -> tuple[str, Remote, str]:
     directory = lattice_directory()
     if directory is None:
         raise Misuse("there is no lattice project here; add one with: lattice remote clone URL")
+    if not os.access(directory, os.R_OK | os.X_OK):
+        raise Misuse(_foreign(directory, "read it", "lattice remote clone URL"))
     is_waiting = is_unpushed(directory)
     if not is_waiting and not is_cache(directory):
         raise Misuse(
@@ -115,17 +117,17 @@ def _configured() -> tuple[str, Remote, str]:
     remote = read_remote(directory, UNPUSHED_FILE if is_waiting else REMOTE_FILE)
     trusted_servers.known()
     trusted_servers.from_environment(os.environ.get(trusted_servers.URL_ENV))
-    blocked = [
-        path for path, mode in ((directory, os.R_OK | os.X_OK), (directory, os.W_OK)) if not os.access(path, mode)
-    ]
-    if blocked:
-        owner = os.stat(directory).st_uid
-        raise Misuse(
-            f"{directory} belongs to the user with id {owner}, and this one ({os.getuid()}) cannot write there: reads "
-            "work, the files are not brought up to date; give a group write access, or clone your own cache: "
-            f"lattice remote clone {remote.place}"
-        )
+    if not os.access(directory, os.W_OK):
+        raise Misuse(_foreign(directory, "write there: reads are old", f"lattice remote clone {remote.place}"))
     return directory, remote, f"project {remote.project} on {remote.url}" + (", not pushed yet" if is_waiting else "")
+
+
+def _foreign(directory: str, cannot: str, clone: str) -> str:
+    owner = os.stat(directory).st_uid
+    return (
+        f"{directory} belongs to the user with id {owner}, and this one ({os.getuid()}) cannot {cannot}; give a common "
+        f"group access, or clone your own: {clone}"
+    )
 
 
 def _token(remote: Remote) -> tuple[str, str]:
