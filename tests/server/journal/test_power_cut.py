@@ -26,7 +26,7 @@ from lattice_remote.server.journal.journal import Committer
 from lattice_remote.server.journal.segment import JournalReader
 from lattice_remote.server.maintenance.fsck import fsck
 from lattice_remote.server.maintenance.fsck_project import AFTER_POWER_CUT
-from lattice_remote.server.tree.tree import INLINE_BYTES
+from lattice_remote.server.tree.tree import INLINE_BYTES, sync_files
 from lattice_remote.server.worker.recovery import open_store
 from lattice_remote.server.worker.store import server_origin
 from power_cut import Disk, make_image, mounted, touch, traced_worker
@@ -191,6 +191,27 @@ def test_a_file_system_that_was_cut_off_while_in_use_is_recovered(tmp_path: Path
             assert not events(acknowledged) - found, worker.ready.notes
             assert all(count == 1 for count in found.values()), "nothing is doubled"
             assert sum(b'"plainly"' in line for line in found) == added, worker.ready.notes
+
+
+def test_many_files_are_durable_after_one_sync_of_their_file_system(tmp_path: Path) -> None:
+    image, cut, place = tmp_path / "image", tmp_path / "cut", tmp_path / "mounted"
+    with contextlib.ExitStack() as stack:
+        try:
+            make_image(image)
+            stack.enter_context(mounted(image, place, "commit=600"))
+        except OSError as error:
+            pytest.skip(f"needs root's rights and loop devices: {error}")
+        written = {f"{kind}/{number}": f"{kind} {number}".encode() for kind in "ab" for number in range(400)}
+        for name, data in written.items():
+            (place / name).parent.mkdir(exist_ok=True)
+            (place / name).write_bytes(data)
+        shutil.copyfile(image, cut)
+        before = cut.read_bytes()
+        sync_files(str(place / name) for name in written)
+        shutil.copyfile(image, cut)
+        assert cut.read_bytes() != before, "nothing was durable before"
+    with mounted(cut, place, "commit=600"):
+        assert {name: (place / name).read_bytes() for name in written} == written
 
 
 # --- what people do before the next start ---

@@ -49,6 +49,7 @@ from lattice_remote.client.agent.repair import IntegrityMonitor
 from lattice_remote.client.agent.rescue import Rescuer, decoded, described
 from lattice_remote.client.agent_runtime import boot_time
 from lattice_remote.client.cache.cache import Cache
+from lattice_remote.client.cache.first_fill import FirstFill
 from lattice_remote.client.cache.replicator import Replicator
 from lattice_remote.client.cache.verify import CacheComparison
 from lattice_remote.client.config import Remote, read_remote
@@ -129,9 +130,12 @@ async def answered(work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Service:
-    """One followed cache. ``start()`` it in a running loop and ``close()`` it at the end."""
+    """One followed cache. ``start()`` it in a running loop and ``close()`` it at the end.
 
-    def __init__(self, directory: str) -> None:
+    With ``is_new``, its directory is unknown to other programs until it is closed.
+    """
+
+    def __init__(self, directory: str, *, is_new: bool = False) -> None:
         self.remote: Remote = read_remote(directory)
         self.cache = Cache(directory, self.remote)
         self.used_at = time.monotonic()
@@ -152,7 +156,9 @@ class Service:
         self._caretaker = IntegrityMonitor(self._follower, self._link, FileWatcher(), asyncio.Semaphore(1), _ignore)
         self._looking = asyncio.Lock()
         self._said: list[str] = []  # notices for the next command
-        self._has_looked = False
+        self._has_looked = is_new
+        if is_new:
+            self._follower.files.first_fill = FirstFill(self.cache)
         self._care: asyncio.Task[None] | None = None
         self._acknowledging: asyncio.Task[None] | None = None
 
@@ -183,6 +189,10 @@ class Service:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
         await self._links.close()
+        if (first_fill := self._follower.files.first_fill) is not None:
+            first_fill.close()
+            with contextlib.suppress(StorageError):
+                await self._follower.store_known()
         if self._care is not None:
             with contextlib.suppress(StorageError):
                 await self._follower.store_known()

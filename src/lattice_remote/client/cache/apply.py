@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.cache.edits import Edits
+from lattice_remote.client.cache.first_fill import FirstFill
 from lattice_remote.client.cache.rescued_files import RescuePolicy, is_event_log, may_be_by_hand
 from lattice_remote.client.cache.verify import RepairSchedule
 from lattice_remote.errors import ProtocolError
@@ -31,6 +32,8 @@ class Files:
         self._healing = healing
         self.on_edits: Callable[[Iterable[str]], None] = lambda _: None
         """Called with plans and notes that may be edited."""
+        self.first_fill: FirstFill | None = None
+        """Writer of a new cache's files, set while it is filled."""
         self.misfits: Counter[str] = Counter()
         """path -> failed assemblies of its parts on this connection."""
 
@@ -93,6 +96,8 @@ class Files:
         Raises:
             ProtocolError: the parts of this file repeatedly did not add up.
         """
+        if self.first_fill is not None and self.first_fill.write(part):
+            return []
         if self._is_only_touched(part):
             self._cache.note(part.path)
             self.are_the_servers([part.path])

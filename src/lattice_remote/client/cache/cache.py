@@ -21,7 +21,7 @@ from lattice_remote.client.cache.safe_directory import TEMPORARY, Directory, Quo
 from lattice_remote.client.config import PRIVATE_DIRECTORY, REMOTE_FILE, STATE_FILE, Remote
 from lattice_remote.client.trusted_servers import cache_limit
 from lattice_remote.errors import HostilePath, StorageError
-from lattice_remote.files import SAFE, Signature, signature_of
+from lattice_remote.files import READ, SAFE, Signature, signature_of
 from lattice_remote.protocol.effects import NOWHERE, Content, Position
 from lattice_remote.protocol.messages import Part
 from lattice_remote.protocol.paths import DIRECTORIES, check_path, is_replicated
@@ -199,6 +199,11 @@ class Cache:
             self._files.extend(WRITTEN_LOG, b"")
             self._files.remove_stale_temporaries()
             self._block_plain_writes()
+
+    def open_directory(self, path: str) -> int:
+        """Create a directory and its parents; return its descriptor. Raises OSError."""
+        self._files.make(path)
+        return os.open(self.absolute(path), READ | os.O_DIRECTORY)
 
     def make_private(self) -> None:
         """Create the directories of our other files, with the permissions of the cache's."""

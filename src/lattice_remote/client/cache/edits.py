@@ -260,7 +260,6 @@ class Edits:
         self.is_own = False
         """Whether the change being applied results from a request of this cache."""
         self._given_up: set[str] = set()  # files whose base is not the server's text, until they are replaced
-        self._settled: dict[str, Signature] = {}  # signatures of files known to equal their base
 
     def scan(self) -> list[str]:
         """Return the paths of all edited files. Costs one ``stat`` for each plan and notes."""
@@ -270,13 +269,13 @@ class Edits:
         """Return whether a file differs from its base, or may once the server has answered. A removed file is no
         edit."""
         signature = self._cache.signature(path)
-        if signature is None or self._settled.get(path) == signature:
+        if signature is None or self._cache.known.is_settled(path, signature):
             return False
         base = self.base(path)
         if self._cache.read(path) != base or self.unanswered.may_replace(path, base):
             return True
         if time.time_ns() - signature[3] > _TICK_NS:
-            self._settled[path] = signature
+            self._cache.known.settle_text(path, signature)
         return False
 
     def is_in_use(self, path: str) -> bool:
@@ -306,7 +305,7 @@ class Edits:
     def rebase(self, path: str) -> None:
         """Record that the file now is the server's text."""
         if self._cache.size(path) is None:
-            self._settled.pop(path, None)
+            self._cache.known.settle_text(path, None)
             self._cache.delete(_base_path(path))
             self.older.forget(path)
             self.evidence.forget_versions(path)
@@ -315,7 +314,7 @@ class Edits:
 
     def sent(self, path: str, text: bytes) -> None:
         """Record that the server has ``text``: further differences are the next edit."""
-        self._settled.pop(path, None)
+        self._cache.known.settle_text(path, None)
         self._cache.replace(_base_path(path), text)
 
     def give_up(self, path: str, text: bytes) -> None:
@@ -342,7 +341,7 @@ class Edits:
 
     def judge(self, path: str, text: bytes, found: Signature, blobs: Blobs | None) -> Judgement:
         """Classify a file that differs from its base, see ``evidence``."""
-        is_watched = path in self._settled
+        is_watched = self._cache.known.was_settled(path)
         return self.evidence.judge(path, text, self.base(path), found, is_watched=is_watched, blobs=blobs)
 
     def take(self, path: str, text: bytes) -> bool:
@@ -404,14 +403,11 @@ class Edits:
                         yield path
 
     def _is_settled(self, path: str, entry: os.DirEntry[str]) -> bool:
-        settled = self._settled.get(path)
-        if settled is None:
-            return False
         try:
             found = entry.stat(follow_symlinks=False)
         except OSError:
             return False  # removed just now
-        return settled == signature_of(found)
+        return self._cache.known.is_settled(path, signature_of(found))
 
 
 def _base_path(path: str) -> str:

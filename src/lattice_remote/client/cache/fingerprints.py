@@ -37,6 +37,8 @@ class Fingerprints:
         """Whether every file was compared with the server's, so that an unknown one is foreign."""
         self._log = os.path.join(directory, WRITTEN_LOG)
         self._marks: dict[str, int] = {}  # path -> hashes of the signature: a quarter of the memory
+        self._settled: dict[str, int] = {}  # the same for plans and notes that equal their base
+        self._settled_before: dict[str, int] = {}  # those of earlier processes
         self._unshared: dict[str, Signature | None] = {}
         self._read_up_to: tuple[int, int] | None = None  # inode of the log, bytes
 
@@ -60,6 +62,25 @@ class Fingerprints:
         mark = self._marks.get(path)
         return not self.agrees(path, found) and (mark is None or found is None or mark >> 64 != _mark(found) >> 64)
 
+    def is_settled(self, path: str, found: Signature) -> bool:
+        """Return whether a plan or notes is as it was when it equalled its base, also for an earlier process."""
+        mark = _mark(found)
+        if self._settled_before.get(path) == mark:
+            self._settled[path] = self._settled_before.pop(path)
+        return self._settled.get(path) == mark
+
+    def was_settled(self, path: str) -> bool:
+        """Return whether this process has found a plan or notes equal to its base."""
+        return path in self._settled
+
+    def settle_text(self, path: str, found: Signature | None) -> None:
+        """Record that a plan or notes equals its base, or with None that this is unknown."""
+        if found is None:
+            self._settled.pop(path, None)
+            self._settled_before.pop(path, None)
+        else:
+            self._settled[path] = _mark(found)
+
     def note(self, path: str, found: Signature | None) -> None:
         """Record a file just written or removed by this process."""
         self._unshared[path] = found
@@ -82,7 +103,10 @@ class Fingerprints:
         """Return the input of ``restore()``, None if not every file is known."""
         if not self.is_complete or self._read_up_to is None or not boot_id:
             return None
-        return json.dumps({"boot_id": boot_id, "log": self._read_up_to, "marks": self._marks}).encode()
+        known = {**self._settled_before, **self._settled}
+        settled = [path for path, mark in known.items() if self._marks.get(path) == mark]
+        fields = {"boot_id": boot_id, "log": self._read_up_to, "marks": self._marks, "settled": settled}
+        return json.dumps(fields).encode()
 
     def restore(self, data: bytes, boot_id: str) -> None:
         """Load another process's fingerprints, if they are from this boot."""
@@ -90,11 +114,13 @@ class Fingerprints:
             found = json.loads(data)
             inode, offset = found["log"]
             marks = {str(path): int(mark) for path, mark in found["marks"].items()}
+            settled = {path: marks[path] for path in map(str, found["settled"])}
             if not boot_id or found["boot_id"] != boot_id:
                 return
         except (ValueError, TypeError, KeyError, AttributeError):
             return
-        self._marks, self._read_up_to, self.is_complete = marks, (int(inode), int(offset)), True
+        self._marks, self._settled_before = marks, settled
+        self._read_up_to, self.is_complete = (int(inode), int(offset)), True
 
     # --- other processes of ours; under the cache's lock ---
 

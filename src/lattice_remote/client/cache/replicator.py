@@ -32,13 +32,15 @@ from lattice_remote.protocol.effects import (
     Send,
     WritePart,
 )
-from lattice_remote.protocol.messages import Change, ClientFrame, Hello, Put, Response, ServerFrame
+from lattice_remote.protocol.messages import Change, ClientFrame, Hello, Part, Put, Response, ServerFrame
 from lattice_remote.protocol.paths import is_payload
 from lattice_remote.protocol.replica import Replica, State
 
 __all__ = ["ReceiveOutcome", "Replicator", "RequestOnlySession"]
 
 _LOOK_AGAIN_S = 1.0
+_SAVE_EVERY_S = 1.0
+"""Interval of storing the state while files arrive."""
 _MAX_OWN_REQUESTS = 256
 _STORE_AGE_TIMEOUT_S = 1.0
 """Longest wait for the lock; the cache's other work waits too."""
@@ -112,6 +114,7 @@ class Replicator:
         self.received = 0
         """Parts of files received: shows that a long fill advances."""
         self._stored: Signature | None = None
+        self._saved_at = 0.0  # monotonic
         self._resync_lock = contextlib.AsyncExitStack()
         self._resyncing = False
         self._to_fetch = 0
@@ -183,7 +186,8 @@ class Replicator:
         for frame in frames:
             save |= await self._perform(self.replica.receive(frame), outcome)
         if save:
-            self._save()
+            if not self._may_save_later(frames):
+                self._save()
             outcome.applied = True
         for frame in frames:
             if isinstance(frame, Change) and self.replica.welcome is not None:
@@ -509,7 +513,13 @@ class Replicator:
     def _changed_by_others(self) -> bool:
         return self.cache.signature(STATE_FILE) != self._stored
 
+    def _may_save_later(self, frames: Sequence[ServerFrame]) -> bool:
+        """Return whether the stored state is still valid: only files have arrived, which would be fetched again."""
+        is_recent = time.monotonic() - self._saved_at < _SAVE_EVERY_S
+        return is_recent and bool(self.replica.wanted) and all(isinstance(frame, Part) for frame in frames)
+
     def _save(self) -> None:
+        self._saved_at = time.monotonic()
         self.heard()
         self._store(
             CacheState(self.replica.position, tuple(self.replica.wanted), dict(self.replica.away), self.current_at)

@@ -70,7 +70,7 @@ class Quota:
     def take(self, size: int) -> None:
         """Require room for ``size`` more bytes, to the precision of one step. Raises StorageError."""
         self._unseen += size
-        if self._unseen > min(_STEP_BYTES, self._limit()):
+        if self._unseen > _MIB and self._unseen > min(_STEP_BYTES, self._limit()):
             self.require(_bytes_below(self._root) + size)
             self._unseen = 0
 

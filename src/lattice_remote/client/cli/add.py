@@ -241,7 +241,7 @@ async def _add(
 async def _fill(directory: str, *, token: str | None, server: Server, show: Progress | None) -> int:
     from lattice_remote.client.agent.service import Service
 
-    service = Service(directory)
+    service = Service(directory, is_new=True)
     service.start(token, named=server, prefer_given=True)
     try:
         answer = await service.handle({"do": "pull", "directory": directory, "token": token}, show or _ignore)

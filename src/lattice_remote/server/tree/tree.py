@@ -5,10 +5,13 @@ are compared. Operations have the order in which the command wrote: event logs b
 """
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
+import re
 import stat
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -149,9 +152,11 @@ def sync(descriptor: int) -> None:
 
 def sync_files(paths: Iterable[str]) -> None:
     """Make the content and the names of these files durable; for missing files, their absence. Raises SyncFailed."""
-    directories = set()
+    paths = list(paths)
+    directories = {os.path.dirname(path) for path in paths}
+    if len(paths) > _MANY_FILES and _sync_file_systems(directories):
+        return
     for path in paths:
-        directories.add(os.path.dirname(path))
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             descriptor = os.open(path, files.READ)
             try:
@@ -164,11 +169,40 @@ def sync_files(paths: Iterable[str]) -> None:
             sync_directory(Path(directory))
 
 
+def _sync_file_systems(directories: Iterable[str]) -> bool:
+    """Make the whole file systems of these directories durable; return False where that reports no errors.
+
+    Linux reports them since 5.8. An fsync of each of 10,000 files takes 40 s, this takes less than one.
+
+    Raises SyncFailed.
+    """
+    release = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    if sys.platform != "linux" or release is None or tuple(map(int, release.groups())) < (5, 8):
+        return False
+    syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+    if syncfs is None:
+        return False
+    synced = set()
+    for directory in directories:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            descriptor = os.open(directory, files.READ)
+            try:
+                if (device := os.fstat(descriptor).st_dev) not in synced and syncfs(descriptor):
+                    number = ctypes.get_errno()
+                    raise SyncFailed(number, os.strerror(number))
+                synced.add(device)
+            finally:
+                os.close(descriptor)
+    return True
+
+
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable. Raises SyncFailed."""
     files.sync_directory(path, sync)
 
 
+_MANY_FILES = 500
+"""Beyond this number one sync of the file system is faster than an fsync of each file."""
 EDITED_BY_HAND = (".md", "config.json")
 """Ends of the paths of files that people edit, perhaps in place. Lattice replaces all others, or appends to them."""
 INLINE_BYTES = 256 * 1024
