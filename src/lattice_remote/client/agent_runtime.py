@@ -27,6 +27,7 @@ __all__ = [
     "namespaces",
     "others",
     "prepare",
+    "reset_signals",
     "short_directories",
     "temporary_directory",
 ]
@@ -178,6 +179,17 @@ def _is_own(session: str) -> bool:
 
 def _fits(directory: str, name: str) -> bool:
     return len(os.fsencode(Runtime(directory, name).socket)) <= _MAX_SOCKET_PATH_BYTES
+
+
+def reset_signals() -> None:
+    """Handle signals as a new process does: the command that started this one may have ignored or blocked some."""
+    import signal
+
+    kept = {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ}  # Python itself ignores the last two
+    for number in signal.valid_signals() - kept:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def prepare(runtime: Runtime) -> None:

@@ -54,6 +54,11 @@ class Launched:
             **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **settings, **options},  # type: ignore[call-overload]
         )
 
+    def run_in_shell(self, script: str, **options: object) -> subprocess.CompletedProcess[str]:
+        settings: dict[str, object] = {"cwd": self.client.dir, "env": self.client.env, "stdin": subprocess.DEVNULL}
+        everything = {"capture_output": True, "text": True, "timeout": 60, **settings, **options}
+        return subprocess.run(["bash", "-c", script], check=False, **everything)  # type: ignore[call-overload]
+
     def warm_process(self) -> int:
         """Return the process id of the warm process, which is started if need be."""
         wait_until_warm(self.client, self.programs)
@@ -185,6 +190,24 @@ def test_a_closed_pipe_ends_a_command_as_lattice_ends(launched: Launched) -> Non
             ).returncode
 
     assert exit_code(launched.programs.launcher) == exit_code(BIN / "lattice")
+
+
+def test_output_that_cannot_be_written_ends_a_command_as_lattice_ends(launched: Launched) -> None:
+    def ended(program: Path, command: str) -> tuple[int, list[str]]:
+        done = launched.run_in_shell(f"{program} {command}")
+        return done.returncode, done.stderr.splitlines()[-2:]  # a traceback shows the program's own frames
+
+    for command in ("list >/dev/full", "list --json >/dev/full", "list >/dev/full 2>&1", "nonsense 2>/dev/full"):
+        assert ended(launched.programs.launcher, command) == ended(BIN / "lattice", command)
+
+
+@pytest.mark.parametrize("redirection", [">/dev/full", ">/dev/full 2>&1", ">/dev/full 2>/dev/full", "2>&1 | true"])
+def test_a_write_whose_output_is_lost_runs_once(launched: Launched, redirection: str) -> None:
+    launched.warm_process()
+    body = f"lost {redirection}"
+    launched.run_in_shell(f"{launched.programs.launcher} comment LAT-1 '{body}' {' '.join(ANA)} {redirection}")
+    comments = json.loads(launched.run("comments", "LAT-1", "--json").stdout)["data"]
+    assert [comment["body"] for comment in comments].count(body) == 1
 
 
 def test_process_attributes_are_the_callers(launched: Launched, tmp_path: Path) -> None:
@@ -370,6 +393,52 @@ def test_a_terminal_gets_the_same_bytes(launched: Launched) -> None:
 
 
 # --- the warm process ---
+
+
+def test_it_keeps_no_descriptor_of_the_command_that_started_it(launched: Launched, tmp_path: Path) -> None:
+    """A pipe whose writing end stays open has a reader that never ends; a lock stays locked."""
+    launched.client.run("remote", "agent", "stop")
+    lock = tmp_path / "lock"
+    done = launched.run_in_shell(f"{{ flock 9; {launched.programs.launcher} list 3>&1; }} 9>{lock} | cat")
+    assert "First" in done.stdout
+    assert launched.run_in_shell(f"flock --nonblock {lock} true").returncode == 0
+    fds = Path(f"/proc/{launched.warm_process()}/fd")
+    places = {int(fd.name): os.readlink(fd) for fd in fds.iterdir()}
+    assert [places[number] for number in range(3)] == ["/dev/null"] * 3
+    assert all(place.startswith("socket:") or place.endswith(".lock") for fd, place in places.items() if fd > 2)
+    assert str(lock) not in places.values()
+
+
+def test_it_and_the_agent_heed_signals_that_the_first_caller_ignored_or_blocked(launched: Launched) -> None:
+    def deaf() -> None:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTSTP, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2, signal.SIGCHLD})
+
+    def signals(pid: int) -> list[int]:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return [int(line.split()[1], 16) for line in lines if line.startswith(("SigBlk", "SigIgn"))]
+
+    launched.client.run("remote", "agent", "stop")
+    launched.run("list", preexec_fn=deaf)
+    agent = json.loads(launched.client.ok("remote", "agent", "status", "--json"))["data"]["pid"]
+    warm_pid = launched.warm_process()
+    blocked_and_ignored = [0, 1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1]
+    assert signals(agent) == signals(warm_pid) == blocked_and_ignored
+    os.kill(warm_pid, signal.SIGTERM)
+    wait_for(lambda: not Path(f"/proc/{warm_pid}").exists(), "the warm process to exit")
+
+
+def test_another_one_starts_while_a_stopped_one_finishes_its_commands(
+    launched: Launched, waiting: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    before = launched.warm_process()
+    waiting()
+    os.kill(before, signal.SIGTERM)
+    wait_for(lambda: launched.executes("list"), "the warm process to leave its socket")
+    wait_until_warm(launched.client, launched.programs)
+    assert Path(f"/proc/{before}").exists()
+    assert launched.warm_process() != before
 
 
 def test_a_killed_warm_process_costs_no_command_and_doubles_none(launched: Launched) -> None:

@@ -334,6 +334,7 @@ def main() -> int:
     place = agent_runtime.locate()
     agent_runtime.prepare(place)
     os.umask(_UMASK)
+    agent_runtime.reset_signals()
     lock = FileLock(place.lock, mode=0o600)
     if not _take_over(lock, place):
         return 0  # another one was started at the same time

@@ -295,12 +295,22 @@ def _start_warm(socket: bytes, environ: Environment, python: str) -> None:
     try:
         posix.setsid()
         if posix.fork() == 0:
+            _close_all()  # a pipe or a lock that the caller's shell has passed would stay open for hours
             null = posix.open("/dev/null", posix.O_RDWR)
-            for number in (0, 1, 2):
+            posix.set_inheritable(null, True)
+            for number in (1, 2):  # the first one is 0
                 posix.dup2(null, number)
             posix.execve(python, [python, "-P", "-m", "lattice_remote.client.launcher.warm"], kept)
     finally:
         posix._exit(0)  # in any case: the command is the parent's
+
+
+def _close_all() -> None:
+    for name in posix.listdir("/proc/self/fd"):
+        try:
+            posix.close(int(name))
+        except OSError:  # the descriptor of the listing itself
+            continue
 
 
 def _execute(lattice: str, argv: list[bytes], environ: Environment) -> "NoReturn":

@@ -41,6 +41,8 @@ _MAX_COMMANDS = 64
 _REQUEST_TIMEOUT_S = 10.0
 _PR_SET_PDEATHSIG = 1
 _SO_PEERPIDFD = 77
+_PYTHONS_OWN = (signal.SIGPIPE, signal.SIGXFSZ)
+"""Signals that every interpreter ignores."""
 _LIMITS = tuple(value for name, value in vars(resource).items() if name.startswith("RLIMIT_"))
 
 
@@ -51,8 +53,10 @@ class _Refused(Exception):
 class Warm:
     """Server of launchers, from ``run()`` until it is not needed any longer."""
 
-    def __init__(self, path: bytes, world: bytes, idle_s: float) -> None:
+    def __init__(self, path: bytes, world: bytes, idle_s: float, lock: int) -> None:
         self._path = path
+        self._lock = lock
+        """Locked file: one process serves at a time."""
         self._world = world
         self._idle_s = idle_s
         self._packages = _signature()
@@ -89,6 +93,7 @@ class Warm:
                 self._accept(listener, woken, waking)
         if _inode(self._path) == identity:
             os.unlink(self._path)  # first: the next launcher starts another process
+        fcntl.flock(self._lock, fcntl.LOCK_UN)  # for it and for the running commands, which inherited the lock
         self._poll.unregister(listener)
         self._poll.unregister(woken)
         listener.close()
@@ -185,21 +190,33 @@ def _signature() -> tuple[tuple[int, int], ...]:
 
 
 def _run_child(stream: socket.socket, world: bytes) -> NoReturn:
-    """Run one command and exit as lattice would."""
+    """Run one command and exit as lattice would.
+
+    Once the command has begun it is not left to another process, which would repeat it (I6).
+    """
     code = 1
     try:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        _die_with_parent()
         try:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            _die_with_parent()
             argv = _become_caller(stream, world)
-            code = _run_lattice(argv)
         except (_Refused, OSError, ValueError):
             _leave(stream)
-        except _needs_own_process():
-            _leave(stream)
+        code = _run_lattice(argv)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except _needs_own_process():
+        _leave(stream)
     except BaseException:  # noqa: BLE001 - nothing may return into the warm process's loop
+        _print_error()
+    finally:
+        os._exit(code)
+
+
+def _print_error() -> None:
+    with suppress(OSError):  # a full device or a closed pipe
         traceback.print_exc()
-    os._exit(code)
 
 
 def _needs_own_process() -> type[BaseException]:
@@ -305,13 +322,7 @@ def _take_status(peer: int) -> None:
     )
     os.umask(int(fields[b"Umask"], 8))
     ignored, blocked = int(fields[b"SigIgn"], 16), int(fields[b"SigBlk"], 16)
-    for number in signal.valid_signals() - {
-        signal.SIGKILL,
-        signal.SIGSTOP,
-        signal.SIGPIPE,
-        signal.SIGXFSZ,
-        signal.SIGINT,
-    }:
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, *_PYTHONS_OWN, signal.SIGINT}:
         if ignored >> (number - 1) & 1:
             signal.signal(number, signal.SIG_IGN)
     is_ignored = ignored >> (signal.SIGINT - 1) & 1
@@ -326,6 +337,7 @@ def _open_streams() -> None:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         old = getattr(sys, f"__{name}__")
         raw = io.FileIO(number, "r" if number == 0 else "w", closefd=False)
+        raw.name = f"<{name}>"  # shown in errors
         buffered = io.BufferedReader(raw) if number == 0 else io.BufferedWriter(raw)
         is_terminal = raw.isatty()
         new = io.TextIOWrapper(
@@ -363,20 +375,31 @@ def _run_lattice(argv: list[str]) -> int:
         cli.main(args=argv, prog_name="lattice")
     except SystemExit as error:
         code = error.code
-    except routing.NeedsOwnProcess:
+    except (routing.NeedsOwnProcess, KeyboardInterrupt):
         raise
     except BaseException:  # noqa: BLE001 - printed as the interpreter does
-        traceback.print_exc()
+        _print_error()
         code = 1
     if code is not None and not isinstance(code, int):
-        print(code, file=sys.stderr)  # noqa: T201 - as the interpreter does
+        with suppress(OSError):
+            print(code, file=sys.stderr)  # noqa: T201 - as the interpreter does
         code = 1
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            code = code or 120  # as at the end of an interpreter
-    return int(code or 0) & 0xFF
+    return _finish(int(code or 0) & 0xFF)
+
+
+def _finish(code: int) -> int:
+    """Flush the standard streams as an interpreter does at its end; return the exit code."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        code = 120
+        with suppress(OSError):
+            sys.stderr.write(f"Exception ignored in: {sys.stdout!r}\n{type(error).__name__}: {error}\n")
+    try:
+        sys.stderr.flush()
+    except OSError:
+        code = 120
+    return code
 
 
 # --- the start ---
@@ -424,8 +447,7 @@ def main() -> None:
     os.truncate(lock, 0)
     os.write(lock, b"%d\n" % os.getpid())
     os.chdir("/")
-    for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
+    agent_runtime.reset_signals()
     try:
         _preload()
     except BaseException as error:
@@ -436,7 +458,7 @@ def main() -> None:
         os.unlink(path + b".failed")
     gc.collect()
     gc.freeze()
-    Warm(path, world, float(os.environ.get(IDLE_ENV, "") or DEFAULT_IDLE_S)).run()
+    Warm(path, world, float(os.environ.get(IDLE_ENV, "") or DEFAULT_IDLE_S), lock).run()
 
 
 if __name__ == "__main__":
