@@ -126,6 +126,25 @@ def test_what_a_restored_server_lacks_is_kept_by_its_clients(
     wait_for(lambda: not differences(at.ben.lattice_dir, at.server.lattice_dir()), "ben to have all of it", 40)
 
 
+def test_events_that_a_restored_lattice_directory_lacks_are_kept_by_clients(sandbox: Sandbox) -> None:
+    """I7: the history goes on; for clients the server's files lose events in a usual change."""
+    at = Restored(sandbox)
+    at.ana.ok("comment", "LAT-1", "lost words", "--actor", "human:ana")
+    at.ana.ok("archive", "LAT-2", "--actor", "human:ana")
+    at.server.stop()
+    shutil.rmtree(at.server.lattice_dir())
+    shutil.copytree(at.backup / "projects/board/.lattice", at.server.lattice_dir())
+    at.server.start()
+    wait_for(lambda: not differences(at.ana.lattice_dir, at.server.lattice_dir()), "ana to have what was restored")
+    said = at.ana.run("list").stderr
+    assert "the server was restored to an earlier state that lacks it" in said and "by another program" not in said
+    assert sum(path.startswith("events/task_") for path in rescued(at.ana)) == 4, "LAT-1 and the lost tasks"
+    applied = at.ana.run("remote", "rescued", "apply", "--all")
+    shown = at.ana.ok("list")
+    assert all(f"Lost {n}" in shown for n in range(3)), applied.stdout + applied.stderr
+    assert "lost words" in at.ana.ok("comments", "LAT-1"), applied.stdout + applied.stderr
+
+
 def test_a_client_that_was_behind_the_backup_has_nothing_to_keep(sandbox: Sandbox) -> None:
     at = Restored(sandbox)
     at.ben.ok("remote", "agent", "stop")

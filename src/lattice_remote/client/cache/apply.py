@@ -12,7 +12,17 @@ from lattice_remote.client.cache.verify import RepairSchedule
 from lattice_remote.errors import ProtocolError
 from lattice_remote.protocol.effects import Effect
 from lattice_remote.protocol.messages import Part
-from lattice_remote.protocol.operations import AppendBytes, MergeJson, MoveFile, Operation, PutFile, apply, paths_of
+from lattice_remote.protocol.operations import (
+    AnnounceFile,
+    AppendBytes,
+    DeleteFile,
+    MergeJson,
+    MoveFile,
+    Operation,
+    PutFile,
+    apply,
+    paths_of,
+)
 from lattice_remote.protocol.paths import is_editable
 from lattice_remote.protocol.replica import Replica
 
@@ -55,6 +65,8 @@ class Files:
     def apply(self, operations: Iterable[Operation], replica: Replica) -> list[Effect]:
         """Apply the operations to the files; edited files are held."""
         drifted: set[str] = set()
+        operations = list(operations)
+        moved = {os.path.basename(op.to if isinstance(op, MoveFile) else op.path) for op in operations if _brings(op)}
         for operation in operations:
             text = self._edits.text_after(operation)
             if text is not None:
@@ -68,7 +80,10 @@ class Files:
                 if not isinstance(
                     operation, AppendBytes | MergeJson
                 ):  # which fit the existing content, or change nothing
-                    self.keep(paths, operation.data if isinstance(operation, PutFile) else None)
+                    after = operation.data if isinstance(operation, PutFile) else None
+                    if isinstance(operation, DeleteFile) and os.path.basename(operation.path) not in moved:
+                        after = b""  # else an archived task
+                    self.keep(paths, after)
                 drifted |= (unfit := apply(operation, self._cache))
                 self.are_the_servers([path for path in paths if path not in unfit])
                 self.on_edits([path for path in paths if is_editable(path)])
@@ -166,7 +181,8 @@ class Files:
             if strange and is_editable(path):
                 continue  # an edit, or the rest of one: see ``edits``
             if strange or may_be_by_hand(path) or (after is not None and is_event_log(path)):
-                self._keepsakes.keep(path, is_strange=strange, after=after)
+                is_ours = not strange and (known.is_complete or after == b"")
+                self._keepsakes.keep(path, is_strange=strange, after=after, is_ours=is_ours)
 
     def are_the_servers(self, paths: Iterable[str]) -> None:
         """Record that these files are the server's, or removed like there."""
@@ -184,3 +200,8 @@ class Files:
     def _was_fetched(self, path: str, *, was_changed: bool) -> None:
         if self._healing.healed(path) if was_changed else self._healing.fetched(path):
             self._keepsakes.notices.append(f"another process keeps writing {path}, which only the server may change")
+
+
+def _brings(operation: Operation) -> bool:
+    """Return whether a file may be new under its name afterwards."""
+    return isinstance(operation, PutFile | AnnounceFile | MoveFile)

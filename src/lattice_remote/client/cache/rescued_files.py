@@ -221,7 +221,7 @@ class RescuePolicy:
         elif (text := self._cache.read(path)) != self._base(path):
             self._cache.replace(_base_path(path), text)
 
-    def keep(self, path: str, *, is_strange: bool, after: bytes | None = None) -> None:
+    def keep(self, path: str, *, is_strange: bool, after: bytes | None = None, is_ours: bool = False) -> None:
         """Rescue the file's content if it is not the server's; call before replacing or removing the file.
 
         Args:
@@ -229,6 +229,7 @@ class RescuePolicy:
             is_strange: another program is known to have changed it. Otherwise only texts that differ from the record
                 and events that the server lacks are rescued.
             after: the server's content if known.
+            is_ours: no other program changed the file, so that events were in the server's log before.
         """
         size, base = self._cache.size(path), self._base(path)
         if not size or path.endswith("~"):
@@ -241,7 +242,7 @@ class RescuePolicy:
             return
         if has_events and content is not None and after is not None and _lacks_nothing(after, content):
             return
-        self.rescued.add(path, content, self.reason)
+        self.rescued.add(path, content, LOST if has_events and is_ours else self.reason)
 
     def keep_text(self, path: str, reason: str) -> bool:
         """Rescue the text of a plan or notes that is not to be sent; return whether it is not empty."""
