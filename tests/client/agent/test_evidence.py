@@ -21,8 +21,8 @@ from lattice_remote.client.agent.service import Service
 from lattice_remote.client.cache import cache as state
 from lattice_remote.client.cache import evidence
 from lattice_remote.client.cache.cache import Cache
+from lattice_remote.client.cache.evidence import Repository
 from lattice_remote.client.cache.replicator import Replicator
-from lattice_remote.client.cache.repository import Repository
 from lattice_remote.client.cache.safe_directory import Directory
 from lattice_remote.client.config import read_remote
 from lattice_remote.errors import StorageError

@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from lattice_remote.client.cache.edits import Sent, is_being_written
-from lattice_remote.client.cache.evidence import EDIT, Judgement, takes_away
+from lattice_remote.client.cache.evidence import EDIT, Judgement, Repository, takes_away
 from lattice_remote.client.cache.replicator import Replicator
-from lattice_remote.client.cache.repository import Repository
 from lattice_remote.client.connection.connection import Connection
 from lattice_remote.client.connection.pool import ConnectionPool
 from lattice_remote.errors import ConnectionFailed, Rejected, RemoteError, StorageError

@@ -22,8 +22,7 @@ import msgspec
 
 from lattice_remote.client.agent_runtime import boot_time
 from lattice_remote.client.cache.cache import BASE_DIRECTORY, Cache
-from lattice_remote.client.cache.evidence import Evidence, Judgement
-from lattice_remote.client.cache.repository import Blobs
+from lattice_remote.client.cache.evidence import Blobs, Evidence, Judgement
 from lattice_remote.client.config import PRIVATE_DIRECTORY
 from lattice_remote.errors import StorageError, one_line
 from lattice_remote.files import READ, Signature, signature_of

@@ -12,7 +12,7 @@ from lattice.storage.fs import LatticeRootError, find_root
 
 from lattice_remote.client import agent_client, credentials
 from lattice_remote.client.agent_client import Progress
-from lattice_remote.client.cache.repository import Repository
+from lattice_remote.client.cache.evidence import Repository
 from lattice_remote.client.completion import Values, tasks_of
 from lattice_remote.client.config import CHOICES, REMOTE_FILE, UNPUSHED_FILE, Remote, is_unpushed, read_remote
 from lattice_remote.errors import Misuse, RemoteError, one_line

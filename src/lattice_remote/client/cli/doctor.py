@@ -16,7 +16,7 @@ import typer
 
 from lattice_remote.client import agent_runtime, credentials, trusted_servers
 from lattice_remote.client.agent_client import agent_enabled, ask_running_agent
-from lattice_remote.client.cache.repository import Repository
+from lattice_remote.client.cache.evidence import Repository
 from lattice_remote.client.cli.common import Json, count, lattice_directory, print_result
 from lattice_remote.client.config import REMOTE_FILE, UNPUSHED_FILE, Remote, is_cache, is_unpushed, read_remote
 from lattice_remote.client.launcher.install import is_ours
