@@ -43,6 +43,7 @@ from lattice_remote.server.ipc import (
 from lattice_remote.server.journal.contents import is_snapshot
 from lattice_remote.server.journal.copies import place_of
 from lattice_remote.server.journal.journal import CommitJob, Committer, Journal
+from lattice_remote.server.journal.repair import files_of_task, grown_tasks, repair_task
 from lattice_remote.server.journal.segment import Record, list_beside, remove_segments
 from lattice_remote.server.logging import masked
 from lattice_remote.server.tree.capture import AccessLog, Capture, Replacement
@@ -60,7 +61,6 @@ from lattice_remote.server.tree.tree import (
 from lattice_remote.server.tree.undo import Begin, UndoLog
 from lattice_remote.server.worker.executor import ResourceBusy
 from lattice_remote.server.worker.patches import LockTable
-from lattice_remote.server.worker.stale_snapshots import files_of_task, grown_tasks, repair_task
 
 __all__ = [
     "ChangeOrigin",
