@@ -266,7 +266,7 @@ class Account:
 
         Both are set aside where somebody's third edit, of the line beside theirs, came first. The one that is in place
         is also in the text that a later edit set aside, made where it was in place already: with that edit's word,
-        which is in place nowhere.
+        which is in place nowhere. So is one that was set aside, if an editor had read it before and saved after that.
         """
         on_server, copies = words_in_texts(self._server.lattice_dir()), self._set_aside()
         kept = {word for copy in self._kept for word in copy}
@@ -276,8 +276,9 @@ class Account:
             places = []
             for word in words:
                 holding = [copy for copy in copies if word in copy]
-                if on_server[word]:
-                    holding = [copy for copy in holding if not later & copy.keys()]
+                without_later = [copy for copy in holding if not later & copy.keys()]
+                if on_server[word] or without_later:
+                    holding = without_later
                 places.append((on_server[word], sum(copy[word] for copy in holding)))
             assert sorted(places) in ([(0, 1), (1, 0)], [(0, 1), (0, 1)]), (
                 f"two edits of one line, (on the server, set aside): {dict(zip(words, places, strict=True))}"
