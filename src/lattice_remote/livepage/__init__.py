@@ -1,6 +1,7 @@
 """Live updates of lattice's dashboard page: scripts for the page, and the events they listen to.
 
     requests.js    the page's paths, relative to its own; the results of its requests
+    cards.js       the board, drawn card by card
     redraw.js      when the page is redrawn, and what is kept
     indicator.js   whether the page is up to date, in a word
     live.js        the event stream
@@ -43,7 +44,7 @@ EVENTS = "remote/events"
 RETRY_MS = 1000
 """Delay after which a browser reconnects."""
 
-_PARTS = ("requests.js", "redraw.js", "indicator.js", "live.js", "keyboard.js")
+_PARTS = ("requests.js", "cards.js", "redraw.js", "indicator.js", "live.js", "keyboard.js")
 _HOSTED_PARTS = ("hosted.js", "listeners.js", "editor.js")
 _HEAD = re.compile(rb"<head\b[^>]*>", re.IGNORECASE)
 _TITLE = re.compile(rb"<title>[^<]*</title>", re.IGNORECASE)

@@ -93,7 +93,16 @@
   });
 
   // The page draws a view when its responses arrive, even if another view was chosen since: then redraw that.
-  var visit = 0, late = false;
+  var visit = 0, late = false, lateUntil = 0;
+  function drawAgain() {
+    late = true;
+    refresh();
+  }
+  remote.on("drawn", function () {
+    window.setTimeout(function () {
+      if (Date.now() < lateUntil && !isTask() && document.querySelector("#app .detail")) drawAgain();
+    }, 0);
+  });
   window.addEventListener("hashchange", function (event) {
     if (!event.isTrusted) return;
     visit += 1;
@@ -103,8 +112,8 @@
     var begun = visit;
     function answered() {
       if (begun === visit) return;
-      late = true;
-      window.setTimeout(refresh, DRAWN_MS);
+      lateUntil = Date.now() + SETTLED_MS;
+      window.setTimeout(drawAgain, DRAWN_MS);
     }
     if (within !== lookEverywhere) asked.then(answered, answered);  // a poll knows its view
     return asked;

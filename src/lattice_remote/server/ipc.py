@@ -433,12 +433,14 @@ class ReadPage(msgspec.Struct, frozen=True, tag_field="type", tag="page"):
         base: entity tag of the body that the client has; the response is 304 if it is still this one.
         takes_difference: the response may be 226, the difference from that body.
         gzip: compress a large body.
+        state: name of the tree's state, within which no file changes; "" if it has none.
     """
 
     path: str
     base: str = ""
     takes_difference: bool = False
     gzip: bool = False
+    state: str = ""
 
 
 Read = ReadCommand | ReadPage

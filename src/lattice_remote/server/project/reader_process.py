@@ -15,10 +15,20 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import msgspec
+from msgspec import structs
 
 from lattice_remote.errors import Rejected, StorageError
 from lattice_remote.server.datadir import ProjectPaths
-from lattice_remote.server.ipc import FrameBuffer, Read, ReadCommand, ReadResult, TreeState, encode_frames, start_child
+from lattice_remote.server.ipc import (
+    FrameBuffer,
+    Read,
+    ReadCommand,
+    ReadPage,
+    ReadResult,
+    TreeState,
+    encode_frames,
+    start_child,
+)
 from lattice_remote.server.project.queue import FairLock
 from lattice_remote.server.transport.response_budget import ResponseShare
 
@@ -233,7 +243,8 @@ class ReaderProcess:
         before = self._state()
         try:
             async with asyncio.timeout(_READ_S):
-                found = await self._exchange(request)
+                named = before is not None and isinstance(request, ReadPage)
+                found = await self._exchange(structs.replace(request, state=repr(before)) if named else request)
         except BaseException as error:
             self._end()  # it may be in the middle of a reply
             if isinstance(error, TimeoutError):

@@ -10,10 +10,12 @@ import os
 import re
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import blake2b
+from functools import cached_property
+from hashlib import sha256
+from operator import itemgetter
 from pathlib import Path, PosixPath
 from typing import Any
 
@@ -27,6 +29,8 @@ LISTS = frozenset({"/api/tasks", "/api/graph"})
 """Requests of the dashboard that read every task, and nothing else."""
 _MAX_TEXT_BYTES = 32 * 1024 * 1024
 """Bound on the text of parsed files; further files are read every time."""
+_SCAN_S = 1.0
+"""Age up to which a scan of the same state serves another list."""
 _SETTLED_NS = 100_000_000
 """A file that changed within this time is read again: another change could leave its times and size as they are."""
 
@@ -47,6 +51,14 @@ class _TaskFile(PosixPath):
     signature: Signature | None = None
     """None if it is read every time."""
     text: _Text | None = None
+
+    def __lt__(self, other: Any) -> bool:
+        """Compare as lattice's handlers need, which sort the files of one directory."""
+        return self.order < other.order if isinstance(other, _TaskFile) else super().__lt__(other)
+
+    @cached_property
+    def order(self) -> str:
+        return self.name
 
     def read_text(self, *arguments: Any, **options: Any) -> str:
         if self.text is not None:
@@ -74,6 +86,12 @@ class CachedTasks:
         self._path = lattice_dir
         self._tasks = _TaskDirectory(lattice_dir / "tasks")
 
+    @contextmanager
+    def at(self, state: str) -> Iterator[None]:
+        """Read within this context; a scan of the same state is not repeated for a moment ("" for no state)."""
+        self._tasks.state = state
+        yield
+
     def __truediv__(self, name: str) -> Any:
         return self._tasks if name == "tasks" else self._path / name
 
@@ -81,14 +99,19 @@ class CachedTasks:
 class _TaskDirectory:
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.state = ""
         self._files: dict[str, _TaskFile] = {}
+        self._scanned: tuple[str, float] = "", 0.0  # the state, and when
 
     def is_dir(self) -> bool:
         return self._path.is_dir()
 
     def glob(self, pattern: str) -> Iterator[Path]:
         assert pattern == "*.json", "the dashboard lists all tasks"
-        self._scan()
+        state, since = self._scanned
+        if not self.state or self.state != state or time.monotonic() - since > _SCAN_S:
+            self._scanned = self.state, time.monotonic()
+            self._scan()
         return iter(self._files.values())
 
     def _scan(self) -> None:
@@ -109,7 +132,7 @@ class _TaskDirectory:
                         file.signature = signature
                 files[entry.name] = file
                 text_bytes += signature[1]
-        self._files = files
+        self._files = dict(sorted(files.items(), key=itemgetter(0)))
 
 
 # --- encoding ---
@@ -175,11 +198,45 @@ _MAX_LISTS, _MAX_STEPS, _MAX_STEP_SHARE = 4, 32, 4
 
 def tag_of(body: bytes) -> str:
     """Return the entity tag of a body, the same for the same bytes."""
-    return f'"{blake2b(body, digest_size=16).hexdigest()}"'
+    return f'"{sha256(body).hexdigest()[:32]}"'
 
 
 def difference(old: bytes, new: bytes) -> list[Part]:
-    """Return the parts of which ``new`` consists; both are ASCII."""
+    """Return the parts that make ``new``; both are ASCII."""
+    head = _common_start(old, new)
+    tail = min(_common_end(old, new), min(len(old), len(new)) - head)
+    if not head + tail:
+        return _parts(old, new)
+    middle = _parts(old[head : len(old) - tail], new[head : len(new) - tail])
+    moved = [part if isinstance(part, str) else (part[0] + head, part[1] + head) for part in middle]
+    return [*([(0, head)] if head else []), *moved, *([(len(old) - tail, len(old))] if tail else [])]
+
+
+def _common_start(old: bytes, new: bytes) -> int:
+    return _longest(min(len(old), len(new)), lambda size, from_: old[from_:size] == new[from_:size])
+
+
+def _common_end(old: bytes, new: bytes) -> int:
+    ends = len(old), len(new)
+    return _longest(
+        min(ends), lambda size, from_: old[ends[0] - size : ends[0] - from_] == new[ends[1] - size : ends[1] - from_]
+    )
+
+
+def _longest(most: int, is_same: Callable[[int, int], bool]) -> int:
+    """Return the largest size up to which all is the same; ``is_same(size, from)`` compares the part after ``from``."""
+    least = 0
+    while least < most:
+        size = (least + most + 1) // 2
+        if is_same(size, least):
+            least = size
+        else:
+            most = size - 1
+    return least
+
+
+def _parts(old: bytes, new: bytes) -> list[Part]:
+    """Return the parts by whole items, in any order."""
     parts: list[Part] = []
     places: dict[bytes, int] | None = None
     start = at = 0  # the range of ``old`` that is being continued

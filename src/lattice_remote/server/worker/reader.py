@@ -106,7 +106,7 @@ class Reads:
         page = handler_class(self._lattice_dir)(asked.path, b"")
         if asked.path in lists.LISTS:
             page._lattice_dir = self._tasks
-            with lists.installed():
+            with lists.installed(), self._tasks.at(asked.state):
                 outcome = self._executor.call(page.get, "dashboard: GET")
         else:
             outcome = self._executor.call(page.get, "dashboard: GET")
