@@ -336,6 +336,9 @@ async def test_another_programs_refusal_blames_no_token_and_ends_no_retries(
     error = service._link.error
     assert isinstance(error, ConnectionFailed) and error.code == "REMOTE_UNREACHABLE" and not service._link.is_refused
     expected = f"a proxy or another program answers instead, HTTP {status}; check the URL and the proxy"
+    if status in (401, 403, 407):
+        trust = f"lattice remote trust {service._link.remote.url} --header 'NAME: VALUE', or --client-cert FILE"
+        expected += f"; for one that authenticates: {trust}"
     assert error.message == expected
     server.status = None
     assert (await run(service, "put", "tasks/x.json", "x"))["exit_code"] == 0, "the same token, and no login"

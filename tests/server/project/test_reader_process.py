@@ -17,6 +17,7 @@ import requests
 from harness import tree_of, until
 from server_process import Process, children_of, is_gone
 from test_server import make_data, make_token
+from worker_process import file_at
 
 from lattice_remote.errors import Rejected, StorageError
 from lattice_remote.server import project_summary as overview_module
@@ -316,7 +317,7 @@ class Title:
 
     def change(self) -> None:
         self.undo.begin(Begin("e", 1, "boot"))
-        self.undo.keep_for_rewrite(str(self.task))
+        self.undo.keep_for_rewrite(*file_at(self.task))
         self.write("after")
 
     @staticmethod
