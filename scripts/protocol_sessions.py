@@ -46,7 +46,7 @@ class MemoryCache:
         self.restart()
 
     def restart(self) -> None:
-        self.replica = Replica(*self.stored, away={} if self._defers else None)
+        self.replica = Replica(*self.stored, deferred={} if self._defers else None)
         self._parts: Files = {}
         self._open.clear()
 
@@ -96,7 +96,7 @@ class MemoryCache:
                 case DeliverReply(frame):
                     queue += self._settle(frame)
                 case Save():
-                    self.stored = self.replica.position, tuple(self.replica.wanted)
+                    self.stored = self.replica.position, tuple(self.replica.missing)
         return sent
 
     def _apply(self, operation: o.Operation) -> list[Effect]:
@@ -105,7 +105,7 @@ class MemoryCache:
             if isinstance(operation, o.PutFile) and operation.data == self.files[path]:
                 self.bases[path] = operation.data
                 return []
-            self.replica.hold(path)
+            self.replica.block(path)
             return self.replica.drifted([operation.to]) if isinstance(operation, o.MoveFile) else []
         drifted = o.apply(operation, o.MemoryTree(self.files))
         for each in o.paths_of(operation):
@@ -142,11 +142,11 @@ class MemoryCache:
             return []
         path = request.path
         if answer.outcome == "conflict":
-            self.replica.hold(path)
+            self.replica.block(path)
             self.bases[path] = self.files[path]
         else:
             self.bases[path] = request.text
-        return self.replica.release([path])
+        return self.replica.unblock([path])
 
 
 def _text(files: Mapping[str, bytes]) -> dict[str, str]:
@@ -289,7 +289,7 @@ class Session:
     def equals(self, tree: Files) -> "Session":
         """Check that the recorded client has the server's tree, and nothing is missing."""
         assert self.cache.files == tree, f"{self.name}: {self.cache.files}"
-        assert not self.cache.replica.wanted, f"{self.name}: {self.cache.replica.wanted}"
+        assert not self.cache.replica.missing, f"{self.name}: {self.cache.replica.missing}"
         return self
 
     def _record(self, step: Step, perform: Callable[[], list[m.ClientFrame]]) -> "Session":
@@ -304,10 +304,10 @@ class Session:
     def _state(self) -> dict[str, Any]:
         replica = self.cache.replica
         position = "" if replica.position == NOWHERE else str(replica.position)
-        deferred = {"deferred": sorted(replica.away)} if self.defers else {}
+        deferred = {"deferred": sorted(replica.deferred)} if self.defers else {}
         return {
             "tree": _text(self.cache.files),
-            "missing": sorted(replica.wanted),
+            "missing": sorted(replica.missing),
             "position": position,
             **deferred,
         }

@@ -40,7 +40,7 @@ def is_zombie(pid: int) -> bool:
 
 async def ask(do: str, directory: Path, **fields: object) -> dict[str, Any]:
     """Ask as a command does, which blocks its own process: in a thread, as the server lives in this one."""
-    return await asyncio.to_thread(agent_client.ask, request(do, directory, **fields))
+    return await asyncio.to_thread(agent_client.send_request, request(do, directory, **fields))
 
 
 def request(do: str, directory: Path, **fields: object) -> dict[str, Any]:
@@ -52,7 +52,7 @@ async def run(directory: Path, *argv: str) -> dict[str, Any]:
 
 
 async def status() -> dict[str, Any] | None:
-    return await asyncio.to_thread(agent_client.ask_running_agent, {"do": "agent-status"})
+    return await asyncio.to_thread(agent_client.send_if_running, {"do": "agent-status"})
 
 
 def resident_kib() -> int:

@@ -202,7 +202,8 @@ def test_the_environment_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- the agent's place ---
 
 
-def test_the_place_is_for_this_user_alone(home: Path) -> None:
+def test_the_place_is_for_this_user_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_runtime, "_MAX_SOCKET_PATH_BYTES", 1000)
     place = agent_runtime.locate()
     assert place.directory == str(home / "run")
     os.mkdir(place.directory)
@@ -211,7 +212,8 @@ def test_the_place_is_for_this_user_alone(home: Path) -> None:
     assert stat.S_IMODE(os.stat(place.directory).st_mode) == 0o700
 
 
-def test_a_place_that_is_a_link_is_refused(home: Path) -> None:
+def test_a_place_that_is_a_link_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_runtime, "_MAX_SOCKET_PATH_BYTES", 1000)
     (home / "elsewhere").mkdir()
     (home / "run").symlink_to(home / "elsewhere")
     with pytest.raises(StorageError, match="not a directory of this user"):

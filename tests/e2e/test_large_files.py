@@ -101,10 +101,10 @@ def test_a_hundred_megabytes_are_attached_and_are_here_at_once(place: Place) -> 
     assert not list(place.uploads.iterdir())
     place.ben.ok("comment", "LAT-1", "small", "--actor", "human:ben")
     status = json.loads(place.ben.ok("remote", "status", "--json"))["data"]
-    assert status["current"] and status["payloads"]["away"] == 1
-    assert status["payloads"]["away_bytes"] == 100 * MIB
+    assert status["current"] and status["payloads"]["deferred"] == 1
+    assert status["payloads"]["deferred_bytes"] == 100 * MIB
     verified = json.loads(place.ben.ok("remote", "verify", "--json"))["data"]
-    assert verified["equal"] and verified["away"] == [f"artifacts/payload/{artifact}.bin"]
+    assert verified["equal"] and verified["deferred"] == [f"artifacts/payload/{artifact}.bin"]
     assert "hundred.bin" in place.ben.ok("show", "LAT-1"), "what is told of it is here"
     payload.unlink()
     path.unlink()

@@ -189,7 +189,7 @@ def test_what_other_hands_do_to_the_files_is_put_right_without_being_asked(share
     (ana.lattice_dir / "ids.json").unlink()
     shutil.rmtree(ana.lattice_dir / "plans")
     wait_for(lambda: not differences(ana.lattice_dir, server.lattice_dir()), "the files to be the server's again")
-    wait_for(lambda: answer(ana, "remote", "status")["healed"]["count"] >= 6, "status to count it")
+    wait_for(lambda: answer(ana, "remote", "status")["repaired"]["count"] >= 6, "status to count it")
     kept = [place.read_text() for place in ana.lattice_dir.glob(".remote/rescued/*/files/context.md")]
     assert kept == ["# Written by hand\n"]
     assert "see: lattice remote rescued" in ana.ok("remote", "status")

@@ -88,7 +88,7 @@ def bytes_in(directory: Path) -> int:
 
 
 def trouble(service: Service) -> RemoteError:
-    error = service._follower.trouble or service._link.error
+    error = service._replicator.trouble or service._connection.error
     assert error is not None
     assert error.message.isprintable()
     return error
@@ -186,7 +186,7 @@ async def test_a_path_outside_the_tree_ends_the_connection_and_writes_nothing(
 
     server.misbehave = at_once  # type: ignore[assignment]
     server.broadcast(Change(1, b"m" * 16, "", "x", "t", "edit", "", [PutFile(path, b"evil")]))
-    await until(lambda: service._link.error is not None)
+    await until(lambda: service._connection.error is not None)
     assert trouble(service).code == "REMOTE_PROTOCOL"
     assert outside(directory) == before and tree(directory) == inside
     await attempts_stay_few(service, server)
@@ -330,7 +330,7 @@ async def test_a_huge_announcement_is_refused_before_it_takes_room(
     await ask(service, "ready")
     server.misbehave = endless  # type: ignore[assignment]
     server.broadcast(server.numbered(AnnounceFile("events/huge.jsonl", 1 << 60, b"d" * 32)))
-    await until(lambda: service._follower.trouble is not None)
+    await until(lambda: service._replicator.trouble is not None)
     assert "--max-cache" in trouble(service).message
     assert bytes_in(directory) < 1 << 20
     assert "--max-cache" in str((await ask(service, "status"))["trouble"])
@@ -342,9 +342,9 @@ async def test_a_huge_content_of_an_artifact_is_not_begun_and_holds_nothing_up(
 ) -> None:
     await ask(service, "ready")
     server.broadcast(server.numbered(AnnounceFile("artifacts/payload/huge", 1 << 60, b"d" * 32)))
-    await until(lambda: service._fetching.trouble is not None)
+    await until(lambda: service._payload_fetcher.trouble is not None)
     payloads = (await ask(service, "status"))["payloads"]
-    assert payloads["away"] == 1 and "--max-cache" in payloads["trouble"]  # type: ignore[index]
+    assert payloads["deferred"] == 1 and "--max-cache" in payloads["trouble"]  # type: ignore[index]
     assert (await ask(service, "ready"))["current"]
     assert not [frame for frame in server.frames if isinstance(frame, Download)]
     with pytest.raises(RemoteError, match="--max-cache"):
@@ -371,7 +371,7 @@ async def test_pieces_of_a_content_that_are_not_what_was_asked_for_go_nowhere(
     await ask(service, "ready")
     server.misbehave = misbehave  # type: ignore[assignment]
     server.broadcast(server.numbered(AnnounceFile("artifacts/payload/x", size, digest)))
-    await until(lambda: service._fetching.trouble is not None)
+    await until(lambda: service._payload_fetcher.trouble is not None)
     assert not (directory / "artifacts/payload/x").exists()
     assert bytes_in(directory) < 1 << 20
     assert sum(isinstance(frame, Download) for frame in server.frames) < 50
@@ -393,7 +393,7 @@ async def test_a_manifest_of_more_than_is_allowed_is_refused(
     assert not any(isinstance(frame, Fetch) for frame in server.frames)
     assert bytes_in(directory) < 100_000
     trusted_servers.record(trusted_servers.name(server.url, max_cache_mib=4))
-    service._link.kick()
+    service._connection.kick()
     await until(service._is_current, 20)
     assert tree(directory) == server.files
 
@@ -403,7 +403,7 @@ async def test_files_without_end_stop_at_what_is_allowed(server: FakeServer, ser
     await ask(service, "ready")
     for n in range(100):
         server.put(f"artifacts/payload/{n}", bytes(100_000))
-    await until(lambda: service._follower.trouble is not None, 20)
+    await until(lambda: service._replicator.trouble is not None, 20)
     assert "1 MiB allowed" in trouble(service).message
     await attempts_stay_few(service, server)
     assert bytes_in(directory) < 3 << 20
@@ -421,9 +421,9 @@ async def test_answers_that_nobody_asked_for_are_not_kept(server: FakeServer, se
         await connection.send(encode(Stored(id_, 1 << 60, "stored")))
         await connection.send(encode(Refused(id_, "REMOTE_FAILED", "x")))
     server.put("tasks/after.json", b"x")
-    await until(lambda: service._follower.replica.position.seq == 1)
-    assert service._follower.replica._answers == [] and service._is_current()
-    assert service._link.failed_attempts == 0
+    await until(lambda: service._replicator.replica.position.seq == 1)
+    assert service._replicator.replica._answers == [] and service._is_current()
+    assert service._connection.failed_attempts == 0
 
 
 @pytest.mark.parametrize("kind", ["empty pieces", "a part that brings nothing", "an empty piece of a manifest"])
@@ -449,7 +449,7 @@ async def test_what_never_ends_is_ended(server: FakeServer, service: Service, ki
         server.broadcast(server.numbered(AnnounceFile("artifacts/payload/x", 9, b"d" * 32)))
     else:
         asking = asyncio.ensure_future(ask(service, "verify"))
-    await until(lambda: service._link.error is not None)
+    await until(lambda: service._connection.error is not None)
     assert trouble(service).code == "REMOTE_PROTOCOL"
     if asking is not None:
         asking.cancel()
@@ -489,7 +489,7 @@ async def test_bytes_without_end_or_sense_are_given_up(
     async with RawServer(script).running() as raw:
         service = Service(str(make_cache(tmp_path / "ana", raw.url)))
         service.start(TOKEN)
-        await until(lambda: service._link.error is not None, 20)
+        await until(lambda: service._connection.error is not None, 20)
         assert trouble(service).code in {
             "REMOTE_UNREACHABLE",
             "REMOTE_PROTOCOL",
@@ -513,7 +513,7 @@ async def test_limits_of_nothing_refuse_here_what_would_be_refused_there(
     answer = await ask(service, "push")
     assert answer["sent"] == [{"path": PLAN, "outcome": "refused"}]
     assert not any(isinstance(frame, Run | Put) for frame in server.frames)
-    assert service._link.failed_attempts == 0
+    assert service._connection.failed_attempts == 0
 
 
 # --- a server that makes its clients begin anew, or leads them nowhere ---
@@ -537,7 +537,7 @@ async def test_beginning_anew_without_end_becomes_an_error(
 
     server.misbehave = anew  # type: ignore[assignment]
     server.cut()
-    await until(lambda: service._link.is_barred, 20)
+    await until(lambda: service._connection.is_barred, 20)
     connections, asked = len(server.requests), len(server.frames)
     assert connections <= 2 * dial.MAX_RESETS
     for _ in range(5):
@@ -560,10 +560,10 @@ async def test_a_number_that_no_change_leads_to_is_given_up(
     await ask(service, "ready")
     server.head = 1 << 60
     server.cut()
-    await until(lambda: service._link.error is not None and "nothing useful" in service._link.error.message)
+    await until(lambda: service._connection.error is not None and "nothing useful" in service._connection.error.message)
     assert str(1 << 60) in trouble(service).message
     server.head = None
-    service._link.kick()
+    service._connection.kick()
     await until(service._is_current)
     await service.close()
 
@@ -592,7 +592,7 @@ async def test_a_link_that_is_only_half_there_is_never_called_connected(
             await asyncio.sleep(0.02)
         assert seen[-1] is False
         proxy.flow()
-        service._link.kick()
+        service._connection.kick()
         await until(service._is_current)
         await service.close()
 

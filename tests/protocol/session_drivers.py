@@ -151,8 +151,8 @@ class CacheDriver:
         replica = self._replicator.replica
         position = "" if replica.position == NOWHERE else str(replica.position)
         tree = {path: self._cache.read(path) for path in self._cache.paths()}
-        state = {"tree": tree, "missing": sorted(replica.wanted), "position": position}
-        return {**state, "deferred": sorted(replica.away)}
+        state = {"tree": tree, "missing": sorted(replica.missing), "position": position}
+        return {**state, "deferred": sorted(replica.deferred)}
 
     def _request(self, request: Run | Put, base: bytes | None) -> Sent:
         self._open[request.id] = request, base

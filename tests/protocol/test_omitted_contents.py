@@ -37,7 +37,7 @@ def connected(replica: Replica, *, head: int | None = None) -> Replica:
 
 @pytest.fixture
 def replica() -> Replica:
-    return connected(Replica(Position("e", 1, b"m"), away={}))
+    return connected(Replica(Position("e", 1, b"m"), deferred={}))
 
 
 def change(replica: Replica, *operations: Operation) -> list[Effect]:
@@ -56,46 +56,46 @@ def fetched(effects: Iterable[Effect]) -> list[str]:
 
 def test_a_large_content_is_not_waited_for(replica: Replica) -> None:
     effects = change(replica, ANNOUNCED, PutFile("tasks/x.json", b"x"))
-    assert replica.away == {BIG: ENTRY} and not replica.wanted and replica.is_current
+    assert replica.deferred == {BIG: ENTRY} and not replica.missing and replica.is_current
     assert applied(effects) == [PutFile("tasks/x.json", b"x")] and not fetched(effects)
 
 
 def test_another_large_file_is_not_deferred(replica: Replica) -> None:
     announced = AnnounceFile("events/x.jsonl", *ENTRY)
     assert applied(change(replica, announced)) == [announced]
-    assert not replica.away
+    assert not replica.deferred
 
 
 def test_a_deferred_content_that_becomes_small_is_fetched(replica: Replica) -> None:
     change(replica, ANNOUNCED)
     assert fetched(change(replica, AnnounceFile(BIG, LARGE_BYTES, ENTRY[1]))) == [BIG]
-    assert not replica.away
+    assert not replica.deferred
 
 
 @pytest.mark.parametrize("operation", [PutFile(BIG, b"x"), DeleteFile(BIG), MoveFile("ids.json", BIG, bytes(32))])
 def test_what_is_written_over_is_left_out_no_more(replica: Replica, operation: Operation) -> None:
     change(replica, ANNOUNCED)
     assert applied(change(replica, operation)) == [operation]
-    assert not replica.away
+    assert not replica.deferred
 
 
 def test_what_is_moved_is_left_out_where_it_went(replica: Replica) -> None:
     change(replica, ANNOUNCED)
     assert applied(change(replica, MoveFile(BIG, OTHER, ENTRY[1]))) == [DeleteFile(BIG)]
-    assert replica.away == {OTHER: ENTRY}
+    assert replica.deferred == {OTHER: ENTRY}
 
 
 def test_what_grows_is_wanted_as_a_whole(replica: Replica) -> None:
     change(replica, ANNOUNCED)
     effects = change(replica, append_to(BIG, CONTENT, b"more"))
-    assert not replica.away and fetched(effects) == [BIG] and not applied(effects)
+    assert not replica.deferred and fetched(effects) == [BIG] and not applied(effects)
 
 
 def test_announced_anew_it_is_the_newer_one(replica: Replica) -> None:
     change(replica, ANNOUNCED)
-    before = replica.away_version
+    before = replica.deferred_version
     change(replica, AnnounceFile(BIG, LARGE_BYTES + 2, bytes(32)))
-    assert replica.away == {BIG: (LARGE_BYTES + 2, bytes(32))} and replica.away_version > before
+    assert replica.deferred == {BIG: (LARGE_BYTES + 2, bytes(32))} and replica.deferred_version > before
 
 
 def test_a_replica_that_leaves_nothing_out_does_as_before() -> None:
@@ -110,19 +110,19 @@ def test_compared_as_a_whole_only_what_differs_is_left_out(replica: Replica) -> 
     [compare] = replica.receive(Entries(1, b"m", [Entry(path, *entry) for path, entry in entries.items()], True))
     assert isinstance(compare, Compare)
     effects = replica.compared({OTHER: ENTRY, "artifacts/payload/surplus": ENTRY})
-    assert replica.away == {BIG: ENTRY}
+    assert replica.deferred == {BIG: ENTRY}
     assert sorted(fetched(effects)) == ["artifacts/payload/small", "events/x.jsonl"]
     assert [effect.paths for effect in effects if isinstance(effect, Remove)] == [("artifacts/payload/surplus",)]
 
 
 def test_what_the_server_says_of_unknown_content_counts_once_the_copy_is_there(replica: Replica) -> None:
-    replica.leave_out(BIG)
-    assert not replica.learned(BIG, ENTRY, 2) and replica.away == {BIG: None}
+    replica.defer(BIG)
+    assert not replica.learned(BIG, ENTRY, 2) and replica.deferred == {BIG: None}
     change(replica, PutFile("ids.json", b"{}"))
-    assert replica.learned(BIG, ENTRY, 2) and replica.away == {BIG: ENTRY}
+    assert replica.learned(BIG, ENTRY, 2) and replica.deferred == {BIG: ENTRY}
     assert not replica.learned(BIG, (1, bytes(32)), 2), "only a change makes it another"
     replica.here(BIG)
-    assert not replica.learned(BIG, ENTRY, 2) and not replica.away
+    assert not replica.learned(BIG, ENTRY, 2) and not replica.deferred
 
 
 PATHS = st.sampled_from([BIG, OTHER, "artifacts/payload/c"])
@@ -145,7 +145,7 @@ def test_what_is_not_left_out_is_the_servers_at_every_number(steps: list[tuple[s
     """I3, I5: and what is left out is said rightly to be what the server has."""
     truth: dict[str, bytes] = {}
     tree = MemoryTree({})
-    replica = connected(Replica(Position("e", 0, b""), away={}))
+    replica = connected(Replica(Position("e", 0, b""), deferred={}))
     for what, path, argument in steps:
         operations: list[Operation] = []
         if what == "write":
@@ -157,15 +157,15 @@ def test_what_is_not_left_out_is_the_servers_at_every_number(steps: list[tuple[s
         elif what == "move" and path in truth and argument.decode() != path:
             truth[argument.decode()] = truth.pop(path)
             operations = [MoveFile(path, argument.decode(), digest_of(truth[argument.decode()]))]
-        elif what == "fetch" and path in replica.away:
-            assert replica.away[path] == (len(truth[path]), digest_of(truth[path]))
+        elif what == "fetch" and path in replica.deferred:
+            assert replica.deferred[path] == (len(truth[path]), digest_of(truth[path]))
             tree.files[path] = truth[path]
             replica.here(path)
         elif what == "restart":
-            replica = connected(Replica(replica.position, replica.wanted, away=replica.away))
+            replica = connected(Replica(replica.position, replica.missing, deferred=replica.deferred))
         if operations:
             for operation in applied(change(replica, *operations)):
                 assert not apply(operation, tree), "nothing has drifted"
-        here = {name: data for name, data in tree.files.items() if name not in replica.away}
-        assert here == {name: data for name, data in truth.items() if name not in replica.away}
-        assert not replica.wanted and replica.away.keys() <= truth.keys()
+        here = {name: data for name, data in tree.files.items() if name not in replica.deferred}
+        assert here == {name: data for name, data in truth.items() if name not in replica.deferred}
+        assert not replica.missing and replica.deferred.keys() <= truth.keys()

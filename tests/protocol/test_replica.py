@@ -7,8 +7,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from lattice_remote.conformance.in_memory_server import (
     PIECE,
-    Connection,
     Files,
+    InMemoryConnection,
     InMemoryServer,
     announce,
     append_to,
@@ -92,7 +92,7 @@ class Copy:
         self.disk = disk
         self.version = 0  # of the disk, as this process knows it
         self.replica = Replica()
-        self.connection: Connection | None = None
+        self.connection: InMemoryConnection | None = None
         self.arriving: dict[str, bytes] = {}
         self.sent: dict[str, int] = {}  # edits that the server has taken, and as which change
 
@@ -137,16 +137,16 @@ class Copy:
         for path in [path for path, seq in self.sent.items() if seq <= self.replica.position.seq]:
             del self.sent[path]
             self.disk.edits.pop(path, None)
-            self.perform(self.replica.release([path]))
+            self.perform(self.replica.unblock([path]))
         replica = self.replica
         if replica.state is State.COMPARING and not replica.position.epoch:
             self.disk.locked_by = self
-        elif replica.state is State.FOLLOWING and len(replica.wanted) == len(replica.held) and self.disk.locked_by:
+        elif replica.state is State.FOLLOWING and len(replica.missing) == len(replica.blocked) and self.disk.locked_by:
             self.disk.locked_by = None
 
     def release_settled(self) -> None:
         """Go on with the files whose edits were sent, given up or undone, here or by another process."""
-        self.perform(self.replica.release([path for path in self.replica.held if path not in self.disk.edits]))
+        self.perform(self.replica.unblock([path for path in self.replica.blocked if path not in self.disk.edits]))
 
     def catch_up_with_others(self) -> bool:
         """Go on from where another process has brought the files; tell whether that can be done."""
@@ -187,7 +187,7 @@ class Copy:
                         self.check(at_least=frame.seq)
                 case Save():
                     self.check()
-                    self.disk.saved = (self.replica.position, tuple(self.replica.wanted))
+                    self.disk.saved = (self.replica.position, tuple(self.replica.missing))
                     self.disk.version += 1
                     self.version = self.disk.version
 
@@ -204,7 +204,7 @@ class Copy:
                 raise Crash
             edited = [path for path in paths_of(operation) if path in self.disk.edits]
             for path in edited:
-                self.replica.hold(path)
+                self.replica.block(path)
             if edited:
                 drifted |= {path for path in paths_of(operation) if path not in edited}
             else:
@@ -225,7 +225,7 @@ class Copy:
 
     def _replace(self, path: str, content: bytes | None) -> None:
         if path in self.disk.edits:
-            self.replica.hold(path)
+            self.replica.block(path)
         elif content is None:
             self.disk.files.pop(path, None)
         else:
@@ -244,7 +244,7 @@ class Copy:
             self.disk.ahead = 0
             self.perform(self.replica.compared(local, edited=list(self.disk.edits)))
             return
-        known = {*local, *compare.entries} - {*self.replica.wanted}
+        known = {*local, *compare.entries} - {*self.replica.missing}
         differences = {path for path in known if local.get(path) != compare.entries.get(path)}
         excused = {*self.disk.edits, *self.disk.touched}
         assert differences <= excused or self.disk.rolled_back or self.disk.ahead > compare.seq
@@ -259,7 +259,7 @@ class Copy:
             return
         expected = self.server.trees[position.epoch, position.mark]
         excused = {*self.disk.edits, *self.disk.touched}
-        excused |= {path for path, seq in self.replica.wanted.items() if not 0 < seq <= at_least}
+        excused |= {path for path, seq in self.replica.missing.items() if not 0 < seq <= at_least}
         acceptable = [expected]
         if self.disk.ahead > position.seq and position.epoch == self.server.epoch:
             acceptable += [moment.files for moment in self.server.history[position.seq : self.disk.ahead + 1]]
@@ -440,7 +440,7 @@ class Replication(RuleBasedStateMachine):
             self.disk.files.pop(path, None)
         else:
             self.disk.files[path] = base
-        copy.perform(copy.replica.release([path]))
+        copy.perform(copy.replica.unblock([path]))
 
     @precondition(lambda self: self.unsent)
     @rule(who=WHO)
@@ -496,7 +496,7 @@ class Replication(RuleBasedStateMachine):
         if self.disk.touched or self.disk.rolled_back:
             first.perform(first.replica.compare(repair=True))
             self._settle(0)
-        assert not first.replica.wanted
+        assert not first.replica.missing
         assert self.disk.files == self.server.files
         assert self.disk.saved[0] == first.replica.position
         assert first.replica.position.epoch == self.server.epoch
@@ -531,9 +531,9 @@ def part(path: str, seq: int, data: bytes = b"x") -> Part:
     return Part(path, seq, len(data), digest_of(data), 0, data)
 
 
-def following(seq: int = 1, *, head: int | None = None, wanted: tuple[str, ...] = ()) -> Replica:
+def following(seq: int = 1, *, head: int | None = None, missing: tuple[str, ...] = ()) -> Replica:
     """Return a replica at (e, seq) whose server has just said that it goes on from there."""
-    replica = Replica(Position("e", seq, b"m%d" % seq), wanted)
+    replica = Replica(Position("e", seq, b"m%d" % seq), missing)
     replica.hello(client_version="0", lattice_version="0")
     replica.receive(welcome(head=seq if head is None else head))
     return replica
@@ -562,7 +562,7 @@ def test_resync_forgets_the_position_before_it_asks_for_the_manifest() -> None:
     replica = Replica(Position("old", 7, b"m"), ["a"])
     replica.hello(client_version="0", lattice_version="0")
     assert replica.receive(welcome(resync=True, head=3)) == [Save(), Send(Manifest())]
-    assert (replica.position, replica.wanted, replica.state) == (NOWHERE, {}, State.COMPARING)
+    assert (replica.position, replica.missing, replica.state) == (NOWHERE, {}, State.COMPARING)
 
 
 def test_change_is_applied_then_saved() -> None:
@@ -577,7 +577,7 @@ def test_repeated_change_is_ignored() -> None:
 
 
 def test_copy_is_current_once_it_has_the_head_and_every_wanted_file() -> None:
-    replica = following(1, head=2, wanted=("a",))
+    replica = following(1, head=2, missing=("a",))
     assert not replica.is_current
     replica.receive(change(2))
     assert not replica.is_current
@@ -595,9 +595,9 @@ def test_reply_waits_for_the_files_that_its_changes_touched() -> None:
 
 def test_reply_does_not_wait_for_a_file_that_is_edited_here() -> None:
     replica = following()
-    replica.hold(PLAN)
+    replica.block(PLAN)
     assert answers(replica.receive(reply(1))) == [1]
-    assert sent(replica.release([PLAN])) == [Fetch([PLAN])]
+    assert sent(replica.unblock([PLAN])) == [Fetch([PLAN])]
 
 
 def test_reply_before_its_change_waits_for_it() -> None:
@@ -644,15 +644,15 @@ def test_files_are_asked_for_in_batches_while_the_last_one_arrives() -> None:
 
 
 def test_a_file_that_is_ahead_of_the_changes_is_a_violation() -> None:
-    replica = following(1, head=9, wanted=("a",))
+    replica = following(1, head=9, missing=("a",))
     for ahead in (part("a", 5, b"as of 5"), Part("a", 2, gone=True)):
         with pytest.raises(ProtocolError, match="changes came up to 1"):
             replica.receive(ahead)
-    assert replica.wanted == {"a": 1}
+    assert replica.missing == {"a": 1}
 
 
 def test_moving_a_file_that_is_on_its_way_fetches_it_at_its_new_place() -> None:
-    replica = following(1, wanted=("a",))
+    replica = following(1, missing=("a",))
     move = MoveFile("a", to="b", digest=digest_of(b"x"))
     effects = replica.receive(change(2, move))
     assert effects[0] == ApplyChange(change(2, move), (DeleteFile("a"),))
@@ -661,22 +661,22 @@ def test_moving_a_file_that_is_on_its_way_fetches_it_at_its_new_place() -> None:
 
 def test_whole_file_in_a_change_need_not_be_fetched_any_more() -> None:
     for operation in (PutFile("a", b"x"), DeleteFile("a"), MoveFile("b", to="a", digest=digest_of(b"x"))):
-        replica = following(1, wanted=("a",))
+        replica = following(1, missing=("a",))
         assert replica.receive(change(2, operation)) == [ApplyChange(change(2, operation), (operation,)), Save()]
         assert replica.is_current
         assert replica.receive(part("a", 2)) == []
 
 
 def test_a_file_that_is_announced_before_its_first_piece_comes_as_announced() -> None:
-    replica = following(1, wanted=("a",))
+    replica = following(1, missing=("a",))
     assert sent(replica.receive(change(2, announce("a", b"new")))) == []
-    assert replica.wanted == {"a": 2}
+    assert replica.missing == {"a": 2}
     assert replica.receive(part("a", 2, b"new"))[0] == WritePart(part("a", 2, b"new"))
     assert replica.is_current
 
 
 def test_a_file_that_is_announced_between_its_pieces_is_fetched_again() -> None:
-    replica = following(1, wanted=("a",))
+    replica = following(1, missing=("a",))
     first, last = pieces("a", 1, b"o", b"ld")
     replica.receive(first)
     assert sent(replica.receive(change(2, announce("a", b"new")))) == [Fetch(["a"])]
@@ -686,14 +686,14 @@ def test_a_file_that_is_announced_between_its_pieces_is_fetched_again() -> None:
 
 
 def test_file_that_somebody_begins_to_edit_while_it_is_on_its_way_is_left_alone() -> None:
-    replica = following(1, wanted=("a",))
-    replica.hold("a")
+    replica = following(1, missing=("a",))
+    replica.block("a")
     assert replica.receive(part("a", 1)) == []
-    assert sent(replica.release(["a"])) == [Fetch(["a"])]
+    assert sent(replica.unblock(["a"])) == [Fetch(["a"])]
 
 
 def test_files_that_were_asked_for_on_a_lost_connection_are_asked_for_again() -> None:
-    replica = following(1, wanted=("a",))
+    replica = following(1, missing=("a",))
     replica.disconnected()
     replica.hello(client_version="0", lattice_version="0")
     assert sent(replica.receive(welcome(head=1))) == [Fetch(["a"])]
@@ -706,7 +706,7 @@ def pieces(path: str, seq: int, *data: bytes) -> list[Part]:
 
 
 def test_what_is_added_to_a_file_while_its_pieces_come_is_applied_after_the_last_one() -> None:
-    replica = following(1, head=1, wanted=("a",))
+    replica = following(1, head=1, missing=("a",))
     first, last = pieces("a", 1, b"one\n", b"two\n")
     grown = append_to("a", b"one\ntwo\n", b"three\n")
     assert replica.receive(first) == [WritePart(first)]
@@ -718,7 +718,7 @@ def test_what_is_added_to_a_file_while_its_pieces_come_is_applied_after_the_last
 
 
 def test_a_file_whose_pieces_begin_again_includes_what_was_added_before_them() -> None:
-    replica = following(1, head=1, wanted=("a",))
+    replica = following(1, head=1, missing=("a",))
     replica.receive(pieces("a", 1, b"one\n", b"two\n")[0])
     replica.receive(change(2, append_to("a", b"one\ntwo\n", b"three\n")))
     first, last = pieces("a", 2, b"one\ntwo\n", b"three\n")
@@ -728,7 +728,7 @@ def test_a_file_whose_pieces_begin_again_includes_what_was_added_before_them() -
 
 
 def test_what_is_added_before_the_first_piece_is_in_it() -> None:
-    replica = following(1, wanted=("a",))
+    replica = following(1, missing=("a",))
     assert replica.receive(change(2, grown := append_to("a", b"x", b"y"))) == [
         ApplyChange(change(2, grown), ()),
         Save(),
@@ -738,7 +738,7 @@ def test_what_is_added_before_the_first_piece_is_in_it() -> None:
 
 
 def test_parts_during_a_manifest_are_requested_again_after_it() -> None:
-    replica = following(1, wanted=("a", "b"))
+    replica = following(1, missing=("a", "b"))
     replica.compare(repair=False)
     assert replica.receive(part("b", 1))[0] == WritePart(part("b", 1)), "it has not begun yet"
     assert replica.receive(Entries(1, b"m1", [LISTED], last=False)) == []
@@ -751,33 +751,33 @@ def test_parts_during_a_manifest_are_requested_again_after_it() -> None:
 
 def test_more_than_can_be_kept_has_the_file_come_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lattice_remote.protocol.replica._MAX_KEPT_BYTES", 10)
-    replica = following(1, head=1, wanted=("a",))
+    replica = following(1, head=1, missing=("a",))
     replica.receive(pieces("a", 1, b"one\n", b"two\n")[0])
     effects = replica.receive(change(2, append_to("a", b"one\ntwo\n", b"three\n")))
     assert sent(effects) == [Fetch(["a"])]
     assert sent(replica.receive(change(3, append_to("a", b"one\ntwo\nthree\n", b"four\n")))) == []
-    assert replica.wanted == {"a": 2}
+    assert replica.missing == {"a": 2}
     replica.receive(part("a", 3, b"one\ntwo\nthree\nfour\n"))
     assert replica.is_current
 
 
 def test_rest_of_an_answer_to_an_older_request_is_ignored() -> None:
-    replica = following(1, wanted=("a",))
+    replica = following(1, missing=("a",))
     first, last = pieces("a", 1, b"x", b"y")
     replica.receive(first)
     replica.drifted(["a"])
     assert replica.receive(last) == []
-    assert replica.wanted == {"a": 1}
+    assert replica.missing == {"a": 1}
 
 
 def test_copy_that_another_process_brought_on_goes_on_from_there() -> None:
-    replica = following(1, head=5, wanted=("a", "b", "d"))
+    replica = following(1, head=5, missing=("a", "b", "d"))
     replica.receive(pieces("a", 1, b"o", b"ld")[0])
     replica.receive(reply(4))
-    replica.hold("c")
+    replica.block("c")
     effects = replica.fast_forward(Position("e", 4, b"m4"), ["a", "d"])
     assert (sent(effects), answers(effects)) == ([Fetch(["a", "d"])], [])
-    assert replica.held == set()
+    assert replica.blocked == set()
     assert replica.receive(change(4)) == []
     assert replica.receive(part("b", 4)) == []
     assert replica.receive(part("d", 3)) == [], "older than the files"
@@ -799,7 +799,7 @@ def test_mending_fetches_what_differs_and_removes_what_is_not_listed() -> None:
     local = {"same": same, "differs": other, "edited": other, "surplus": same, "new": same}
     effects = replica.compared(local, edited=["edited", "new"])
     assert effects == [Remove(("surplus",)), Save(), Send(Fetch(["differs"]))]
-    assert replica.held == {"edited", "new"}
+    assert replica.blocked == {"edited", "new"}
 
 
 def test_changes_during_a_comparison_follow_it() -> None:
@@ -888,17 +888,17 @@ def told(replica: Replica, *frames: ServerFrame) -> Replica:
             Entries(5, b"", [LISTED], last=True),
             id="a file listed again",
         ),
-        pytest.param(following(wanted=("a",)), Part("a", 1, 1, b"", 1, b"x"), id="a part beyond its file"),
-        pytest.param(following(wanted=("a",)), Part("a", 1, 2, b"", 1, b""), id="a part that brings nothing"),
+        pytest.param(following(missing=("a",)), Part("a", 1, 1, b"", 1, b"x"), id="a part beyond its file"),
+        pytest.param(following(missing=("a",)), Part("a", 1, 2, b"", 1, b""), id="a part that brings nothing"),
         pytest.param(following(), Bye("REMOTE_SHUTDOWN", "later", 1.0), id="the end"),
         pytest.param(greeting(), Bye("REMOTE_VERSION", "upgrade the server"), id="the end at once"),
     ],
 )
 def test_violation_ends_the_connection_and_leaves_the_copy_as_it_was(replica: Replica, frame: ServerFrame) -> None:
-    before = (replica.position, dict(replica.wanted), replica.state, replica.head)
+    before = (replica.position, dict(replica.missing), replica.state, replica.head)
     with pytest.raises(ProtocolError) as caught:
         replica.receive(frame)
-    assert (replica.position, dict(replica.wanted), replica.state, replica.head) == before
+    assert (replica.position, dict(replica.missing), replica.state, replica.head) == before
     if isinstance(frame, Bye):
         assert (caught.value.code, caught.value.message) == (frame.code, frame.reason)
 
@@ -944,5 +944,5 @@ def test_a_reply_that_waits_for_an_edit_alone_is_handed_on_when_that_is_settled(
     replica.receive(change(2, announce(PLAN, b"large")))
     replica.drifted([PLAN])
     assert replica.receive(reply(2)) == []
-    replica.hold(PLAN)
-    assert answers(replica.release([])) == [2]
+    replica.block(PLAN)
+    assert answers(replica.unblock([])) == [2]

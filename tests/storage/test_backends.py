@@ -578,6 +578,6 @@ def test_a_server_that_answers_nonsense_is_a_connection_that_failed(
     def ask(_request: object) -> dict[str, Any]:
         return {"payload": answer, "notices": [], "status": 200}
 
-    monkeypatch.setattr("lattice_remote.client.storage.ask", ask)
+    monkeypatch.setattr("lattice_remote.client.storage.send_request", ask)
     with pytest.raises(ConnectionFailed):
         made(remote_place.board)

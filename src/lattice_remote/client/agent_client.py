@@ -1,7 +1,7 @@
 """Command side of the agent's socket: one JSON line each way. Standard library only.
 
-``ask`` starts the agent of this environment if needed. It runs the steps in this process if no agent is possible, or if
-the agent refuses a request from another environment.
+``send_request`` starts the agent of this environment if needed. It runs the steps in this process if no agent is
+possible, or if the agent refuses a request from another environment.
 """
 
 import json
@@ -34,9 +34,6 @@ __all__ = [
     "Progress",
     "SurfaceResponse",
     "agent_enabled",
-    "ask",
-    "ask_agent",
-    "ask_running_agent",
     "call",
     "describe_age",
     "ensure_current",
@@ -44,6 +41,9 @@ __all__ = [
     "request",
     "request_id",
     "run_inline",
+    "send_if_running",
+    "send_request",
+    "send_to_agent",
     "stay_connected",
 ]
 
@@ -106,7 +106,7 @@ def pass_request_id(text: str) -> None:
         _passed[:] = [text.partition(":")]
 
 
-def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:
+def send_request(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:
     """Return the answer to a request. If the agent ends, a new one is asked: a command's id makes it run once (I6).
 
     Raises:
@@ -141,13 +141,13 @@ def agent_enabled() -> bool:
     return hasattr(socket, "AF_UNIX") and os.environ.get(AGENT_ENV, "").lower() not in {"off", "no", "0", "false"}
 
 
-def ask_running_agent(request: dict[str, Any]) -> dict[str, Any] | None:
-    """Like ``ask``, but return None if the agent of this environment is not running."""
+def send_if_running(request: dict[str, Any]) -> dict[str, Any] | None:
+    """Like ``send_request``, but return None if the agent of this environment is not running."""
     place = _place()
-    return None if place is None else ask_agent(place, request)
+    return None if place is None else send_to_agent(place, request)
 
 
-def ask_agent(place: agent_runtime.Runtime, request: dict[str, Any]) -> dict[str, Any] | None:
+def send_to_agent(place: agent_runtime.Runtime, request: dict[str, Any]) -> dict[str, Any] | None:
     """Return one agent's answer; None if it is not running. Raises ConnectionFailed if it does not respond."""
     stream = _connect(place)
     if stream is None:
@@ -187,7 +187,7 @@ def _checked(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_inline(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:
-    """Like ``ask``, but run the steps in this process."""
+    """Like ``send_request``, but run the steps in this process."""
     from lattice_remote.client.agent.service import serve_once
 
     with letting_write(""):  # a serving command may ask while under its guard
@@ -215,7 +215,7 @@ def call(
     # The id is created here, so that it runs once even if the agent is killed and asked again (I6).
     asked = request("call", directory, id=os.urandom(16).hex(), surface=surface, name=name, payload=payload)
     asked["files"] = files or []
-    answer = ask(asked)
+    answer = send_request(asked)
     if answer.get("unreadable"):  # the agent has other rights, or sees other directories
         answer = run_inline(asked)
     for notice in answer["notices"]:
@@ -343,7 +343,7 @@ def ensure_current(
             raise RemoteError(why, code="REMOTE_GUARD")
         say(f"lattice-remote: {one_line(why)}")
         return one_line(why)
-    answer = ask(request("ready", directory), on_progress)
+    answer = send_request(request("ready", directory), on_progress)
     for notice in answer["notices"]:
         say(f"lattice-remote: {one_line(notice)}")
     if answer["current"]:

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 DIRECTORY_ENV = "LATTICE_REMOTE_RUNTIME_DIR"
-_LANGUAGE = 5
+_LANGUAGE = 6
 """Incremented when requests or answers between commands and agents change within a version."""
 _OTHERS_MAY_WRITE = 0o022
 _MAX_SOCKET_PATH_BYTES = 103

@@ -15,7 +15,14 @@ from typing import Any, NoReturn
 
 import click
 
-from lattice_remote.client.agent_client import ask, ensure_current, request, request_id, run_inline, stay_connected
+from lattice_remote.client.agent_client import (
+    ensure_current,
+    request,
+    request_id,
+    run_inline,
+    send_request,
+    stay_connected,
+)
 from lattice_remote.client.attachments import CallersFiles
 from lattice_remote.client.config import UNPUSHED_FILE, is_unpushed, read_remote
 from lattice_remote.client.guard import Guard
@@ -219,8 +226,8 @@ def _run_there(
     with CallersFiles.of_command(command, path, ctx, argv) as files:
         # The id is created here, so that the command runs once even if the agent is killed and asked again (I6).
         asked = request("run", directory, argv=files.argv, files=files.described, **request_id())
-        asked["own_link"] = _waits(path, ctx)
-        answer = ask(asked, _progress())
+        asked["own_connection"] = _waits(path, ctx)
+        answer = send_request(asked, _progress())
         if answer.get("unreadable"):  # the agent has other rights, or sees other directories
             answer = run_inline(asked, _progress())
     # The bytes as the server's lattice wrote them; Click handles a closed pipe.

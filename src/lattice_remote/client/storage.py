@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lattice.storage.fs import LATTICE_DIR, LatticeRootError, find_root
 
-from lattice_remote.client.agent_client import ask, request
+from lattice_remote.client.agent_client import request, send_request
 from lattice_remote.client.config import detachment, is_cache, read_remote
 from lattice_remote.errors import ConnectionFailed, Misuse, error_from_code
 from lattice_remote.storage.events import Conflict, Event, Merged, Snapshot, Written, plain
@@ -123,7 +123,7 @@ class RemoteStorage:
         return LocalStorage(self._root)
 
     def _ready(self) -> dict[str, Any]:
-        answer = ask(request("ready", self._directory))
+        answer = send_request(request("ready", self._directory))
         for notice in answer["notices"]:
             _warn(notice)
         return answer
@@ -151,7 +151,7 @@ class RemoteStorage:
         payload = json.dumps(values, ensure_ascii=False)
         fields = {"surface": "storage", "name": name, "payload": payload, "files": []}
         # The id is created here: if the agent ends half way, the next one is asked, and the server runs it once.
-        returned = ask(request("call", self._directory, id=os.urandom(16).hex(), **fields))
+        returned = send_request(request("call", self._directory, id=os.urandom(16).hex(), **fields))
         for notice in returned["notices"]:
             _warn(notice)
         try:

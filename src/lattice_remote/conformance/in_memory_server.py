@@ -93,7 +93,7 @@ class Moment:
     change: Change | None = None
 
 
-class Connection:
+class InMemoryConnection:
     """One connection: two FIFO streams of encoded frames, and the pieces that are still to be sent."""
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ class InMemoryServer:
     oldest: int = 1
     piece: int = PIECE
     """Bytes in a part, entries in a piece of a manifest."""
-    connections: list[Connection] = field(default_factory=list)
+    connections: list[InMemoryConnection] = field(default_factory=list)
     trees: dict[tuple[str, bytes], Files] = field(default_factory=lambda: {("epoch0", b""): {}})
     """Every tree that ever was, also in histories that were rolled back, by epoch and mark."""
     _marks: int = 0
@@ -170,12 +170,12 @@ class InMemoryServer:
 
     # --- the conversation ---
 
-    def accept(self) -> Connection:
-        connection = Connection()
+    def accept(self) -> InMemoryConnection:
+        connection = InMemoryConnection()
         self.connections.append(connection)
         return connection
 
-    def take(self, connection: Connection) -> None:
+    def take(self, connection: InMemoryConnection) -> None:
         """Handle the next frame of a client. Frames on an ended connection are dropped."""
         if connection not in self.connections:
             connection.to_server.clear()
@@ -191,7 +191,7 @@ class InMemoryServer:
             case frame:
                 raise AssertionError(f"a replica never sends {frame}")
 
-    def _greet(self, connection: Connection, hello: Hello) -> None:
+    def _greet(self, connection: InMemoryConnection, hello: Hello) -> None:
         known = hello.epoch == self.epoch
         if known and (hello.seq > self.head or self.history[hello.seq].mark != hello.mark):
             self.new_epoch()
@@ -215,7 +215,7 @@ class InMemoryServer:
             )
         )
 
-    def _list(self, connection: Connection) -> None:
+    def _list(self, connection: InMemoryConnection) -> None:
         while self._replay_one(connection):
             pass
         entries = [Entry(path, len(data), digest_of(data)) for path, data in self.files.items()]
@@ -236,7 +236,7 @@ class InMemoryServer:
         for offset in range(0, max(1, len(data)), self.piece):
             yield Part(path, seq, len(data), digest_of(data), offset, data[offset : offset + self.piece])
 
-    def _replay_one(self, connection: Connection) -> bool:
+    def _replay_one(self, connection: InMemoryConnection) -> bool:
         if connection.cursor is None or connection.cursor >= self.head:
             return False
         connection.cursor += 1
@@ -245,7 +245,7 @@ class InMemoryServer:
         connection.send(change)
         return True
 
-    def say(self, connection: Connection, *, piece_first: bool) -> bool:
+    def say(self, connection: InMemoryConnection, *, piece_first: bool) -> bool:
         """Send one more frame: a change that is being replayed, or a piece; return False if there is none."""
         if connection not in self.connections:
             return False
@@ -265,6 +265,6 @@ class InMemoryServer:
         return True
 
 
-def received(connection: Connection) -> ServerFrame:
+def received(connection: InMemoryConnection) -> ServerFrame:
     """Return the next frame of the server, decoded."""
     return decode_server_frame(connection.to_client.popleft())

@@ -14,7 +14,14 @@ from websockets.frames import Frame, Opcode
 from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
-from lattice_remote.conformance.in_memory_server import Connection, Files, InMemoryServer, Moment, append_to, delta
+from lattice_remote.conformance.in_memory_server import (
+    Files,
+    InMemoryConnection,
+    InMemoryServer,
+    Moment,
+    append_to,
+    delta,
+)
 from lattice_remote.errors import ProtocolError
 from lattice_remote.protocol.messages import (
     SUBPROTOCOL,
@@ -54,7 +61,7 @@ _RIGHTS = {"project": "web", "actor": "human:ana", "act_as": [], "server_version
 class Link:
     """One WebSocket connection of the client."""
 
-    def __init__(self, socket: ServerConnection, connection: Connection) -> None:
+    def __init__(self, socket: ServerConnection, connection: InMemoryConnection) -> None:
         self.socket = socket
         self.connection = connection
         self.hello: Hello | None = None

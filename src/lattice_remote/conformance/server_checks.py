@@ -394,7 +394,7 @@ class MemoryCache:
                     local = {path: (len(data), digest_of(data)) for path, data in self.files.items()}
                     if not repair:
                         differing = {path for path in local.keys() | entries if local.get(path) != entries.get(path)}
-                        self.differing = sorted(differing - self.replica.wanted.keys())
+                        self.differing = sorted(differing - self.replica.missing.keys())
                     queue += self.replica.compared(local) if repair else self.replica.verified()
                 case DeliverReply() | Save():
                     pass

@@ -104,7 +104,7 @@ class DeliverReply:
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """Store ``position`` and ``wanted`` durably, never ahead of the files (I5)."""
+    """Store ``position`` and ``missing`` durably, never ahead of the files (I5)."""
 
 
 Effect = ApplyChange | WritePart | Remove | Compare | Send | DeliverReply | Save

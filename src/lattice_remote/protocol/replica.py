@@ -5,12 +5,12 @@ the files; the replica decides which operations to apply, which files to fetch, 
 
     idle --hello()--> greeting --Welcome--> following <--> comparing (reading a manifest)
 
-When ``position`` is (epoch, n) and ``wanted`` is empty, the files equal the server's tree at (epoch, n) (I3). A path in
-``wanted`` is not guaranteed yet, so the position is never ahead of the files (I5). This holds for every interleaving of
-cuts, repeats, restarts and epochs.
+When ``position`` is (epoch, n) and ``missing`` is empty, the files equal the server's tree at (epoch, n) (I3). A path
+in ``missing`` is not guaranteed yet, so the position is never ahead of the files (I5). This holds for every
+interleaving of cuts, repeats, restarts and epochs.
 
-Large contents of artifacts may be deferred: they are in ``away`` with size and digest, and replies do not wait for
-them. The shell downloads them by digest (``Download``) at any time and reports each with ``here()``.
+Replies do not wait for the large contents in ``deferred``. The shell downloads them by digest (``Download``) at any
+time and reports each with ``here()``.
 """
 
 import enum
@@ -177,24 +177,24 @@ class Replica:
     def __init__(
         self,
         position: Position = NOWHERE,
-        wanted: Iterable[str] = (),
+        missing: Iterable[str] = (),
         *,
         follow: bool = True,
-        away: Mapping[str, Content | None] | None = None,
+        deferred: Mapping[str, Content | None] | None = None,
     ) -> None:
         self.position = position
-        """The files hold every change up to here, except for those in ``wanted``."""
-        self.wanted: dict[str, int] = dict.fromkeys(wanted, position.seq)
+        """The files hold every change up to here, except for those in ``missing``."""
+        self.missing: dict[str, int] = dict.fromkeys(missing, position.seq)
         """Paths that ``position`` does not cover yet, with the number of the change since which they are missing."""
-        self.away: dict[str, Content | None] = dict(away or {})
+        self.deferred: dict[str, Content | None] = dict(deferred or {})
         """Deferred contents at ``position``; None: known to the server only. The file may be empty, or hold its earlier
         content.
         """
-        self.away_version = 0
-        self.leaves_out = away is not None
+        self.deferred_version = 0
+        self.defers = deferred is not None
         """Whether large contents of artifacts are deferred."""
-        self.held: set[str] = set()
-        """Paths in ``wanted`` with a local edit: not fetched until ``release()``."""
+        self.blocked: set[str] = set()
+        """Paths in ``missing`` with a local edit: not fetched until ``unblock()``."""
         self.welcome: Welcome | None = None
         """None before the server's first frame on this connection."""
         self.state = State.IDLE
@@ -209,7 +209,9 @@ class Replica:
     @property
     def is_current(self) -> bool:
         """Whether the files hold every known change, apart from local edits."""
-        return self.state is State.FOLLOWING and self.position.seq >= self.head and len(self.wanted) == len(self.held)
+        return (
+            self.state is State.FOLLOWING and self.position.seq >= self.head and len(self.missing) == len(self.blocked)
+        )
 
     # --- connection ---
 
@@ -279,13 +281,13 @@ class Replica:
         self.welcome = frame
         self.head = frame.head
         self.state = State.FOLLOWING
-        self.wanted = dict.fromkeys(self.wanted, self.position.seq)
+        self.missing = dict.fromkeys(self.missing, self.position.seq)
         if not self._follow or not frame.resync:
             return self._requests()
         self.position = Position("", 0, b"")
-        self.wanted.clear()
-        self._set_away({})
-        self.held.clear()
+        self.missing.clear()
+        self._set_deferred({})
+        self.blocked.clear()
         return [Save(), *self.compare(repair=True)]
 
     # --- changes ---
@@ -316,22 +318,22 @@ class Replica:
         path, seq = operation.path, change.seq
         match operation:
             case PutFile() | DeleteFile():
-                self._unwant(path)
+                self._cover(path)
                 yield operation
             case AppendBytes() | MergeJson():
-                if path in self.away:
-                    self._want(path, seq)
-                elif path not in self.wanted:
+                if path in self.deferred:
+                    self._mark_missing(path, seq)
+                elif path not in self.missing:
                     yield operation
                 elif path in self._arriving and not self._arriving.keep(change, operation):
-                    self._want(path, seq)
-            case AnnounceFile(size=size, digest=digest) if self.may_leave_out(path, size):
-                self._leave_out(path, (size, digest))
+                    self._mark_missing(path, seq)
+            case AnnounceFile(size=size, digest=digest) if self.may_defer(path, size):
+                self._defer(path, (size, digest))
             case AnnounceFile():
-                if path in self._arriving or path in self.away:
-                    self._want(path, seq)
-                elif path in self.wanted:
-                    self.wanted[path] = seq
+                if path in self._arriving or path in self.deferred:
+                    self._mark_missing(path, seq)
+                elif path in self.missing:
+                    self.missing[path] = seq
                 else:
                     yield operation
             case MoveFile():
@@ -339,22 +341,22 @@ class Replica:
 
     def _reduce_move(self, operation: MoveFile, seq: int) -> Iterator[Operation]:
         path, to = operation.path, operation.to
-        if path in self.away:
-            content = self.away[path]
-            self._unwant(path)
+        if path in self.deferred:
+            content = self.deferred[path]
+            self._cover(path)
             yield DeleteFile(path)
-            self._leave_out(to, content)
-        elif path in self.wanted:
-            self._unwant(path)
+            self._defer(to, content)
+        elif path in self.missing:
+            self._cover(path)
             yield DeleteFile(path)
-            self._want(to, seq)
+            self._mark_missing(to, seq)
         else:
-            self._unwant(to)
+            self._cover(to)
             yield operation
 
     def _arrived(self, path: str) -> list[Effect]:
         later = self._arriving.forget(path)
-        self._unwant(path)
+        self._cover(path)
         return [ApplyChange(change, (operation,)) for change, operation in later]
 
     def _forget_requests(self) -> None:
@@ -364,53 +366,53 @@ class Replica:
     def drifted(self, paths: Iterable[str]) -> list[Effect]:
         """Fetch files whole that did not match an operation or a digest."""
         for path in paths:
-            self._want(path, self.position.seq)
+            self._mark_missing(path, self.position.seq)
         return self._requests()
 
     # --- deferred contents ---
 
-    def may_leave_out(self, path: str, size: int) -> bool:
+    def may_defer(self, path: str, size: int) -> bool:
         """Whether a missing file of this size is deferred."""
-        return self.leaves_out and size > LARGE_BYTES and is_payload(path)
+        return self.defers and size > LARGE_BYTES and is_payload(path)
 
-    def leave_out(self, path: str) -> None:
+    def defer(self, path: str) -> None:
         """Defer an artifact's content that another program changed, until the server has sent size and digest."""
-        assert self.leaves_out, "its content would never be fetched"
-        self._leave_out(path, None)
+        assert self.defers, "its content would never be fetched"
+        self._defer(path, None)
 
     def learned(self, path: str, content: Content, seq: int) -> bool:
         """Record a deferred file's size and digest at ``seq``; return whether they hold at ``position``.
 
         They do not while ``position`` is behind ``seq``: the changes in between have yet to arrive.
         """
-        if path in self.away and self.away[path] is None and self.position.seq >= seq:
-            self._leave_out(path, content)
-        return self.away.get(path) == content
+        if path in self.deferred and self.deferred[path] is None and self.position.seq >= seq:
+            self._defer(path, content)
+        return self.deferred.get(path) == content
 
     def here(self, path: str) -> None:
-        del self.away[path]
-        self.away_version += 1
+        del self.deferred[path]
+        self.deferred_version += 1
 
-    def _leave_out(self, path: str, content: Content | None) -> None:
-        self._unwant(path)
-        self.away[path] = content
-        self.away_version += 1
+    def _defer(self, path: str, content: Content | None) -> None:
+        self._cover(path)
+        self.deferred[path] = content
+        self.deferred_version += 1
 
-    def hold(self, path: str) -> None:
-        """Suspend updates of a file with a local edit until ``release()``.
+    def block(self, path: str) -> None:
+        """Suspend updates of a file with a local edit until ``unblock()``.
 
-        Call ``release()`` once any process has sent, discarded or undone the edit.
+        Call ``unblock()`` once any process has sent, discarded or undone the edit.
         """
-        self._want(path, self.position.seq)
-        self.held.add(path)
+        self._mark_missing(path, self.position.seq)
+        self.blocked.add(path)
 
-    def release(self, paths: Iterable[str]) -> list[Effect]:
-        """Fetch the wanted files among ``paths``, whose edits are settled."""
-        self.held.difference_update(paths)
+    def unblock(self, paths: Iterable[str]) -> list[Effect]:
+        """Fetch the missing files among ``paths``, whose edits are settled."""
+        self.blocked.difference_update(paths)
         return [*self._requests(), *self._answers_ready()]
 
     def fast_forward(
-        self, position: Position, wanted: Iterable[str], away: Mapping[str, Content | None] | None = None
+        self, position: Position, missing: Iterable[str], deferred: Mapping[str, Content | None] | None = None
     ) -> list[Effect]:
         """Continue from ``position``, to which another process advanced the same files. Not while comparing.
 
@@ -419,42 +421,42 @@ class Replica:
         assert self._comparison is None, "the manifest is compared with the files of one number; greet again"
         self.position = position
         self.head = max(self.head, position.seq)
-        self.wanted = dict.fromkeys(wanted, position.seq)
-        self._set_away(away or {})
-        self.held.intersection_update(self.wanted)
+        self.missing = dict.fromkeys(missing, position.seq)
+        self._set_deferred(deferred or {})
+        self.blocked.intersection_update(self.missing)
         self._forget_requests()
         return [*self._requests(), *self._answers_ready()]
 
-    def _set_away(self, away: Mapping[str, Content | None]) -> None:
-        self.away = dict(away)
-        self.away_version += 1
+    def _set_deferred(self, deferred: Mapping[str, Content | None]) -> None:
+        self.deferred = dict(deferred)
+        self.deferred_version += 1
 
-    def _come_back(self, path: str) -> None:
-        if path in self.away:
+    def _end_deferral(self, path: str) -> None:
+        if path in self.deferred:
             self.here(path)
 
-    def _want(self, path: str, seq: int) -> None:
-        self._come_back(path)
-        self.wanted[path] = seq
+    def _mark_missing(self, path: str, seq: int) -> None:
+        self._end_deferral(path)
+        self.missing[path] = seq
         self._requested.discard(path)
         self._arriving.forget(path)
 
-    def _unwant(self, path: str) -> None:
-        self._come_back(path)
-        self.wanted.pop(path, None)
-        self.held.discard(path)
+    def _cover(self, path: str) -> None:
+        self._end_deferral(path)
+        self.missing.pop(path, None)
+        self.blocked.discard(path)
         self._requested.discard(path)
         self._arriving.forget(path)
 
     # --- whole files ---
 
     def _requests(self) -> list[Effect]:
-        """Fetch more of the wanted files once most of the last batch has arrived."""
+        """Fetch more of the missing files once most of the last batch has arrived."""
         if self.state is not State.FOLLOWING or self._comparison is not None or len(self._requested) > FETCH_BATCH // 2:
             return []
         paths: list[str] = []
-        for path in self.wanted:
-            if path not in self._requested and path not in self.held:
+        for path in self.missing:
+            if path not in self._requested and path not in self.blocked:
                 paths.append(path)
                 if len(paths) == FETCH_BATCH:
                     break
@@ -518,18 +520,18 @@ class Replica:
 
         Args:
             local: size and digest of each file of the cache; for ``edited`` files those before the edit.
-            edited: paths with unsent edits. They stay unchanged, held if the server's text differs or is missing.
+            edited: paths with unsent edits. They stay unchanged, blocked if the server's text differs or is missing.
         """
         comparison = self._finish_comparison()
         assert self.welcome is not None, "a manifest only comes after a Welcome"
         self.position = Position(self.welcome.epoch, comparison.seq, comparison.mark)
         self.head = max(self.head, comparison.seq)
         differing = {path: entry for path, entry in comparison.entries.items() if local.get(path) != entry}
-        self._set_away({path: entry for path, entry in differing.items() if self.may_leave_out(path, entry[0])})
-        self.wanted = {path: comparison.seq for path in differing if path not in self.away}
+        self._set_deferred({path: entry for path, entry in differing.items() if self.may_defer(path, entry[0])})
+        self.missing = {path: comparison.seq for path in differing if path not in self.deferred}
         untouchable = frozenset(edited)
-        self.wanted |= {path: comparison.seq for path in untouchable if path not in comparison.entries}
-        self.held = {path for path in self.wanted if path in untouchable}
+        self.missing |= {path: comparison.seq for path in untouchable if path not in comparison.entries}
+        self.blocked = {path for path in self.missing if path in untouchable}
         surplus = tuple(path for path in local if path not in comparison.entries and path not in untouchable)
         removed = [Remove(surplus)] if surplus else []
         applied = [self._advance(change) for change in comparison.later]
@@ -548,8 +550,8 @@ class Replica:
     def _answers_ready(self) -> list[Effect]:
         if not self._answers or self._comparison is not None:
             return []
-        missing = [seq for path, seq in self.wanted.items() if path not in self.held] if self._follow else []
+        awaited = [seq for path, seq in self.missing.items() if path not in self.blocked] if self._follow else []
         reached = self.position.seq if self._follow else self._answers[-1].seq
-        ready = [a for a in self._answers if a.seq <= reached and not any(seq <= a.seq for seq in missing)]
+        ready = [a for a in self._answers if a.seq <= reached and not any(seq <= a.seq for seq in awaited)]
         self._answers = [a for a in self._answers if a not in ready]
         return [DeliverReply(answer) for answer in ready]

@@ -128,8 +128,10 @@ async def test_one_cache_in_trouble_disturbs_no_other(server: FakeServer, tmp_pa
     assert (await ask("ready", good))["current"]
 
 
-async def test_no_place_for_a_socket_means_no_agent(server: FakeServer, directory: Path, home: Path) -> None:
-    (home / "run").write_text("a file")
+async def test_no_place_for_a_socket_means_no_agent(
+    server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATTICE_REMOTE_RUNTIME_DIR", "/dev/null")  # a short path: a long one is replaced
     assert (await ask("ready", directory))["current"]
     assert await status() is None
 
@@ -156,7 +158,7 @@ async def test_an_agent_that_is_leaving_is_waited_for(server: FakeServer, direct
     await ask("ready", directory)
     before = agent_pid()
     _, writer = await asyncio.open_unix_connection(agent_runtime.locate().socket)  # keeps it for a moment
-    assert await asyncio.to_thread(agent_client.ask_running_agent, {"do": "agent-stop"})
+    assert await asyncio.to_thread(agent_client.send_if_running, {"do": "agent-stop"})
     async with asyncio.timeout(8):
         assert (await ask("ready", directory))["current"]
     assert agent_pid() not in (None, before) and await status() is not None
@@ -212,7 +214,7 @@ async def test_a_request_for_another_agent_or_cache_is_refused(server: FakeServe
 
 
 async def test_an_interrupted_command_gives_up_its_wait(server: FakeServer, directory: Path) -> None:
-    asked = request("run", directory, own_link=True, id=os.urandom(16).hex(), argv=["slow"], files=[])
+    asked = request("run", directory, own_connection=True, id=os.urandom(16).hex(), argv=["slow"], files=[])
     await ask("ready", directory)
     place = agent_runtime.locate()
     _, writer = await asyncio.open_unix_connection(place.socket)

@@ -138,7 +138,7 @@ def upgrade(package: Path, version: str) -> None:
 def command(environment: dict[str, str], directory: Path) -> dict[str, object]:
     """Ask from a process that imports the package from where ``PYTHONPATH`` says."""
     script = "import json, sys; from lattice_remote.client import agent_client as a; print(json.dumps([\
-        a.ask(json.loads(sys.argv[1])), a.ask_running_agent({'do': 'agent-status'})]))"
+        a.send_request(json.loads(sys.argv[1])), a.send_if_running({'do': 'agent-status'})]))"
     asked = json.dumps(request("ready", directory))
     done = subprocess.run(
         [sys.executable, "-c", script, asked], env=environment, capture_output=True, text=True, check=True

@@ -84,9 +84,9 @@ async def test_twenty_caches_leak_nothing_over_many_reconnects(
     before, memory = held(foreign), resident_kib()
     greetings = server.greetings
     for n in range(ROUNDS):
-        failed = [service._link.failed_attempts for service in services]
+        failed = [service._connection.failed_attempts for service in services]
         server.cut()
-        await until(lambda: all(s._link.failed_attempts > f for s, f in zip(services, failed, strict=True)), 30)  # noqa: B023
+        await until(lambda: all(s._connection.failed_attempts > f for s, f in zip(services, failed, strict=True)), 30)  # noqa: B023
         server.put("tasks/x.json", str(n).encode())
         server.frames.clear()
         server.requests.clear()

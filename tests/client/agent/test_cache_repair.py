@@ -158,8 +158,8 @@ async def test_whatever_is_done_to_a_file_is_put_right_by_itself(
     harm(directory)
     assert tree(directory) != server.files
     await equal(directory, server)
-    await until(lambda: kept._healed()["count"] > 0)
-    assert kept._healed()["last_path"] is not None and kept.cache.is_whole()
+    await until(lambda: kept._repaired()["count"] > 0)
+    assert kept._repaired()["last_path"] is not None and kept.cache.is_whole()
 
 
 async def test_our_own_writes_are_not_fetched_again(server: FakeServer, kept: Service, directory: Path) -> None:
@@ -173,7 +173,7 @@ async def test_our_own_writes_are_not_fetched_again(server: FakeServer, kept: Se
     (directory / "tasks/task_5.json").write_bytes(b"a stranger's")  # once this is mended, all before was looked at
     await equal(directory, server)
     assert set(fetched(server)) == {"tasks/task_5.json"}
-    assert kept._healed()["count"] == 1
+    assert kept._repaired()["count"] == 1
 
 
 async def test_what_a_command_without_the_agent_writes_is_not_fetched_again(
@@ -190,7 +190,7 @@ async def test_what_a_command_without_the_agent_writes_is_not_fetched_again(
     (directory / "tasks/new_0.json").write_bytes(b"a stranger's")
     await equal(directory, server)
     assert set(fetched(server)) == {"tasks/new_0.json"}
-    assert kept._healed()["count"] == 1
+    assert kept._repaired()["count"] == 1
 
 
 async def test_a_file_that_was_only_touched_is_left_alone(server: FakeServer, kept: Service, directory: Path) -> None:
@@ -200,7 +200,7 @@ async def test_a_file_that_was_only_touched_is_left_alone(server: FakeServer, ke
     os.utime(place)
     await until(lambda: fetched(server) == ["tasks/task_1.json"])
     await until(lambda: kept.cache.known.agrees("tasks/task_1.json", kept.cache.signature("tasks/task_1.json")))
-    assert place.stat().st_ino == inode and kept._healed()["count"] == 0
+    assert place.stat().st_ino == inode and kept._repaired()["count"] == 0
 
 
 async def test_a_file_that_is_touched_again_and_again_is_fetched_less_and_less(
@@ -213,8 +213,8 @@ async def test_a_file_that_is_touched_again_and_again_is_fetched_less_and_less(
         await until(lambda: fetched(server).count("ids.json") == touches)  # noqa: B023
         await until(lambda: cache.known.agrees("ids.json", cache.signature("ids.json")))
     os.utime(directory / "ids.json")
-    await until(lambda: (due := kept._follower.healing.next_due_s()) is not None and due > 0.3)
-    assert fetched(server).count("ids.json") == 3 and kept._healed()["count"] == 0
+    await until(lambda: (due := kept._replicator.repairs.next_due_s()) is not None and due > 0.3)
+    assert fetched(server).count("ids.json") == 3 and kept._repaired()["count"] == 0
     alter(directory)  # others are put right at once all the same
     await equal(directory, server)
 
@@ -227,7 +227,7 @@ async def test_when_everything_is_touched_only_what_differs_is_fetched(
     await equal(directory, server)
     monkeypatch.setattr(repair, "_MANY", 50)
     (directory.parent / "backup").mkdir()
-    care, is_away, waits = kept._caretaker, True, asyncio.Event()
+    care, is_away, waits = kept._integrity_monitor, True, asyncio.Event()
     assert care is not None
 
     def can_work() -> bool:
@@ -243,10 +243,10 @@ async def test_when_everything_is_touched_only_what_differs_is_fetched(
     server.frames.clear()
     is_away = False
     care.touched(None)  # the system does not tell of further names
-    kept._link.changed.notify()
+    kept._connection.changed.notify()
     await equal(directory, server)
-    await until(lambda: not kept._follower.healing.count_due())
-    assert fetched(server) == ["tasks/task_1.json"] and kept._healed()["count"] == 1
+    await until(lambda: not kept._replicator.repairs.count_due())
+    assert fetched(server) == ["tasks/task_1.json"] and kept._repaired()["count"] == 1
 
 
 async def test_a_defect_does_not_end_the_care(
@@ -254,14 +254,14 @@ async def test_a_defect_does_not_end_the_care(
 ) -> None:
     failed: list[object] = []
 
-    async def heal(follower: Replicator, paths: list[str]) -> ReceiveOutcome:
+    async def heal(replicator: Replicator, paths: list[str]) -> ReceiveOutcome:
         if not failed:
             failed.append(paths)
             raise ZeroDivisionError
-        return await Replicator.heal(follower, paths)
+        return await Replicator.heal(replicator, paths)
 
     monkeypatch.setattr(repair, "_RETRY_S", 0.1)
-    monkeypatch.setattr(kept._follower, "heal", partial(heal, kept._follower))
+    monkeypatch.setattr(kept._replicator, "heal", partial(heal, kept._replicator))
     alter(directory)
     await until(lambda: bool(failed))
     delete(directory)
@@ -273,7 +273,7 @@ async def test_edits_of_plans_and_notes_are_left_alone(server: FakeServer, kept:
     (directory / f"notes/{TASK}.md").write_bytes(b"note\n")
     (directory / f"plans/{TASK}.md.swp").write_bytes(b"an editor's")
     alter(directory)
-    await until(lambda: kept._healed()["count"] == 1)
+    await until(lambda: kept._repaired()["count"] == 1)
     assert (directory / PLAN).read_bytes() == b"# Plan\nmine\n"
     assert (directory / f"notes/{TASK}.md").read_bytes() == b"note\n"
     await ask(kept, "push")
@@ -307,7 +307,7 @@ async def test_what_was_changed_while_no_agent_ran_is_found_at_its_start(server:
     (directory / "config.json").unlink()
     async with looked_after(directory) as service:
         await equal(directory, server)
-        await until(lambda: service._healed()["count"] == 6)
+        await until(lambda: service._repaired()["count"] == 6)
         assert rescued(directory)["context.md"] == [b"# Mine\n"]
         assert rescued(directory)["tasks/task_1.json"] == [b'{"id": 9}\n']
 
@@ -421,12 +421,12 @@ async def test_a_process_that_keeps_rewriting_a_file_is_backed_off_and_named(
             await asyncio.sleep(0.005)
 
     stranger = asyncio.ensure_future(rewrite())
-    await until(lambda: bool(kept._healed()["fought_over"]), 15)
+    await until(lambda: bool(kept._repaired()["contested"]), 15)
     began = len(fetched(server))
     alter(directory)  # others are put right at once all the same
     await until(lambda: (directory / "tasks/task_1.json").read_bytes() == server.files["tasks/task_1.json"])
     assert len(fetched(server)) - began <= 3
-    assert kept._healed()["fought_over"] == ["ids.json"]
+    assert kept._repaired()["contested"] == ["ids.json"]
     stop.set()
     await stranger
     await equal(directory, server, 30)
@@ -438,11 +438,11 @@ async def test_what_is_done_while_the_server_is_out_of_reach_is_put_right_later(
     server: FakeServer, kept: Service, directory: Path
 ) -> None:
     await server.stop()
-    await until(lambda: not kept._link.is_open)
+    await until(lambda: not kept._connection.is_open)
     alter(directory)
     delete(directory)
     await server.start()
-    kept._link.kick()
+    kept._connection.kick()
     await equal(directory, server)
 
 
@@ -455,10 +455,10 @@ async def test_without_the_systems_help_the_files_are_compared_now_and_then(
     monkeypatch.setattr("watchfiles.watch", no_more)
     monkeypatch.setattr(repair, "_MIN_RESCAN_S", 0.2)
     async with looked_after(directory) as service:
-        await until(lambda: "watch limit" in service._healed()["watched"])
+        await until(lambda: "watch limit" in service._repaired()["watched"])
         alter(directory)
         await equal(directory, server)
-        assert "compared every" in service._healed()["watched"]
+        assert "compared every" in service._repaired()["watched"]
 
 
 async def test_a_name_that_is_no_text_does_not_end_the_watch(
@@ -470,7 +470,7 @@ async def test_a_name_that_is_no_text_does_not_end_the_watch(
     (directory / os.fsdecode(b"caf\xe9.md")).write_bytes(b"x")
     alter(directory)
     await equal(directory, server)
-    await until(lambda: kept._healed()["watched"] == "the system reports changes")
+    await until(lambda: kept._repaired()["watched"] == "the system reports changes")
     alter(directory)
     await equal(directory, server)
 
@@ -491,10 +491,10 @@ def test_a_file_is_left_for_longer_the_more_often_it_is_changed(monkeypatch: pyt
         waits.append(found.next_due_s())
         now[0] += waits[-1] or 0.0
         assert found.take_due(1) == ["x"] and found.next_due_s() is None
-        found.healed("x")
+        found.repaired("x")
     assert waits == [0, 0, 0, 1, 2, 4, 8, 16, 32, 60, 60, 60]
     now[0] += 601
-    assert found.fought_over() == []
+    assert found.contested() == []
     found.suspect(["x"])
     assert found.next_due_s() == 0
 
@@ -564,19 +564,19 @@ async def test_whatever_strikes_while_changes_stream_in_the_copy_ends_up_equal(
             case 4:
                 server.cut()
             case 5:
-                kept._link.kick()
+                kept._connection.kick()
                 sibling = Service(str(directory))
                 sibling.start(TOKEN)
                 await sibling.handle({"do": "ready", "token": TOKEN}, lambda _: None)
                 await sibling.close()
             case 6:
-                await asyncio.sleep(rng.random() * 0.2)  # any moment of the healing, not a wait for something
+                await asyncio.sleep(rng.random() * 0.2)  # any moment of the repairs, not a wait for something
             case _:
                 change_at_random(rng, server)
         await asyncio.sleep(0)
-    kept._link.kick()
+    kept._connection.kick()
     await equal(directory, server, 20)
-    assert kept.cache.is_whole() and kept._follower.edits.scan() == []
+    assert kept.cache.is_whole() and kept._replicator.edits.scan() == []
 
 
 # --- a directory that is being removed ---
@@ -645,7 +645,7 @@ async def test_nothing_is_restored_that_can_not_be_kept(
     with monkeypatch.context() as patch:
         patch.setattr(kept.cache, "store", full)
         (directory / "context.md").write_bytes(b"# Mine\n")
-        await until(lambda: kept._follower.trouble is not None)
+        await until(lambda: kept._replicator.trouble is not None)
         assert "No space left" in str((await ask(kept, "ready"))["message"])
         assert (directory / "context.md").read_bytes() == b"# Mine\n"
     await equal(directory, server, 15.0)

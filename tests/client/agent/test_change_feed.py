@@ -38,7 +38,7 @@ class Watching:
         self._loop, self._service = asyncio.get_running_loop(), service
         self._running: list[asyncio.Future[Any]] = []
         self._over = asyncio.Event()
-        monkeypatch.setattr(watch, "ask", self._ask)
+        monkeypatch.setattr(watch, "send_request", self._ask)
         monkeypatch.setattr(watch, "_FIRST_RETRY_S", 0.01)
         self._watch = watch._Watch(str(directory), self, self)  # type: ignore[arg-type]
 
@@ -270,7 +270,7 @@ async def test_a_slow_command_holds_nothing_and_misses_nothing(
     watching.free.clear()
     for number in range(100):
         server.put("a", str(number).encode())
-    await until(lambda: service._follower.state.position.seq == 100)
+    await until(lambda: service._replicator.state.position.seq == 100)
     await until(lambda: len(watching.handled) == 1)
     assert len(service._changes._recent) == 20
     watching.free.set()

@@ -164,7 +164,7 @@ async def test_a_save_is_sent_once_and_whole_and_nothing_beside_it(
     await until(lambda: server.files[PLAN] == NEW)
     assert [frame.text for frame in server.frames if isinstance(frame, Put)] == [NEW]
     assert set(server.files) == files
-    await until(lambda: live._is_current() and not live._follower.edits.scan())
+    await until(lambda: live._is_current() and not live._replicator.edits.scan())
     assert (directory / PLAN).read_bytes() == NEW and beside(directory) == left
     assert (await ask(live, "status"))["unsent_edits"] == []
 
@@ -175,7 +175,7 @@ async def test_a_copy_that_is_no_plan_is_set_aside_when_it_has_long_been_left(
     copy = directory / f"plans/{TASK} (copy).md"
     copy.write_bytes(b"# A copy\n")
     monkeypatch.setattr(repair, "STRAY_S", 0.5)
-    live._caretaker.touched(None)  # type: ignore[union-attr]
+    live._integrity_monitor.touched(None)  # type: ignore[union-attr]
     await until(lambda: not copy.exists())
     assert rescued(directory) == {f"plans/{copy.name}": [b"# A copy\n"]}
     assert any(copy.name in notice for notice in (await ask(live, "ready"))["notices"])  # type: ignore[attr-defined]
@@ -216,7 +216,7 @@ async def test_a_text_is_not_put_under_the_hands_of_who_writes_it(
     """What is written after a rename over the file would go into a file without a name."""
     with (directory / PLAN).open("ab") as file:
         server.put(PLAN, OLD.replace(b"# Plan", b"# Ours"))
-        await until(lambda: live._follower.replica.position.seq == server.seq)
+        await until(lambda: live._replicator.replica.position.seq == server.seq)
         assert (directory / PLAN).read_bytes() == OLD
         server.put_outcome = "merged"
         file.write(b"- written meanwhile\n")
@@ -229,7 +229,7 @@ async def test_a_server_text_that_waited_for_a_writer_comes_when_it_is_done(
 ) -> None:
     with (directory / PLAN).open("ab"):
         server.put(PLAN, NEW)
-        await until(lambda: live._follower.replica.position.seq == server.seq)
+        await until(lambda: live._replicator.replica.position.seq == server.seq)
         assert (directory / PLAN).read_bytes() == OLD
     await until(lambda: (directory / PLAN).read_bytes() == NEW)
     assert not [frame for frame in server.frames if isinstance(frame, Put)]
@@ -251,7 +251,7 @@ async def test_an_edit_that_is_refused_is_said_once_and_holds_nothing_up(
     server.misbehave = no_latin  # type: ignore[assignment]
     notes = f"notes/{TASK}.md"
     (directory / PLAN).write_bytes(b"caf\xe9\n")
-    await until(lambda: live._pusher.refused() != {})
+    await until(lambda: live._edit_sender.refused() != {})
     (directory / notes).write_bytes(b"and these\n")
     await until(lambda: server.files.get(notes) == b"and these\n")
     for _ in range(3):
@@ -282,11 +282,11 @@ async def test_what_is_saved_after_an_edit_whose_answer_was_lost_builds_on_it(
 
     server.misbehave = stay_away  # type: ignore[assignment]
     (directory / PLAN).write_bytes(NEW)
-    await until(lambda: server.files[PLAN] == NEW and not live._link.is_open)
+    await until(lambda: server.files[PLAN] == NEW and not live._connection.is_open)
     (directory / PLAN).write_bytes(then)
     server.misbehave = server.status = None
     await until(lambda: server.files[PLAN] == then)
-    await until(lambda: live._is_current() and not live._follower.edits.scan())
+    await until(lambda: live._is_current() and not live._replicator.edits.scan())
     assert (directory / PLAN).read_bytes() == then
 
 
@@ -305,11 +305,11 @@ async def test_a_text_that_is_taken_back_while_it_is_on_its_way_is_sent_again(
     (directory / PLAN).write_bytes(NEW)
     await arrived.wait()
     (directory / PLAN).write_bytes(OLD)
-    live._follower.edits.scan()
+    live._replicator.edits.scan()
     may_go_on.set()
     await until(lambda: server.files[PLAN] == NEW)
     await until(lambda: server.files[PLAN] == OLD)
-    await until(lambda: live._is_current() and not live._follower.edits.scan())
+    await until(lambda: live._is_current() and not live._replicator.edits.scan())
     assert (directory / PLAN).read_bytes() == OLD
 
 

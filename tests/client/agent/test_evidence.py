@@ -80,13 +80,13 @@ def puts(server: FakeServer) -> list[bytes]:
 
 
 def rescued(service: Service, path: str = PLAN) -> list[bytes]:
-    store = service._follower.keepsakes.rescued
+    store = service._replicator.rescue_policy.rescued
     return [store.read(entry.number, path) for entry in store.entries() if path in entry.files]
 
 
 async def is_restored(service: Service, directory: Path, text: bytes = THEIRS, *, reason: str) -> None:
     await until(lambda: (directory / PLAN).exists() and (directory / PLAN).read_bytes() == text)
-    await until(lambda: service._is_current() and not service._follower.edits.scan())
+    await until(lambda: service._is_current() and not service._replicator.edits.scan())
     notices: list[str] = []
 
     async def said() -> bool:
@@ -144,7 +144,7 @@ async def test_an_edit_in_a_tracked_plan_is_sent_and_stays_one_when_it_is_commit
     await board.stop()
     offline = MINE + b"- on a train\n"
     (directory / PLAN).write_bytes(offline)
-    await until(lambda: tracked._follower.edits.evidence.is_saved(PLAN, offline))
+    await until(lambda: tracked._replicator.edits.evidence.is_saved(PLAN, offline))
     commit(directory.parent, "on a train")
     git(directory.parent, "checkout", "-q", "HEAD~1", "--", ".")
     git(directory.parent, "checkout", "-q", "HEAD", "--", ".")
@@ -266,7 +266,7 @@ def after_reboot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def leave_without_an_end(service: Service) -> None:
     """End a service as a kill does: its watch stays behind, unlocked."""
-    watch = service._follower.edits.evidence
+    watch = service._replicator.edits.evidence
     assert watch._watch_handle is not None
     os.close(watch._watch_handle)
     watch._watch_handle = None
@@ -320,7 +320,7 @@ async def test_a_save_on_top_of_a_withheld_earlier_version_is_an_edit_of_that_ve
     damage(directory / PLAN, earlier)
     after_reboot(monkeypatch)
     async with looked_after(directory) as service:
-        await until(service._pusher.withheld)
+        await until(service._edit_sender.withheld)
         (directory / PLAN).write_bytes(earlier + b"- edited by word 4\n")
         await until(lambda: puts(board))
     (put,) = [frame for frame in board.frames if isinstance(frame, Put)]
@@ -333,7 +333,7 @@ async def test_an_edit_made_offline_survives_a_reboot(
     async with looked_after(directory) as service:
         await board.stop()
         (directory / PLAN).write_bytes(MINE)
-        await until(lambda: service._follower.edits.evidence.is_saved(PLAN, MINE))
+        await until(lambda: service._replicator.edits.evidence.is_saved(PLAN, MINE))
     after_reboot(monkeypatch)
     await board.start()
     async with looked_after(directory):
@@ -353,10 +353,10 @@ async def test_an_offline_save_from_just_before_the_watch_is_recorded(board: Fak
     watching = LateWatching()
     async with looked_after(directory, watching) as service:
         await board.stop()
-        await until(lambda: not service._follower.is_following)
+        await until(lambda: not service._replicator.is_following)
         (directory / PLAN).write_bytes(MINE)
         watching.touched(None)
-        await until(lambda: service._follower.edits.evidence.is_saved(PLAN, MINE))
+        await until(lambda: service._replicator.edits.evidence.is_saved(PLAN, MINE))
 
 
 async def test_an_agent_that_never_reached_the_server_records_saves(board: FakeServer, directory: Path) -> None:
@@ -370,7 +370,7 @@ async def test_an_agent_that_never_reached_the_server_records_saves(board: FakeS
         await until(lambda: hasattr(watching, "touched"))
         (directory / PLAN).write_bytes(MINE)
         watching.touched({PLAN})
-        await until(lambda: service._follower.edits.evidence.is_saved(PLAN, MINE))
+        await until(lambda: service._replicator.edits.evidence.is_saved(PLAN, MINE))
     finally:
         await service.close()
 
@@ -383,7 +383,7 @@ async def test_a_damaged_base_makes_no_edit(
     (directory / ".remote/base" / PLAN).write_bytes(b"")
     after_reboot(monkeypatch)
     async with looked_after(directory) as service:
-        await until(lambda: service._follower.edits.base(PLAN) == FIRST)
+        await until(lambda: service._replicator.edits.base(PLAN) == FIRST)
         assert puts(board) == [] and (await ask(service, "status"))["unsent_edits"] == []
 
 
@@ -450,7 +450,7 @@ async def test_a_power_cut_sends_nothing_and_loses_no_save_that_was_recorded(
     async with looked_after(directory) as service:
         for n in range(12):
             board.put(rng.choice(others), THEIRS + b"- change %d\n" % n)
-        await until(lambda: service._follower.state.position.seq == board.seq and service._is_current())
+        await until(lambda: service._replicator.state.position.seq == board.seq and service._is_current())
         await board.stop()
         (directory / PLAN).write_bytes(MINE)
         digest = digest_of(MINE)[:16].hex().encode()
@@ -460,12 +460,12 @@ async def test_a_power_cut_sends_nothing_and_loses_no_save_that_was_recorded(
     after_reboot(monkeypatch)
     await board.start()
     async with looked_after(directory) as service:
-        await until(lambda: board.files[PLAN] == MINE or bool(service._follower.conflicts.copies()))
+        await until(lambda: board.files[PLAN] == MINE or bool(service._replicator.conflicts.copies()))
         await until(service._is_current)
-        mine = [service.cache.read(path) for path in service._follower.conflicts.copies()]
+        mine = [service.cache.read(path) for path in service._replicator.conflicts.copies()]
         assert board.files[PLAN] == MINE or MINE in mine, fates
         assert {**board.files, PLAN: b""} == {**before, PLAN: b""}, fates
-        withheld = service._pusher.withheld()
+        withheld = service._edit_sender.withheld()
         for path in set(board.files) - withheld.keys() - {PLAN}:
             await until(lambda path=path: (directory / path).is_file())  # type: ignore[misc]
             assert (directory / path).read_bytes() == board.files[path], (path, fates)
@@ -491,7 +491,7 @@ async def test_a_formatter_that_rewrites_many_plans_waits_for_a_decision(
     before = dict(board.files)
     for path in paths:
         (directory / path).write_bytes((directory / path).read_bytes().replace(b"- ", b"* "))
-    await until(lambda: len(service._pusher.withheld()) == len(paths))
+    await until(lambda: len(service._edit_sender.withheld()) == len(paths))
     (notice,) = (await run(service, "x"))["notices"]  # type: ignore[misc]
     assert "92 edits" in notice and "as by a formatter" in notice and "resolve --all --theirs" in notice
     assert board.files == before and len((await ask(service, "status"))["withheld_edits"]) == 92  # type: ignore[arg-type]
@@ -514,10 +514,10 @@ async def test_a_slow_formatter_is_noticed_after_a_few_plans(
     service, paths = plans
     for n, path in enumerate(paths):
         (directory / path).write_bytes((directory / path).read_bytes().replace(b"- ", b"* "))
-        await until(lambda n=n: len(puts(board)) + len(service._pusher.withheld()) > n)  # type: ignore[misc]
-        if len(service._pusher.withheld()) > 2:
+        await until(lambda n=n: len(puts(board)) + len(service._edit_sender.withheld()) > n)  # type: ignore[misc]
+        if len(service._edit_sender.withheld()) > 2:
             break
-    assert len(puts(board)) == 20 and len(service._pusher.withheld()) == 3
+    assert len(puts(board)) == 20 and len(service._edit_sender.withheld()) == 3
 
 
 async def test_many_plans_that_only_grow_are_sent(
@@ -539,7 +539,7 @@ async def test_a_long_text_that_is_emptied_waits_a_short_one_is_sent(
         for path in (PLAN, NOTES):
             (directory / path).write_bytes(b"")
         await until(lambda: board.files[NOTES] == b"")
-        await until(lambda: service._pusher.withheld() == {PLAN: "it empties a long text"})
+        await until(lambda: service._edit_sender.withheld() == {PLAN: "it empties a long text"})
         assert board.files[PLAN] == THEIRS
         await ask(service, "push", confirm=True)
         assert board.files[PLAN] == b""
@@ -556,7 +556,7 @@ async def test_nothing_is_sent_from_a_full_disk_and_what_it_cut_short_is_restore
             patched.setattr(os, "statvfs", lambda _: full)
             (directory / PLAN).write_bytes(THEIRS[:300])
             (directory / NOTES).write_bytes(b"# Notes\n\nwhole\n")
-            await until(lambda: {PLAN, NOTES} <= service._follower.edits.evidence.cramped.keys())
+            await until(lambda: {PLAN, NOTES} <= service._replicator.edits.evidence.cramped.keys())
             assert puts(board) == []
         await until(lambda: board.files[NOTES] == b"# Notes\n\nwhole\n")
         await is_restored(service, directory, reason="a full disk")
@@ -573,8 +573,8 @@ async def test_a_rewritten_text_that_a_full_disk_may_have_cut_waits_for_the_user
         with monkeypatch.context() as patched:
             patched.setattr(os, "statvfs", lambda _: full)
             (directory / PLAN).write_bytes(b"# My line first\n" + THEIRS[:300])
-            await until(lambda: PLAN in service._follower.edits.evidence.cramped)
-        await until(lambda: "disk was full" in service._pusher.withheld().get(PLAN, ""))
+            await until(lambda: PLAN in service._replicator.edits.evidence.cramped)
+        await until(lambda: "disk was full" in service._edit_sender.withheld().get(PLAN, ""))
         assert puts(board) == []
         (directory / PLAN).write_bytes(b"# My line first\n" + THEIRS)  # saved once more, whole
         await until(lambda: board.files[PLAN] == b"# My line first\n" + THEIRS)
@@ -673,7 +673,7 @@ async def test_a_record_is_written_to_its_end_under_the_lock_though_the_agent_st
     cache, other = (Cache(str(directory), read_remote(str(directory))) for _ in range(2))
     cache.prepare()
     cache.replace(PLAN, MINE)
-    follower = Replicator(cache)
+    replicator = Replicator(cache)
     began, may_go_on = threading.Event(), threading.Event()
     store = evidence.Evidence._store
 
@@ -683,7 +683,7 @@ async def test_a_record_is_written_to_its_end_under_the_lock_though_the_agent_st
         store(found)
 
     monkeypatch.setattr(evidence.Evidence, "_store", slowly)
-    recording = asyncio.create_task(follower.record([(PLAN, MINE)]))
+    recording = asyncio.create_task(replicator.record([(PLAN, MINE)]))
     await until(began.is_set)
     recording.cancel()
     try:

@@ -34,7 +34,7 @@ def on_demand(service: Service) -> None:
 
 
 async def current(service: Service, server: FakeServer) -> None:
-    await until(lambda: service._is_current() and service._follower.replica.position.seq == server.seq)
+    await until(lambda: service._is_current() and service._replicator.replica.position.seq == server.seq)
 
 
 async def hold(connection: ServerConnection, frame: ClientFrame) -> bool:
@@ -53,8 +53,8 @@ async def test_it_comes_by_itself_and_nobody_waits(server: FakeServer, service: 
     status = (await ask(service, "status"))["payloads"]
     assert status == {
         "mode": "background",
-        "away": 1,
-        "away_bytes": len(CONTENT),
+        "deferred": 1,
+        "deferred_bytes": len(CONTENT),
         "fetching": {"path": BIG, "done": 0, "total": len(CONTENT)},
         "trouble": None,
     }
@@ -70,12 +70,12 @@ async def test_on_demand_it_comes_when_it_is_asked_for(server: FakeServer, servi
     await current(service, server)
     for do in ("verify", "sync"):
         answer = await ask(service, do)
-        assert answer["away"] == (BIG,) and not (answer["differing"] or answer["missing"])
+        assert answer["deferred"] == (BIG,) and not (answer["differing"] or answer["missing"])
     assert not downloads(server)
     assert (await ask(service, "fetch", paths=["artifacts/payload/other"]))["fetched"] == []
     assert await ask(service, "fetch", paths=[BIG]) == {"fetched": [BIG], "bytes": len(CONTENT)}
     assert tree(directory) == server.files
-    assert (await ask(service, "verify"))["away"] == ()
+    assert (await ask(service, "verify"))["deferred"] == ()
 
 
 async def test_the_setting_counts_at_once(server: FakeServer, service: Service, directory: Path) -> None:
@@ -144,7 +144,7 @@ async def test_a_newer_content_that_is_not_fetched_leaves_no_older_one_in_its_pl
     await ask(service, "configure", name="payloads", value="on-demand")
     announce(server, os.urandom(700_000))
     await until(lambda: not (directory / BIG).exists())
-    assert (await ask(service, "verify"))["away"] == (BIG,)
+    assert (await ask(service, "verify"))["deferred"] == (BIG,)
 
 
 async def test_a_content_that_is_no_longer_wanted_away_stays(
@@ -154,7 +154,7 @@ async def test_a_content_that_is_no_longer_wanted_away_stays(
     announce(server)
     await ready(service)
     await until((directory / BIG).exists)
-    await service._follower.vacate(BIG, (len(CONTENT), digest_of(CONTENT)))
+    await service._replicator.vacate(BIG, (len(CONTENT), digest_of(CONTENT)))
     assert (directory / BIG).read_bytes() == CONTENT
 
 
@@ -163,9 +163,9 @@ async def test_what_is_there_already_is_not_fetched(server: FakeServer, service:
     (directory / BIG).write_bytes(CONTENT)
     announce(server)
     await current(service, server)
-    await until(lambda: not service._follower.replica.away)
+    await until(lambda: not service._replicator.replica.deferred)
     assert not downloads(server)
-    assert (await ask(service, "verify"))["away"] == ()
+    assert (await ask(service, "verify"))["deferred"] == ()
 
 
 async def test_another_process_that_fetches_is_noticed(server: FakeServer, service: Service, directory: Path) -> None:
@@ -179,7 +179,7 @@ async def test_another_process_that_fetches_is_noticed(server: FakeServer, servi
     await other.close()
     server.change(PutFile("tasks/x.json", b"x"))
     await current(service, server)
-    assert (await ask(service, "status"))["payloads"]["away"] == 0  # type: ignore[index]
+    assert (await ask(service, "status"))["payloads"]["deferred"] == 0  # type: ignore[index]
     assert tree(directory) == server.files
 
 
@@ -223,7 +223,7 @@ async def test_a_server_that_is_gone_is_said_and_what_has_come_stays(
         await fetching
     server.misbehave = None
     await server.start()
-    await until(lambda: service._link.is_open, 20)
+    await until(lambda: service._connection.is_open, 20)
     await ask(service, "fetch", paths=None)
     assert tree(directory) == server.files
 
@@ -248,8 +248,8 @@ async def test_a_spoilt_list_of_what_is_away_has_everything_compared(
     second = Service(str(directory))
     second.start(TOKEN)
     await ready(second)
-    assert second._follower.replica.away == {BIG: (len(CONTENT), digest_of(CONTENT))}
-    assert second._follower.resyncs == 1
+    assert second._replicator.replica.deferred == {BIG: (len(CONTENT), digest_of(CONTENT))}
+    assert second._replicator.resyncs == 1
     await second.close()
 
 

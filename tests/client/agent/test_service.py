@@ -124,7 +124,7 @@ async def test_a_new_epoch_leads_to_a_resync(server: FakeServer, service: Servic
 async def test_the_age_is_that_of_the_last_word(server: FakeServer, service: Service) -> None:
     await ready(service)
     await server.stop()
-    await until(lambda: not service._link.is_open)
+    await until(lambda: not service._connection.is_open)
     answer = await ask(service, "ready")
     assert not answer["current"] and answer["filled"]
     assert (
@@ -188,7 +188,7 @@ async def test_a_command_that_was_never_sent_says_so(
 ) -> None:
     await ready(service)
     await server.stop()
-    await until(lambda: not service._link.is_open)
+    await until(lambda: not service._connection.is_open)
     monkeypatch.setattr("lattice_remote.client.connection.connection.UNSENT_PATIENCE_S", 0.3)
     with pytest.raises(
         ConnectionFailed, match=r"cannot reach server .*connection refused.*nothing was written"
@@ -214,7 +214,7 @@ async def test_a_server_that_comes_back_in_time_is_waited_for(server: FakeServer
     await ready(service)
     await server.stop()
     running = asyncio.ensure_future(run(service, "put", "tasks/x.json", "x"))
-    await until(lambda: service._link.failed_attempts > 1)
+    await until(lambda: service._connection.failed_attempts > 1)
     await server.start()
     assert (await running)["exit_code"] == 0
 
@@ -286,7 +286,7 @@ async def test_each_command_writes_with_its_own_token(server: FakeServer, servic
 async def test_a_better_token_replaces_a_refused_one(server: FakeServer, directory: Path) -> None:
     service = Service(str(directory))
     service.start("wrong")
-    await until(lambda: service._link.is_refused)
+    await until(lambda: service._connection.is_refused)
     assert (await ask(service, "ready"))["current"]
     await service.close()
 
@@ -305,8 +305,8 @@ async def test_a_refusal_before_the_upgrade_is_understood(
     server: FakeServer, service: Service, status: int, body: bytes, code: str, text: str
 ) -> None:
     server.status, server.error_body = HTTPStatus(status), body
-    await until(lambda: service._link.error is not None)
-    error = service._link.error
+    await until(lambda: service._connection.error is not None)
+    error = service._connection.error
     assert error is not None and error.code == code and text in error.message and error.message.isprintable()
 
 
@@ -332,9 +332,13 @@ async def test_another_programs_refusal_blames_no_token_and_ends_no_retries(
     await ready(service)
     server.status, server.error_body = HTTPStatus(status), body
     server.cut()
-    await until(lambda: "answers instead" in str(service._link.error))
-    error = service._link.error
-    assert isinstance(error, ConnectionFailed) and error.code == "REMOTE_UNREACHABLE" and not service._link.is_refused
+    await until(lambda: "answers instead" in str(service._connection.error))
+    error = service._connection.error
+    assert (
+        isinstance(error, ConnectionFailed)
+        and error.code == "REMOTE_UNREACHABLE"
+        and not service._connection.is_refused
+    )
     expected = f"a proxy or another program answers instead, HTTP {status}; check the URL and the proxy"
     if status in (401, 403, 407):
         trust = f"lattice remote trust {service._link.remote.url} --header 'NAME: VALUE', or --client-cert FILE"
@@ -348,8 +352,8 @@ async def test_a_goodbye_is_obeyed(server: FakeServer, service: Service) -> None
     await ready(service)
     connection = next(iter(server.connections))
     await connection.send(encode(Bye("REMOTE_UNAUTHORIZED", "this token was revoked")))
-    await until(lambda: service._link.error is not None)
-    error = service._link.error
+    await until(lambda: service._connection.error is not None)
+    error = service._connection.error
     assert error is not None and error.code == "REMOTE_UNAUTHORIZED" and "revoked" in error.message
 
 
@@ -415,7 +419,7 @@ async def test_a_merged_edit_comes_back_merged(server: FakeServer, service: Serv
 async def test_a_conflict_keeps_both_texts(server: FakeServer, service: Service, directory: Path) -> None:
     plan = await edited(server, service, directory)
     server.put(PLAN, b"# Plan\ntheirs\n")
-    await until(lambda: service._follower.replica.position.seq == 1)
+    await until(lambda: service._replicator.replica.position.seq == 1)
     assert plan.read_bytes() == b"# Plan\nmine\n"  # an edited file is left alone
     answer = await ask(service, "push")
     assert answer["sent"] == [{"path": PLAN, "outcome": "conflict"}]
@@ -497,9 +501,9 @@ async def test_a_text_that_waits_for_an_edit_is_no_file_in_transfer(
     server.epoch, server.changes = "epoch2", []
     server.files |= {PLAN: b"# Of another epoch\n", "tasks/task_3.json": b"{}\n"}
     server.cut()
-    await until(lambda: (directory / "tasks/task_3.json").exists() and service._follower.is_following)
-    await until(lambda: set(service._follower.replica.wanted) == {PLAN})
-    assert service._follower.progress() is None
+    await until(lambda: (directory / "tasks/task_3.json").exists() and service._replicator.is_following)
+    await until(lambda: set(service._replicator.replica.missing) == {PLAN})
+    assert service._replicator.progress() is None
     assert plan.read_bytes() == b"# Plan\nmine\n"
 
 
@@ -586,7 +590,7 @@ async def test_a_path_out_of_the_cache_ends_the_connection(
     await ready(service)
     before, inside = outside(directory), tree(directory)
     server.broadcast(server.numbered(PutFile(path, b"evil")))
-    await until(lambda: service._link.error is not None and service._link.error.code == "REMOTE_PROTOCOL")
+    await until(lambda: service._connection.error is not None and service._connection.error.code == "REMOTE_PROTOCOL")
     assert outside(directory) == before and tree(directory) == inside
 
 
@@ -602,7 +606,7 @@ async def test_links_in_the_way_are_never_followed(server: FakeServer, directory
     assert not answer["current"] and "in the way" in str(answer["message"])
     assert [path.name for path in victim.iterdir()] == ["file"] and (victim / "file").read_bytes() == b"precious"
     (directory / "tasks").unlink()
-    service._link.kick()
+    service._connection.kick()
     await until(lambda: tree(directory) == server.files)
     assert (victim / "file").read_bytes() == b"precious" and not (directory / "config.json").is_symlink()
     await service.close()
@@ -611,8 +615,8 @@ async def test_links_in_the_way_are_never_followed(server: FakeServer, directory
 async def test_a_gap_in_the_numbers_is_a_violation(server: FakeServer, service: Service, directory: Path) -> None:
     await ready(service)
     server.broadcast(Change(5, b"m" * 16, "", "x", "t", "edit", "", [PutFile("tasks/x.json", b"x")]))
-    await until(lambda: service._link.failed_attempts > 0)
-    await until(lambda: service._link.is_open)
+    await until(lambda: service._connection.failed_attempts > 0)
+    await until(lambda: service._connection.is_open)
     assert tree(directory) == server.files
 
 
@@ -645,7 +649,7 @@ async def test_a_bad_frame_ends_only_the_connection(server: FakeServer, service:
     await ready(service)
     connection = next(iter(server.connections))
     await connection.send(message)
-    await until(lambda: service._link.failed_attempts > 0)
+    await until(lambda: service._connection.failed_attempts > 0)
     assert (await ask(service, "ready"))["current"]
 
 
@@ -657,8 +661,8 @@ async def test_a_server_that_says_nothing_is_given_up(
 
     monkeypatch.setattr("lattice_remote.client.connection.connection.FIRST_FRAME_TIMEOUT_S", 0.2)
     server.misbehave = silence
-    await until(lambda: service._link.error is not None)
-    assert service._link.error is not None and "sends nothing" in service._link.error.message
+    await until(lambda: service._connection.error is not None)
+    assert service._connection.error is not None and "sends nothing" in service._connection.error.message
 
 
 async def test_something_else_on_the_port_is_named(tmp_path: Path) -> None:
@@ -671,8 +675,8 @@ async def test_something_else_on_the_port_is_named(tmp_path: Path) -> None:
     port = other.sockets[0].getsockname()[1]
     service = Service(str(make_cache(tmp_path / "x", f"http://127.0.0.1:{port}")))
     service.start(TOKEN)
-    await until(lambda: service._link.error is not None)
-    assert service._link.error is not None and "not a lattice-remote server" in service._link.error.message
+    await until(lambda: service._connection.error is not None)
+    assert service._connection.error is not None and "not a lattice-remote server" in service._connection.error.message
     await service.close()
     other.close()
     await other.wait_closed()
@@ -696,7 +700,7 @@ async def test_a_full_disk_is_said_and_nothing_is_corrupt(
         answer = await ask(service, "ready")
         assert not answer["current"] and "No space left" in str(answer["message"])
         assert "No space left" in str((await ask(service, "status"))["trouble"])
-    service._link.kick()
+    service._connection.kick()
     await until(service._is_current)
     assert (await ask(service, "status"))["trouble"] is None
     assert tree(directory) == server.files
@@ -707,7 +711,7 @@ async def test_once_there_is_space_again_a_command_runs_at_once(
 ) -> None:
     """An earlier failure says nothing of the disk by now."""
     await ready(service)
-    service._link._pace.uniform = lambda _low, _high: 300.0
+    service._connection._backoff.uniform = lambda _low, _high: 300.0
 
     def full(self: Cache, path: str, data: bytes) -> None:
         raise StorageError("cannot write the cache: No space left on device")
@@ -715,7 +719,7 @@ async def test_once_there_is_space_again_a_command_runs_at_once(
     with monkeypatch.context() as patched:
         patched.setattr(Cache, "replace", full)
         server.put("tasks/x.json", b"x")
-        await until(lambda: service._link.failed_attempts > 0 and service._link.welcome is None)
+        await until(lambda: service._connection.failed_attempts > 0 and service._connection.welcome is None)
     assert (await run(service, "put", "tasks/y.json", "y"))["exit_code"] == 0
     assert server.files["tasks/y.json"] == b"y"
 
@@ -725,7 +729,7 @@ async def test_a_removed_directory_is_not_made_again(server: FakeServer, service
     move_away(directory)
     assert service.is_stale()
     server.put("tasks/x.json", b"x")
-    await until(lambda: service._link.error is not None)
+    await until(lambda: service._connection.error is not None)
     assert not is_there(directory)
 
 
@@ -743,7 +747,7 @@ async def test_status_names_its_evidence(server: FakeServer, service: Service) -
     assert status["connected"] and status["current"] and status["seq"] == status["server_seq"] == 1
     assert float(str(status["last_heard_s"])) < 5 and status["pid"] == os.getpid() and status["actor"] == "human:ana"
     await server.stop()
-    await until(lambda: not service._link.is_open)
+    await until(lambda: not service._connection.is_open)
     status = await ask(service, "status")
     assert not status["connected"] and status["server_seq"] is None and "refused" in str(status["error"])
 
@@ -761,11 +765,11 @@ async def test_silence_is_not_called_connected(service: Service, monkeypatch: py
 
 async def test_a_link_outlives_any_number_of_failures(server: FakeServer, service: Service) -> None:
     await ready(service)
-    service._link._pace.streak = 5000
+    service._connection._backoff.streak = 5000
     await server.stop()
-    await until(lambda: service._link.failed_attempts > 0)
+    await until(lambda: service._connection.failed_attempts > 0)
     await server.start()
-    service._link.kick()
+    service._connection.kick()
     await until(service._is_current)
 
 
@@ -794,17 +798,17 @@ async def test_pieces_that_never_add_up_end_the_connection(server: FakeServer, s
     await ready(service)
     server.misbehave = lie  # type: ignore[assignment]
     server.change(AnnounceFile("artifacts/payload/x", 1, digest_of(b"x")))
-    await until(lambda: service._link.error is not None)
-    assert service._link.error is not None and "keeps sending" in service._link.error.message
+    await until(lambda: service._connection.error is not None)
+    assert service._connection.error is not None and "keeps sending" in service._connection.error.message
     assert sum(isinstance(frame, Fetch) for frame in server.frames) <= 7
 
 
 async def test_comparing_without_a_connection_is_an_error_like_any_other(server: FakeServer, service: Service) -> None:
     await ready(service)
     await server.stop()
-    await until(lambda: not service._link.is_open)
+    await until(lambda: not service._connection.is_open)
     with pytest.raises(ConnectionFailed):
-        await service._follower.compare(repair=False)
+        await service._replicator.compare(repair=False)
 
 
 async def test_a_token_that_can_not_travel_is_named(service: Service) -> None:
@@ -826,7 +830,7 @@ async def test_a_change_that_overtakes_the_answer_to_an_edit_is_not_undone(
         if isinstance(frame, Put):
             server.put(PLAN, frame.text)
             server.put(PLAN, b"# Plan\nmine\ntheirs\n")
-            await until(lambda: service._follower.replica.position.seq == 2)
+            await until(lambda: service._replicator.replica.position.seq == 2)
             await connection.send(encode(Stored(frame.id, 1, "stored")))
         return isinstance(frame, Put)
 
@@ -847,7 +851,7 @@ async def test_an_edit_stays_in_place_until_what_it_was_merged_with_is_here(
         if isinstance(frame, Put):
             await connection.send(encode(Stored(frame.id, 2, "merged")))
             server.put(PLAN, b"# Theirs\n")
-            await until(lambda: service._follower.replica.position.seq == 1)
+            await until(lambda: service._replicator.replica.position.seq == 1)
             seen.append(plan.read_bytes())
             server.put(PLAN, b"# Theirs\nmine\n")
         return isinstance(frame, Put)
@@ -883,7 +887,7 @@ async def test_what_is_saved_while_a_text_is_put_in_place_is_an_edit(
     with monkeypatch.context() as patched:
         patched.setattr(Directory, "replace", while_an_editor_saves)
         server.append(PLAN, b"theirs\n") if grows else server.put(PLAN, b"# Plan\ntheirs\n")
-        await until(lambda: service._follower.replica.position.seq == 2)
+        await until(lambda: service._replicator.replica.position.seq == 2)
     assert place.read_bytes() == b"# Plan\nmine\n"
-    assert service._follower.edits.scan() == [PLAN]
-    assert service._follower.edits.base(PLAN) == (b"# Plan\n" if moment == "before" else b"# Plan\ntheirs\n")
+    assert service._replicator.edits.scan() == [PLAN]
+    assert service._replicator.edits.base(PLAN) == (b"# Plan\n" if moment == "before" else b"# Plan\ntheirs\n")

@@ -12,7 +12,7 @@ from client_kit import MINE, PLAN, make_cache
 
 from lattice_remote.client.cache import cache as state
 from lattice_remote.client.cache import safe_directory as directory_module
-from lattice_remote.client.cache.cache import Cache, CacheState, decode_state, encode_away, encode_state
+from lattice_remote.client.cache.cache import Cache, CacheState, decode_state, encode_deferred, encode_state
 from lattice_remote.client.cache.edits import Edits, TextConflicts
 from lattice_remote.client.cache.verify import read_all
 from lattice_remote.client.config import Remote, read_remote
@@ -178,7 +178,7 @@ def test_state_is_read_as_it_was_stored() -> None:
         {"artifacts/payload/a": (9, b"d" * 32), "artifacts/payload/b": None},
         12.5,
     )
-    assert decode_state(encode_state(stored, REMOTE), encode_away(stored.away), REMOTE) == stored
+    assert decode_state(encode_state(stored, REMOTE), encode_deferred(stored.deferred), REMOTE) == stored
 
 
 def test_state_of_another_project_says_nothing() -> None:

@@ -37,7 +37,7 @@ async def conflict(
 ) -> None:
     (directory / path).write_bytes(b"mine\n")
     server.put(path, theirs)
-    await until(lambda: service._follower.replica.position.seq == server.seq)
+    await until(lambda: service._replicator.replica.position.seq == server.seq)
     await ask(service, "push")
     await until(lambda: (directory / path).read_bytes() == theirs)
 
@@ -123,7 +123,7 @@ async def test_what_is_saved_in_the_copy_meanwhile_stays(server: FakeServer, ser
 
 async def test_out_of_reach_it_stays_as_it_is(server: FakeServer, service: Service, place: Path) -> None:
     await server.stop()
-    await until(lambda: not service._link.is_open)
+    await until(lambda: not service._connection.is_open)
     with pytest.raises(Exception, match="cannot reach"):
         await resolve(service, "mine")
     assert (place / MINE).read_bytes() == b"mine\n"
@@ -149,7 +149,7 @@ async def test_plan_and_notes_are_resolved_together_or_each(server: FakeServer, 
 async def test_of_several_texts_one_is_named(server: FakeServer, service: Service, place: Path) -> None:
     (place / PLAN).write_bytes(b"mine once more\n")
     server.put(PLAN, b"theirs once more\n")
-    await until(lambda: service._follower.replica.position.seq == server.seq)
+    await until(lambda: service._replicator.replica.position.seq == server.seq)
     await ask(service, "push")
     await until((place / MINE.replace(".md", ".2.md")).exists)
     with pytest.raises(Misuse, match="several texts of yours"):
@@ -184,7 +184,7 @@ async def test_nothing_is_resolved_before_the_servers_text_is_in_place(
         file.write(b"mine\n")
         file.flush()
         server.put(PLAN, b"theirs\n")
-        await until(lambda: service._follower.replica.position.seq == server.seq)
+        await until(lambda: service._replicator.replica.position.seq == server.seq)
         await ask(service, "push")
         assert (directory / MINE).read_bytes() == b"mine\n"
         with pytest.raises(Rejected, match="has not arrived yet"):
@@ -252,7 +252,7 @@ async def test_an_earlier_version_waits_until_the_user_decides(
         await resolve(service, choice, text=text)
     expected = {"theirs": theirs, "edited": b"# Both\n"}.get(choice, LINES)
     await until(lambda: (directory / PLAN).read_bytes() == server.files[PLAN] == expected)
-    await until(lambda: not service._follower.edits.scan())
+    await until(lambda: not service._replicator.edits.scan())
     notices = (await ask(service, "ready"))["notices"]
     assert ["rescued" in notice for notice in notices] == [True] * (choice == "edited")  # type: ignore[attr-defined]
     assert (await resolve(service, None, ""))["conflicts"] == []

@@ -60,8 +60,8 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 async def fails(service: Service, *expected: str) -> RemoteError:
     """Insist that the link fails, with all of ``expected`` in one printable line; close it."""
     try:
-        await until(lambda: service._link.error is not None)
-        error = service._link.error
+        await until(lambda: service._connection.error is not None)
+        error = service._connection.error
         assert error is not None
         for words in expected:
             assert words in error.message, error.message
@@ -124,9 +124,9 @@ async def test_authorities_that_are_none_are_named(site: Site) -> None:
 async def test_a_mended_authority_is_used_without_another_command(site: Site) -> None:
     await site.start()
     service = site.service(ca_file=False)
-    await until(lambda: service._link.error is not None)
+    await until(lambda: service._connection.error is not None)
     trusted_servers.record(trusted_servers.name(site.server.url, ca_file=site.ca_file))
-    await until(lambda: service._link.is_open)
+    await until(lambda: service._connection.is_open)
     await service.close()
 
 
@@ -173,7 +173,7 @@ async def test_a_login_takes_no_server_from_whom_the_environment_names(server: F
     service = Service(str(directory))
     service.start(TOKEN)
     await run(service, "put", "tasks/x.json", "x", named=server.url + "/web")
-    service._links.choose(None)  # as after any login of this user
+    service._pool.choose(None)  # as after any login of this user
     server.cut()
     server.put("tasks/y.json", b"y")
     await until((directory / "tasks/y.json").exists)
@@ -193,9 +193,9 @@ async def test_a_further_token_goes_nowhere_else_either(server: FakeServer, tmp_
 async def test_naming_a_server_takes_effect_without_another_command(server: FakeServer, tmp_path: Path) -> None:
     service = Service(str(make_clone(tmp_path / "clone", server.url)))
     service.start(TOKEN)
-    await until(lambda: service._link.is_refused)
+    await until(lambda: service._connection.is_refused)
     trusted_servers.record(trusted_servers.name(server.url))
-    await until(lambda: service._link.is_open)
+    await until(lambda: service._connection.is_open)
     await service.close()
 
 
@@ -368,7 +368,7 @@ async def test_retry_after_is_honoured_whoever_asks(server: FakeServer, service:
     await ready(service)
     server.status, server.error_headers = HTTPStatus(status), {"Retry-After": "120"}
     server.cut()
-    await until(lambda: service._link.is_barred)
+    await until(lambda: service._connection.is_barred)
     asked = len(server.requests)
     for _ in range(3):
         with pytest.raises(ConnectionFailed, match=r"next attempt in 1[12][0-9] s") as error:
@@ -384,7 +384,7 @@ async def test_a_short_wait_is_sat_out_by_the_command(server: FakeServer, servic
     await ready(service)
     server.status, server.error_headers = HTTPStatus.SERVICE_UNAVAILABLE, {"Retry-After": "1"}
     server.cut()
-    await until(lambda: service._link.is_barred)
+    await until(lambda: service._connection.is_barred)
     server.status = None
     assert (await run(service, "put", "tasks/x.json", "x"))["exit_code"] == 0
 
@@ -399,7 +399,7 @@ async def test_a_new_token_in_the_file_is_used_without_a_command(server: FakeSer
     await ask(service, "ready", None)
     server.tokens = {"ltr_new": "human:ana"}
     server.cut()
-    await until(lambda: service._link.is_refused)
+    await until(lambda: service._connection.is_refused)
     answer = await ask(service, "ready", None)
     assert not answer["current"] and answer["filled"] and "lattice remote login" in str(answer["message"])
     asked = len(server.requests)
@@ -408,7 +408,7 @@ async def test_a_new_token_in_the_file_is_used_without_a_command(server: FakeSer
             await asyncio.Event().wait()
     assert len(server.requests) == asked  # no hot loop
     credentials.store(server.url, "web", "ltr_new")
-    await until(lambda: service._link.is_open)
+    await until(lambda: service._connection.is_open)
     await service.close()
 
 
@@ -418,6 +418,6 @@ async def test_logging_out_ends_the_connection(server: FakeServer, directory: Pa
     service.start(None)
     await ask(service, "ready", None)
     credentials.forget(server.url)
-    await until(lambda: service._link.error is not None and "no token" in service._link.error.message)
+    await until(lambda: service._connection.error is not None and "no token" in service._connection.error.message)
     assert not server.connections
     await service.close()

@@ -23,12 +23,12 @@ def longest(_low: float, _high: float) -> float:
 
 async def test_a_command_is_sent_without_sitting_out_the_delay(server: FakeServer, service: Service) -> None:
     await ready(service)
-    link = service._link
-    link._pace.uniform = longest
+    link = service._connection
+    link._backoff.uniform = longest
     await server.stop()
     await until(lambda: link.failed_attempts > 0)
     await server.start()
-    reply = await link.ask(Run(secrets.token_hex(16), ["put", "tasks/x.json", "x"]))
+    reply = await link.send_request(Run(secrets.token_hex(16), ["put", "tasks/x.json", "x"]))
     assert isinstance(reply, Reply) and server.files["tasks/x.json"] == b"x"
 
 
@@ -58,7 +58,7 @@ async def test_a_server_that_has_just_started_may_be_slow(
 ) -> None:
     """A connection that it accepts is not reported as refused, as the attempt before it was."""
     await ready(service)
-    link, release = service._link, asyncio.Event()
+    link, release = service._connection, asyncio.Event()
     await server.stop()
     await until(lambda: link.error is not None and "refused" in link.error.message)
     check, give_up, looks = server._check, Connection._give_up, 0
@@ -86,15 +86,15 @@ async def test_a_server_that_has_just_started_may_be_slow(
         server.misbehave = late_answer
     monkeypatch.setattr(Connection, "_give_up", counted)
     await server.start()
-    reply = await link.ask(Run(secrets.token_hex(16), ["put", "tasks/x.json", "x"]))
+    reply = await link.send_request(Run(secrets.token_hex(16), ["put", "tasks/x.json", "x"]))
     assert isinstance(reply, Reply) and server.files["tasks/x.json"] == b"x"
 
 
 async def test_a_command_after_a_refusal_is_tried_once_more(server: FakeServer, service: Service) -> None:
     tokens, server.tokens = server.tokens, {}
-    await until(lambda: service._link.is_refused)
+    await until(lambda: service._connection.is_refused)
     server.tokens = tokens
-    reply = await service._link.ask(Run(secrets.token_hex(16), ["put", "tasks/x.json", "x"]))
+    reply = await service._connection.send_request(Run(secrets.token_hex(16), ["put", "tasks/x.json", "x"]))
     assert isinstance(reply, Reply) and server.files["tasks/x.json"] == b"x"
 
 
@@ -109,15 +109,17 @@ async def test_an_answer_whose_caller_left_while_it_waited_for_its_change_harms_
         return isinstance(frame, Run)
 
     server.misbehave = answer_early  # type: ignore[assignment]
-    caller = asyncio.ensure_future(service._link.ask(Run(secrets.token_hex(16), ["x"])))
-    heard_at = service._link.heard_at
-    await until(lambda: any(isinstance(frame, Run) for frame in server.frames) and service._link.heard_at != heard_at)
+    caller = asyncio.ensure_future(service._connection.send_request(Run(secrets.token_hex(16), ["x"])))
+    heard_at = service._connection.heard_at
+    await until(
+        lambda: any(isinstance(frame, Run) for frame in server.frames) and service._connection.heard_at != heard_at
+    )
     caller.cancel()
     await asyncio.gather(caller, return_exceptions=True)
     server.put("tasks/x.json", b"x")
-    await until(lambda: service._follower.state.position.seq == server.seq)
+    await until(lambda: service._replicator.state.position.seq == server.seq)
     await ask(service, "pull")
-    assert service._link.failed_attempts == 0 and service._link.error is None
+    assert service._connection.failed_attempts == 0 and service._connection.error is None
 
 
 async def test_an_answer_that_comes_twice_harms_nothing(server: FakeServer, service: Service) -> None:
@@ -133,7 +135,7 @@ async def test_an_answer_that_comes_twice_harms_nothing(server: FakeServer, serv
     server.misbehave = answer_twice  # type: ignore[assignment]
     for _ in range(2):
         assert (await run(service, "x"))["exit_code"] == 0
-    assert service._link.failed_attempts == 0 and service._link.error is None
+    assert service._connection.failed_attempts == 0 and service._connection.error is None
 
 
 @pytest.mark.parametrize("is_behind", [False, True])
@@ -143,15 +145,15 @@ async def test_a_connection_that_was_current_resets_the_delay(
     """Also one that had fallen behind by the time it was cut."""
     monkeypatch.setattr(module, "MIN_UPTIME_S", 0.0)
     await ready(service)
-    link = service._link
-    link._pace.streak = 5
+    link = service._connection
+    link._backoff.streak = 5
     if is_behind:
-        monkeypatch.setattr(type(link.conversation), "is_current", False)
+        monkeypatch.setattr(type(link.session), "is_current", False)
         server.put("tasks/x.json", b"x")
-        await until(lambda: service._follower.state.position.seq == server.seq)
+        await until(lambda: service._replicator.state.position.seq == server.seq)
     await server.stop()
     await until(lambda: link.failed_attempts == 1)
-    assert link._pace.streak == 0
+    assert link._backoff.streak == 0
 
 
 @pytest.mark.parametrize(
@@ -166,8 +168,8 @@ async def test_why_a_connection_ended_is_said(
     server: FakeServer, service: Service, ends: Callable[[asyncio.Transport], None], says: str
 ) -> None:
     await ask(service, "ready")
-    link = service._link
-    link._pace.uniform = longest
+    link = service._connection
+    link._backoff.uniform = longest
     (connection,) = server.connections
     ends(connection.transport)
     await until(lambda: link.failed_attempts == 1)

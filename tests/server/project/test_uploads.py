@@ -53,7 +53,7 @@ class Asking(Copy):
         self.asked: list[Request] = []
         self._turn = asyncio.Lock()
 
-    async def ask(self, frame: Request) -> Response:
+    async def send_request(self, frame: Request) -> Response:
         self.asked.append(frame)
         await self.send(frame)
         async with asyncio.timeout(20):
@@ -65,7 +65,8 @@ class Asking(Copy):
 
     async def attach(self, digest: bytes = DIGEST, size: int = len(CONTENT), task: str = "LAT-1") -> Response:
         argv = ["attach", task, "big.bin", *ANA]
-        return await self.ask(Run(secrets.token_hex(16), argv, [Attachment(2, "big.bin", digest=digest, size=size)]))
+        files = [Attachment(2, "big.bin", digest=digest, size=size)]
+        return await self.send_request(Run(secrets.token_hex(16), argv, files))
 
 
 def source(tmp_path: Path, content: bytes = CONTENT) -> Source:
@@ -96,7 +97,7 @@ async def test_a_command_takes_what_was_uploaded_and_it_is_gone_then(running: Ru
         assert payload.stat().st_nlink == 1
         gone = await copy.attach()
         assert isinstance(gone, Refused) and gone.code == "REMOTE_NOT_UPLOADED"
-        again = await copy.ask(next(frame for frame in copy.asked if isinstance(frame, Run)))
+        again = await copy.send_request(next(frame for frame in copy.asked if isinstance(frame, Run)))
         assert again == reply, "asked again, a command whose upload is gone has its answer (I6)"
 
 
@@ -121,7 +122,7 @@ async def test_it_goes_on_where_the_connection_was_cut(running: Running, tmp_pat
     first, second = Asking(follow=False), Asking(follow=False)
     async with running.connected() as socket:
         await first.greet(socket)
-        await first.ask(Upload(secrets.token_hex(16), DIGEST, len(CONTENT), 0, CONTENT[:300_000]))
+        await first.send_request(Upload(secrets.token_hex(16), DIGEST, len(CONTENT), 0, CONTENT[:300_000]))
     async with running.connected() as socket:
         await second.greet(socket)
         await upload(second, what)

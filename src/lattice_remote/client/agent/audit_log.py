@@ -36,7 +36,7 @@ _VERSION = re.compile(r"(?:(.{1,64})-)?([0-9]{1,18})")
 TextName = Literal["plan", "notes"]
 
 
-async def read_log(link: "Connection", task: str, limit: int, text: TextName | None = None) -> dict[str, Any]:
+async def read_log(connection: "Connection", task: str, limit: int, text: TextName | None = None) -> dict[str, Any]:
     """Return the newest entries, optionally of one task or its plan or notes, and whether older ones exist.
 
     Requests one entry more than it returns: ``LogPage.before`` alone does not prove another entry.
@@ -50,7 +50,7 @@ async def read_log(link: "Connection", task: str, limit: int, text: TextName | N
     before: int | None = None
     while True:
         number = min(limit + 1 - len(entries), MAX_LOG_ENTRIES)
-        page = await _ask(link, Log(os.urandom(16).hex(), task, number, before, text or ""))
+        page = await _ask(connection, Log(os.urandom(16).hex(), task, number, before, text or ""))
         if not isinstance(page, LogPage):
             raise ConnectionFailed("unexpected response from the server")
         if before is not None and page.before is not None and page.before >= before:
@@ -58,15 +58,15 @@ async def read_log(link: "Connection", task: str, limit: int, text: TextName | N
         before = page.before
         entries += page.entries
         if before is None or len(entries) > limit:
-            epoch = link.welcome.epoch if link.welcome is not None else ""
+            epoch = connection.welcome.epoch if connection.welcome is not None else ""
             return {"entries": msgspec.to_builtins(entries[:limit]), "epoch": epoch, "more": len(entries) > limit}
 
 
-async def read_version(link: "Connection", task: str, text: TextName, version: str) -> Version:
+async def read_version(connection: "Connection", task: str, text: TextName, version: str) -> Version:
     """Return a plan or notes as of a change.
 
     Args:
-        link: a connection to the project.
+        connection: a connection to the project.
         task: an id or short id.
         text: plan or notes.
         version: the change's number, the newest with it; or ``EPOCH-NUMBER``.
@@ -79,14 +79,14 @@ async def read_version(link: "Connection", task: str, text: TextName, version: s
     named = _VERSION.fullmatch(version)
     if named is None:
         raise Misuse(f"{version!r} is not a change's number; list them with: lattice remote history {task}")
-    answer = await _ask(link, ReadVersion(os.urandom(16).hex(), task, text, int(named[2]), named[1] or ""))
+    answer = await _ask(connection, ReadVersion(os.urandom(16).hex(), task, text, int(named[2]), named[1] or ""))
     if not isinstance(answer, Version):
         raise ConnectionFailed("unexpected response from the server")
     return answer
 
 
-async def _ask(link: "Connection", asked: Log | ReadVersion) -> Response:
-    answer = await link.ask(asked)
+async def _ask(connection: "Connection", asked: Log | ReadVersion) -> Response:
+    answer = await connection.send_request(asked)
     if isinstance(answer, Refused):
         raise Rejected(answer.message, code=answer.code)
     return answer

@@ -27,20 +27,22 @@ _MAX_CHANGES, _MAX_BYTES = 256, 1024 * 1024
 class ChangeFeed:
     """Changes of one followed project."""
 
-    def __init__(self, follower: Replicator, following: Connection) -> None:
-        self._follower, self._following = follower, following
+    def __init__(self, replicator: Replicator, connection: Connection) -> None:
+        self._replicator, self._connection = replicator, connection
         self._recent: deque[tuple[str, Change]] = deque()  # consecutive, of one epoch
         self._recent_bytes = 0
-        follower.on_change = self._add
+        replicator.on_change = self._add
 
-    async def after(self, link: Connection, epoch: str, seq: int | None, mark: bytes, *, wait: bool) -> dict[str, Any]:
+    async def after(
+        self, connection: Connection, epoch: str, seq: int | None, mark: bytes, *, wait: bool
+    ) -> dict[str, Any]:
         """Return the changes after a position; with ``wait``, wait a while for the next one if there is none yet.
 
         The answer is ``outcome``, ``epoch``, ``head`` and ``oldest`` as in ``Replayed``; ``seq`` and ``mark`` (in
         hexadecimal) of the position after which the changes come; and ``changes`` as printed by ``--json``.
 
         Args:
-            link: the connection with the watcher's token.
+            connection: the connection with the watcher's token.
             epoch: "" for the present one.
             seq: None for the head.
             mark: empty if unknown.
@@ -54,19 +56,19 @@ class ChangeFeed:
             newer = newer or (await self._next(epoch, seq) if wait else [])
             if newer:
                 return self._answer(Replayed("", "kept", epoch, 0, 0, seq, mark, newer))
-        answer = await _replay(link, Replay(os.urandom(16).hex(), epoch, seq, mark))
+        answer = await _replay(connection, Replay(os.urandom(16).hex(), epoch, seq, mark))
         if wait and newer is None and answer.outcome == "kept" and not answer.changes:
             answer.changes.extend(await self._next(answer.epoch, answer.seq))
         return self._answer(answer)
 
     async def _next(self, epoch: str, seq: int) -> list[Change]:
         """Return the changes after ``seq``, the head, once there is one; none after a while or a lost connection."""
-        welcome = self._following.welcome
+        welcome = self._connection.welcome
 
         def newer() -> list[Change]:
             return [change for of, change in self._recent if of == epoch and change.seq > seq]
 
-        await self._following.changed.until(lambda: bool(newer()) or self._following.welcome is not welcome, _WAIT_S)
+        await self._connection.changed.until(lambda: bool(newer()) or self._connection.welcome is not welcome, _WAIT_S)
         found = newer()
         return found if found and found[0].seq == seq + 1 else []
 
@@ -75,7 +77,7 @@ class ChangeFeed:
         index = seq - self._recent[0][1].seq if self._recent and self._recent[0][0] == epoch else -1
         if not 0 <= index < len(self._recent) or self._recent[index][1].mark != mark:
             return None
-        welcome, head = self._following.welcome, self._follower.replica.head
+        welcome, head = self._connection.welcome, self._replicator.replica.head
         if welcome is None or welcome.epoch != epoch or self._recent[-1][1].seq != head:
             return None  # the cache may have caught up by a comparison
         return [change for _, change in self._recent][index + 1 :]
@@ -93,7 +95,7 @@ class ChangeFeed:
             self._recent_bytes -= _weight(self._recent.popleft()[1])
 
     def _answer(self, found: Replayed) -> dict[str, Any]:
-        titles = _Titles(self._follower.cache.directory)
+        titles = _Titles(self._replicator.cache.directory)
         return {
             "outcome": found.outcome,
             "epoch": found.epoch,
@@ -105,15 +107,20 @@ class ChangeFeed:
         }
 
 
-async def _replay(link: Connection, request: Replay) -> Replayed:
+async def _replay(connection: Connection, request: Replay) -> Replayed:
     """Return the server's answer. Waits for a lost connection without hurrying it. Errors: see ``ChangeFeed.after``."""
-    failed_before = link.failed_attempts
-    await link.changed.until(
-        lambda: link.welcome is not None or link.is_refused or link.failed_attempts > failed_before, _WAIT_S
+    failed_before = connection.failed_attempts
+    await connection.changed.until(
+        lambda: connection.welcome is not None or connection.is_refused or connection.failed_attempts > failed_before,
+        _WAIT_S,
     )
-    if link.welcome is None:
-        raise link.error if link.is_refused and link.error is not None else link.unreachable(is_write=False)
-    answer = await link.ask(request)
+    if connection.welcome is None:
+        raise (
+            connection.error
+            if connection.is_refused and connection.error is not None
+            else connection.unreachable(is_write=False)
+        )
+    answer = await connection.send_request(request)
     if isinstance(answer, Refused):
         raise Rejected(answer.message, code=answer.code)
     if not isinstance(answer, Replayed):

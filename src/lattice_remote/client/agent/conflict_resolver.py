@@ -19,11 +19,11 @@ CHOICES = ("mine", "theirs", "edited")
 class Resolver:
     """The conflicts of one cache, for commands."""
 
-    def __init__(self, follower: Replicator, pusher: EditSender) -> None:
-        self._follower = follower
-        self._pusher = pusher
+    def __init__(self, replicator: Replicator, edit_sender: EditSender) -> None:
+        self._replicator = replicator
+        self._edit_sender = edit_sender
 
-    async def resolve(self, request: dict[str, Any], link: Callable[[], Connection]) -> dict[str, Any]:
+    async def resolve(self, request: dict[str, Any], connection: Callable[[], Connection]) -> dict[str, Any]:
         """List the requested conflicts, and resolve them if a choice is given.
 
         Raises:
@@ -32,23 +32,23 @@ class Resolver:
         """
         found = self._named(request["task"], request["what"])
         choice = request["choice"]
-        reasons = self._pusher.withheld()
+        reasons = self._edit_sender.withheld()
         resolved: list[dict[str, str]] = []
         if choice is not None:
             text = _text_of(request)
             if text is not None and len(found) > 1:
                 raise Misuse(f"{found[0].short_id} has a conflict in its plan and one in its notes: name one of them")
             for conflict in found:
-                outcome = await self._end(conflict, choice, text, link)
+                outcome = await self._end(conflict, choice, text, connection)
                 resolved.append({"path": conflict.path, "outcome": outcome})
         return {"conflicts": [_fields(conflict, reasons) for conflict in found], "resolved": resolved}
 
     def describe(self) -> list[dict[str, Any]]:
-        return [_fields(conflict, {}) for conflict in self._follower.conflicts.all()]
+        return [_fields(conflict, {}) for conflict in self._replicator.conflicts.all()]
 
     def _named(self, task: str, what: str | None) -> list[TextConflict]:
-        conflicts = self._follower.conflicts
-        found = [*conflicts.all(), *(conflicts.waiting(path) for path in self._pusher.withheld())]
+        conflicts = self._replicator.conflicts
+        found = [*conflicts.all(), *(conflicts.waiting(path) for path in self._edit_sender.withheld())]
         if task:
             found = [each for each in found if each.is_called(task)]
         found = [each for each in found if what in (None, each.what)]
@@ -58,7 +58,7 @@ class Resolver:
         return found
 
     async def _end(
-        self, conflict: TextConflict, choice: str, text: bytes | None, link: Callable[[], Connection]
+        self, conflict: TextConflict, choice: str, text: bytes | None, connection: Callable[[], Connection]
     ) -> str:
         if choice == "theirs":
             if not conflict.copies:
@@ -70,34 +70,34 @@ class Resolver:
             )
         if not conflict.copies and text is not None:
             await self._restore(conflict, "replaced by the text that resolve was given")
-        await self._send_what_is_in_place(conflict, link())
+        await self._send_what_is_in_place(conflict, connection())
         if choice == "mine" and conflict.copies:
             text = self._only_copy(conflict)
         if text is not None:
-            await self._put(conflict, text, link())
+            await self._put(conflict, text, connection())
         return await self._drop(conflict, choice)
 
     async def _restore(self, conflict: TextConflict, reason: str | None) -> None:
-        if await self._pusher.restore(conflict.path, reason=reason) is None:
+        if await self._edit_sender.restore(conflict.path, reason=reason) is None:
             raise Rejected(
                 f"the server's text of {conflict.path} cannot be fetched now; nothing was changed: repeat when the "
                 "server is reachable",
                 code="REMOTE_BUSY",
             )
 
-    async def _send_what_is_in_place(self, conflict: TextConflict, link: Connection) -> None:
+    async def _send_what_is_in_place(self, conflict: TextConflict, connection: Connection) -> None:
         """Send later edits of the file itself first: the chosen text is applied on top."""
         is_withheld = not conflict.copies
-        pushed = await self._pusher.push(link, [conflict.path], again=True, confirm=is_withheld)
+        pushed = await self._edit_sender.push(connection, [conflict.path], again=True, confirm=is_withheld)
         for sent in pushed.sent:
             if sent["outcome"] == "conflict":
                 raise Misuse(f"{conflict.path} was edited here since and conflicts again; review it")
             if sent["outcome"] == "refused":
                 raise Rejected(pushed.notices[0], code="REMOTE_UNSUPPORTED")
-        await self._pusher.until_in_place(conflict.path)
+        await self._edit_sender.until_in_place(conflict.path)
 
-    async def _put(self, conflict: TextConflict, text: bytes, link: Connection) -> None:
-        outcome = await self._pusher.put(link, conflict.path, text)
+    async def _put(self, conflict: TextConflict, text: bytes, connection: Connection) -> None:
+        outcome = await self._edit_sender.put(connection, conflict.path, text)
         if outcome == "conflict":
             raise Rejected(
                 f"others have just changed the same lines of {conflict.path}; nothing was changed: review, then repeat",
@@ -109,11 +109,11 @@ class Resolver:
             raise Misuse(
                 f"several texts of yours exist; name the one to keep, for example: --edited {conflict.copies[0]}"
             )
-        return self._follower.cache.read(conflict.copies[0])
+        return self._replicator.cache.read(conflict.copies[0])
 
     async def _drop(self, conflict: TextConflict, outcome: str) -> str:
-        async with self._follower.cache.locked():
-            self._follower.conflicts.end(conflict)
+        async with self._replicator.cache.locked():
+            self._replicator.conflicts.end(conflict)
         return outcome
 
 

@@ -81,17 +81,19 @@ class EditSender:
     """Sender of one cache's edits, one at a time.
 
     Args:
-        follower: the cache's replicator.
+        replicator: the cache's replicator.
         following: the connection that the replicator follows on.
         reached: waits until the files hold every change up to a number; returns whether they do.
     """
 
-    def __init__(self, follower: Replicator, following: Connection, reached: Callable[[int], Awaitable[bool]]) -> None:
-        self._follower = follower
-        self._following = following
+    def __init__(
+        self, replicator: Replicator, connection: Connection, reached: Callable[[int], Awaitable[bool]]
+    ) -> None:
+        self._replicator = replicator
+        self._connection = connection
         self._reached = reached
         self._turn = asyncio.Lock()
-        self._unanswered = follower.edits.unanswered
+        self._unanswered = replicator.edits.unanswered
         self._run = RewriteRun()  # texts that lost lines and were sent unasked
         self._noted: dict[str, Signature | None] = {}  # saves recorded while they could not be sent
         self._refused: dict[str, tuple[Signature | None, str, object]] = {}  # path -> signature, reason, server
@@ -101,7 +103,7 @@ class EditSender:
         return {path: why for path, (found, why, _) in self._refused.items() if self._signature(path) == found}
 
     async def push(
-        self, link: Connection, paths: Iterable[str] | None = None, *, again: bool = False, confirm: bool = False
+        self, connection: Connection, paths: Iterable[str] | None = None, *, again: bool = False, confirm: bool = False
     ) -> SentEdits:
         """Send the edits of these files (None: all edited ones); restore files that are not edits.
 
@@ -115,22 +117,22 @@ class EditSender:
         pushed = SentEdits()
         async with self._turn:
             edited: list[str] = []
-            for path in self._follower.edits.scan() if paths is None else paths:
+            for path in self._replicator.edits.scan() if paths is None else paths:
                 if not again and self._is_hopeless(path):
                     continue
                 await self._until_saved(path)
-                if not self._follower.edits.is_edited(path):
+                if not self._replicator.edits.is_edited(path):
                     continue
                 self._require_room()
                 if (before := self._unanswered.get(path)) is not None:
-                    await self._settle_unanswered(link, before)
-                    if not self._follower.edits.is_edited(path):
+                    await self._settle_unanswered(connection, before)
+                    if not self._replicator.edits.is_edited(path):
                         pushed.sent.append({"path": path, "outcome": "unchanged"})
                         continue
                 edited.append(path)
             judged = await self._judge(edited, confirm=confirm, is_asked=paths is None or again)
             await self._restore(judged, pushed)
-            await self._push_judged(link, judged, pushed)
+            await self._push_judged(connection, judged, pushed)
         return pushed
 
     async def note_saves(self, paths: Iterable[str]) -> None:
@@ -140,7 +142,7 @@ class EditSender:
             if not paths:
                 return
             self._require_room()
-            judged = await self._judge([path for path in paths if self._follower.edits.is_edited(path)])
+            judged = await self._judge([path for path in paths if self._replicator.edits.is_edited(path)])
             await self._record(judged)
             self._noted |= {path: self._signature(path) for path in paths}
 
@@ -148,7 +150,7 @@ class EditSender:
         """Restore the files that differ without being edits; send nothing."""
         pushed = SentEdits()
         async with self._turn:
-            edits = self._follower.edits
+            edits = self._replicator.edits
             paths = [path for path in edits.scan() if edits.unanswered.get(path) is None]
             for path in paths:
                 await self._until_saved(path)
@@ -158,7 +160,7 @@ class EditSender:
 
     def withheld(self) -> dict[str, str]:
         """Return the edits that wait for the user's decision: path to reason."""
-        return self._follower.edits.evidence.withheld()
+        return self._replicator.edits.evidence.withheld()
 
     def notice(self) -> str | None:
         """Return the notice about withheld edits for every command, None if there are none."""
@@ -168,7 +170,7 @@ class EditSender:
         reason = Counter(withheld.values()).most_common(1)[0][0]
         if len(withheld) == 1:
             (path,) = withheld
-            task = self._follower.conflicts.name_of(path)
+            task = self._replicator.conflicts.name_of(path)
             return (
                 f"not sent: {path}: {reason}; to send it: lattice remote push --confirm; to go back to the server's "
                 f"text: lattice remote resolve {task} --theirs"
@@ -187,13 +189,13 @@ class EditSender:
         Raises:
             StorageError: the disk is full. The edited files are checked for truncated saves once there is room.
         """
-        directory = self._follower.cache.directory
+        directory = self._replicator.cache.directory
         try:
             found = os.statvfs(directory)
         except (OSError, AttributeError):
             return
         if found.f_bavail * found.f_frsize < _LEAST_FREE_BYTES:
-            edits = self._follower.edits
+            edits = self._replicator.edits
             edits.evidence.cramped.update((path, self._signature(path)) for path in edits.scan())
             raise StorageError(f"the disk of {directory} is full: edits are not sent until there is room again")
 
@@ -201,16 +203,16 @@ class EditSender:
         self, paths: Iterable[str], *, confirm: bool = False, is_asked: bool = True
     ) -> dict[str, tuple[Signature, Judgement]]:
         """Classify each edited file and withhold doubtful ones; with ``confirm`` each is an edit."""
-        edits = self._follower.edits
+        edits = self._replicator.edits
         judged: dict[str, tuple[Signature, Judgement]] = {}
-        repository = Repository(self._follower.cache.directory)
+        repository = Repository(self._replicator.cache.directory)
         paths = list(paths)
         blobs = {} if confirm else await asyncio.to_thread(repository.blobs, paths)
         rewritten: dict[str, int] = {}  # path -> status change time
         for path in paths:
             if (found := self._signature(path)) is None:
                 continue
-            text = self._follower.cache.read(path)
+            text = self._replicator.cache.read(path)
             if confirm:
                 judged[path] = found, EDIT
             elif (reason := edits.evidence.withheld_reason(path, text)) is not None:
@@ -229,21 +231,21 @@ class EditSender:
         return judged
 
     async def _withhold(self, judged: dict[str, tuple[Signature, Judgement]]) -> None:
-        evidence = self._follower.edits.evidence
+        evidence = self._replicator.edits.evidence
         waiting = [(path, each.reason) for path, (_, each) in judged.items() if each.outcome == "withheld"]
         if waiting and evidence.withheld().keys() != {path for path, _ in waiting}:
-            await self._follower.withhold(waiting)
+            await self._replicator.withhold(waiting)
 
     async def _record(self, judged: dict[str, tuple[Signature, Judgement]]) -> None:
         """Record the saves among these files, which cannot be sent now."""
-        evidence, cache = self._follower.edits.evidence, self._follower.cache
+        evidence, cache = self._replicator.edits.evidence, self._replicator.cache
         saves = []
         for path, (found, judgement) in judged.items():
             if judgement == EDIT and self._signature(path) == found:
                 text = cache.read(path)
                 saves += [] if evidence.is_saved(path, text) else [(path, text)]
         if saves:
-            await self._follower.record(saves)
+            await self._replicator.record(saves)
 
     async def _restore(self, judged: dict[str, tuple[Signature, Judgement]], pushed: SentEdits) -> None:
         """Restore the files that are not edits; add a notice for each that was not rescued."""
@@ -266,23 +268,23 @@ class EditSender:
         found = found or self._signature(path)
         if found is None:
             return None
-        done = await self._follower.restore(path, found, reason)
+        done = await self._replicator.restore(path, found, reason)
         if done is None:
             return None
         outcome, is_kept = done
-        await self._following.carry_out(outcome)
+        await self._connection.carry_out(outcome)
         return is_kept
 
     # --- sending ---
 
     async def _push_judged(
-        self, link: Connection, judged: dict[str, tuple[Signature, Judgement]], pushed: SentEdits
+        self, connection: Connection, judged: dict[str, tuple[Signature, Judgement]], pushed: SentEdits
     ) -> None:
         for path, (found, judgement) in judged.items():
             if judgement != EDIT or self._signature(path) != found:  # a newer save is judged on its own
                 continue
             try:
-                outcome, notice = await self._send(link, path)
+                outcome, notice = await self._send(connection, path)
             except RemoteError:
                 await self._record(judged)
                 raise
@@ -290,16 +292,16 @@ class EditSender:
             if notice:
                 pushed.notices.append(notice)
 
-    async def _send(self, link: Connection, path: str) -> tuple[str, str | None]:
-        found, base = self._signature(path), self._follower.edits.base(path)
-        text = self._follower.cache.read(path)
-        put = Put(id=_new_id(), path=path, base=self._follower.edits.base_of(path, text), text=text)
-        answer = await self._ask_briefly(link, put, base, is_edit=True)
+    async def _send(self, connection: Connection, path: str) -> tuple[str, str | None]:
+        found, base = self._signature(path), self._replicator.edits.base(path)
+        text = self._replicator.cache.read(path)
+        put = Put(id=_new_id(), path=path, base=self._replicator.edits.base_of(path, text), text=text)
+        answer = await self._ask_briefly(connection, put, base, is_edit=True)
         if isinstance(answer, Refused):
             self._unanswered.forget(path)
             return self._note_refusal(path, found, answer.message)
         self._refused.pop(path, None)
-        copy = await self._settle(link, put, answer, base)
+        copy = await self._settle(connection, put, answer, base)
         if copy is not None:
             return "conflict", None  # every command says so until it is resolved
         if put.base != base:
@@ -309,26 +311,26 @@ class EditSender:
             )
         return answer.outcome, None
 
-    async def _settle(self, link: Connection, put: Put, answer: Stored, base: bytes | None) -> str | None:
+    async def _settle(self, connection: Connection, put: Put, answer: Stored, base: bytes | None) -> str | None:
         """Process the server's answer to an edit; return where a conflict put the text."""
-        if link is not self._following:
+        if connection is not self._connection:
             # The file must still be edited when its own change arrives: an older change, merged with it, may come
             # first.
             await self._reached(answer.seq)
-        effects, copy = await self._follower.settle(put, answer.outcome, base)
+        effects, copy = await self._replicator.settle(put, answer.outcome, base)
         self._unanswered.forget(put.path)
-        await self._following.carry_out(effects)
+        await self._connection.carry_out(effects)
         return copy
 
-    async def _settle_unanswered(self, link: Connection, sent: Sent) -> None:
+    async def _settle_unanswered(self, connection: Connection, sent: Sent) -> None:
         """Ask for the outcome of an edit whose answer was lost: later saves build on it if it was stored."""
-        answer = await self._ask(link, sent.frame, sent.first_sent_at())
+        answer = await self._ask(connection, sent.frame, sent.first_sent_at())
         if isinstance(answer, Stored):
-            await self._settle(link, sent.put, answer, sent.base)
+            await self._settle(connection, sent.put, answer, sent.base)
         else:
             self._unanswered.forget(sent.put.path)
 
-    async def put(self, link: Connection, path: str, text: bytes) -> str:
+    async def put(self, connection: Connection, path: str, text: bytes) -> str:
         """Send a text for a plan or notes, based on the server's as it is here; return the outcome.
 
         On return the file is the server's again, unless it is edited.
@@ -338,9 +340,9 @@ class EditSender:
         """
         async with self._turn:
             await self.until_in_place(path)
-            base = self._follower.edits.base(path)
+            base = self._replicator.edits.base(path)
             put = Put(id=_new_id(), path=path, base=base, text=text)
-            answer = await self._ask_briefly(link, put, base)
+            answer = await self._ask_briefly(connection, put, base)
             if isinstance(answer, Refused):
                 raise Rejected(f"{path} was not sent: {answer.message}", code=answer.code)
             await self._reached(answer.seq)
@@ -352,7 +354,7 @@ class EditSender:
         Raises:
             Rejected: it does not: after a conflict, file and base may still be the version set aside.
         """
-        if not await self._following.changed.until(lambda: path not in self._follower.replica.wanted, SAVING_S):
+        if not await self._connection.changed.until(lambda: path not in self._replicator.replica.missing, SAVING_S):
             raise Rejected(
                 f"the server's text of {path} has not arrived yet; nothing was changed: if the file is open in an "
                 "editor, close it, then repeat",
@@ -360,7 +362,7 @@ class EditSender:
             )
 
     async def _ask_briefly(
-        self, link: Connection, put: Put, current: bytes | None, *, is_edit: bool = False
+        self, connection: Connection, put: Put, current: bytes | None, *, is_edit: bool = False
     ) -> Stored | Refused:
         """Send the request with the digest of a long base if the server most likely has that text.
 
@@ -370,13 +372,13 @@ class EditSender:
         while True:
             if is_edit:
                 self._unanswered.remember(Sent(put, frame, current, time.time()))
-            answer = await self._ask(link, frame)
+            answer = await self._ask(connection, frame)
             if frame is put or not isinstance(answer, Refused) or answer.code != "REMOTE_STALE_BASE":
                 return answer
             frame = put
 
-    async def _ask(self, link: Connection, put: Put, first_sent_at: float | None = None) -> Stored | Refused:
-        answer = await link.ask(put, first_sent_at=first_sent_at)
+    async def _ask(self, connection: Connection, put: Put, first_sent_at: float | None = None) -> Stored | Refused:
+        answer = await connection.send_request(put, first_sent_at=first_sent_at)
         if not isinstance(answer, Stored | Refused):
             raise ConnectionFailed("unexpected response from the server", sent=True)
         return answer
@@ -396,19 +398,19 @@ class EditSender:
             return False
         mtime_ns, size = found[0], found[1]
         if not size and 0 <= time.time_ns() - mtime_ns < SAVING_S * 1e9:
-            return bool(self._follower.edits.base(path))
-        return is_being_written(self._follower.cache.absolute(path))
+            return bool(self._replicator.edits.base(path))
+        return is_being_written(self._replicator.cache.absolute(path))
 
     def _is_hopeless(self, path: str) -> bool:
         refused = self._refused.get(path)
-        return refused is not None and (refused[0], refused[2]) == (self._signature(path), self._following.welcome)
+        return refused is not None and (refused[0], refused[2]) == (self._signature(path), self._connection.welcome)
 
     def _note_refusal(self, path: str, found: Signature | None, why: str) -> tuple[str, str]:
-        self._refused[path] = (found, why, self._following.welcome)
+        self._refused[path] = (found, why, self._connection.welcome)
         return "refused", f"{path} was not sent: {why}"
 
     def _signature(self, path: str) -> Signature | None:
-        return self._follower.cache.signature(path)
+        return self._replicator.cache.signature(path)
 
 
 def _brief(put: Put, current: bytes | None) -> Put:
@@ -451,10 +453,10 @@ class _Seen:
 class EditWatcher:
     """Unrequested edits of one cache, sent while ``run()`` runs."""
 
-    def __init__(self, follower: Replicator, links: ConnectionPool, pusher: EditSender) -> None:
-        self._follower = follower
-        self._links = links
-        self._pusher = pusher
+    def __init__(self, replicator: Replicator, pool: ConnectionPool, edit_sender: EditSender) -> None:
+        self._replicator = replicator
+        self._pool = pool
+        self._edit_sender = edit_sender
         self._seen: dict[str, _Seen] = {}
         self._is_scan_due = False
         self._wake = asyncio.Event()
@@ -467,7 +469,7 @@ class EditWatcher:
         self._is_scan_due |= paths is None
         for path in paths or ():
             if path not in self._seen:
-                self._seen[path] = _Seen(self._follower.cache.signature(path), now)
+                self._seen[path] = _Seen(self._replicator.cache.signature(path), now)
         self._wake.set()
 
     # --- the task ---
@@ -482,7 +484,7 @@ class EditWatcher:
             except RemoteError:
                 await asyncio.sleep(_RETRY_S)  # the connection and the next command report it
             except Exception:  # noqa: BLE001 - a defect of ours must not end this silently
-                _log.exception("sending the edits of %s failed", self._follower.cache.directory)
+                _log.exception("sending the edits of %s failed", self._replicator.cache.directory)
                 await asyncio.sleep(_RETRY_S)
 
     async def _pause(self) -> None:
@@ -494,9 +496,9 @@ class EditWatcher:
             await asyncio.sleep(_QUIET_POLL_S)
             return
         self._wake.clear()
-        held = bool(self._follower.replica.held)
+        is_blocked = bool(self._replicator.replica.blocked)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_FETCH_INTERVAL_S if held else None):
+            async with asyncio.timeout(_FETCH_INTERVAL_S if is_blocked else None):
                 await self._wake.wait()
 
     async def _push_saved(self) -> None:
@@ -511,17 +513,17 @@ class EditWatcher:
             await asyncio.sleep(_BURST_POLL_S)
             return
         if not self._can_send():
-            await self._pusher.note_saves(edited)
-            await self._links.following.changed.until(self._can_send, SAVING_S)
+            await self._edit_sender.note_saves(edited)
+            await self._pool.following.changed.until(self._can_send, SAVING_S)
             return
-        link = self._links.live()
-        assert link is not None, "_can_send() says so, and nothing was awaited since"
-        await self._push(link, edited, {path: self._seen.pop(path) for path in edited})
+        connection = self._pool.live()
+        assert connection is not None, "_can_send() says so, and nothing was awaited since"
+        await self._push(connection, edited, {path: self._seen.pop(path) for path in edited})
 
     def _look_for_unreported_edits(self) -> None:
         """Take in edits that the system reports late, so that a burst is recognised before its first file is sent."""
-        known = self._seen.keys() | self._pusher.withheld().keys() | self._pusher.refused().keys()
-        self.touched(path for path in self._follower.edits.scan() if path not in known)
+        known = self._seen.keys() | self._edit_sender.withheld().keys() | self._edit_sender.refused().keys()
+        self.touched(path for path in self._replicator.edits.scan() if path not in known)
 
     def _is_burst(self) -> bool:
         """Return whether a program seems to be changing many files and has not finished.
@@ -533,9 +535,9 @@ class EditWatcher:
         lasts_s = now - min(each.began for each in seen)
         return len(seen) > _BURST and quiet_s < _BURST_QUIET_S and lasts_s < LONGEST_SAVE_S
 
-    async def _push(self, link: Connection, edited: list[str], seen: dict[str, _Seen]) -> None:
+    async def _push(self, connection: Connection, edited: list[str], seen: dict[str, _Seen]) -> None:
         try:
-            pushed = await self._pusher.push(link, edited)
+            pushed = await self._edit_sender.push(connection, edited)
         except BaseException:
             self._seen = seen | self._seen
             raise
@@ -543,23 +545,23 @@ class EditWatcher:
 
     def _is_edit(self, path: str) -> bool:
         """Return whether there is an edit to send; files of no task are left to the integrity monitor."""
-        return self._follower.edits.is_edited(path) and not self._follower.files.is_orphan(path)
+        return self._replicator.edits.is_edited(path) and not self._replicator.files.is_orphan(path)
 
     def _can_send(self) -> bool:
-        link = self._links.live()
-        return self._follower.is_following and link is not None and not link.is_refused
+        connection = self._pool.live()
+        return self._replicator.is_following and connection is not None and not connection.is_refused
 
     def _is_saved(self, path: str) -> bool:
         """Return whether a file has stopped changing."""
         now, seen = time.monotonic(), self._seen[path]
-        found = self._follower.cache.signature(path)
+        found = self._replicator.cache.signature(path)
         if found != seen.signature:
             seen.signature, seen.at = found, now
             return False
         if now - seen.at < QUIET_S:
             return False
-        return now - seen.began > LONGEST_SAVE_S or not self._pusher.is_being_saved(path)
+        return now - seen.began > LONGEST_SAVE_S or not self._edit_sender.is_being_saved(path)
 
     async def _fetch_unedited(self) -> None:
         """Fetch files whose pending edit no longer exists."""
-        await self._links.following.carry_out(await self._follower.look_at_edits())
+        await self._pool.following.carry_out(await self._replicator.look_at_edits())

@@ -48,11 +48,11 @@ from lattice_remote.protocol.replica import LARGE_BYTES
 
 __all__ = [
     "DownloadConnection",
-    "Fetching",
     "OpenFile",
+    "PayloadFetcher",
     "Unreadable",
-    "ask_what_it_is",
     "call_frame",
+    "describe_content",
     "opened_files",
     "pieces",
     "run_frame",
@@ -68,22 +68,22 @@ _WINDOW = 8
 class DownloadConnection(Protocol):
     """A connection that carries requests."""
 
-    async def ask(self, frame: Request) -> Response:
+    async def send_request(self, frame: Request) -> Response:
         """Send a request and return its answer."""
 
 
-async def ask_what_it_is(link: DownloadConnection, path: str) -> tuple[Content, int]:
+async def describe_content(connection: DownloadConnection, path: str) -> tuple[Content, int]:
     """Return a file's content on the server, and the sequence number of that.
 
     Raises:
         Rejected: REMOTE_NOT_FOUND if there is no such file.
         ConnectionFailed: the server is unreachable.
     """
-    answer = await _ask(link, Download(os.urandom(16).hex(), path, limit=1))
+    answer = await _ask(connection, Download(os.urandom(16).hex(), path, limit=1))
     return (answer.size, answer.digest), answer.seq
 
 
-async def pieces(link: DownloadConnection, path: str, content: Content, offset: int) -> AsyncGenerator[bytes]:
+async def pieces(connection: DownloadConnection, path: str, content: Content, offset: int) -> AsyncGenerator[bytes]:
     """Yield a content from ``offset`` to its end, in order. The caller checks the digest.
 
     Raises:
@@ -98,7 +98,7 @@ async def pieces(link: DownloadConnection, path: str, content: Content, offset: 
             while asked < size and len(under_way) < _WINDOW:
                 wanted = min(_PIECE_BYTES, size - asked)
                 frame = Download(os.urandom(16).hex(), path, digest, asked, wanted)
-                under_way.append(asyncio.create_task(_ask(link, frame)))
+                under_way.append(asyncio.create_task(_ask(connection, frame)))
                 asked += wanted
             answer = await under_way.popleft()
             expected = min(_PIECE_BYTES, size - offset)
@@ -112,8 +112,8 @@ async def pieces(link: DownloadConnection, path: str, content: Content, offset: 
         await asyncio.gather(*under_way, return_exceptions=True)
 
 
-async def _ask(link: DownloadConnection, frame: Download) -> Downloaded:
-    answer = await link.ask(frame)
+async def _ask(connection: DownloadConnection, frame: Download) -> Downloaded:
+    answer = await connection.send_request(frame)
     if isinstance(answer, Refused):
         raise Rejected(answer.message, code=answer.code)
     if not isinstance(answer, Downloaded):
@@ -146,14 +146,14 @@ class _PutOff(NamedTuple):
     """Its content then; another one is tried at once."""
 
 
-class Fetching:
+class PayloadFetcher:
     """Downloads of one cache's deferred contents, while ``run()`` runs."""
 
-    def __init__(self, follower: Replicator, links: ConnectionPool) -> None:
-        self._follower = follower
-        self._cache = follower.cache
-        self._links = links
-        self._link = links.following
+    def __init__(self, replicator: Replicator, pool: ConnectionPool) -> None:
+        self._replicator = replicator
+        self._cache = replicator.cache
+        self._pool = pool
+        self._connection = pool.following
         self._lock = self._cache.file_lock(_LOCK)
         self._asked: Counter[str] = Counter()  # path -> number of requesters
         self._own: set[bytes] = set()  # digests being attached here: they need no download
@@ -175,14 +175,14 @@ class Fetching:
 
     def status(self) -> dict[str, Any]:
         """Return the deferred contents and the running download."""
-        known = [content[0] for content in self._follower.replica.away.values() if content is not None]
+        known = [content[0] for content in self._replicator.replica.deferred.values() if content is not None]
         fetching = None
         if self._current is not None:
             fetching = dict(zip(("path", "done", "total"), self._current, strict=True))
         return {
             "mode": self.mode,
-            "away": len(self._follower.replica.away),
-            "away_bytes": sum(known),
+            "deferred": len(self._replicator.replica.deferred),
+            "deferred_bytes": sum(known),
             "fetching": fetching,
             "trouble": None if self.trouble is None else self.trouble.message,
         }
@@ -195,8 +195,8 @@ class Fetching:
 
     def _why_put_off(self, path: str) -> RemoteError | None:
         """Return the reason why a content was put off; None if it was not, or has changed since."""
-        put_off, away = self._put_off.get(path), self._follower.replica.away
-        return put_off.why if put_off is not None and path in away and away[path] == put_off.content else None
+        put_off, deferred = self._put_off.get(path), self._replicator.replica.deferred
+        return put_off.why if put_off is not None and path in deferred and deferred[path] == put_off.content else None
 
     # --- requests ---
 
@@ -206,9 +206,9 @@ class Fetching:
         Raises:
             RemoteError: one cannot be fetched; its pieces are kept.
         """
-        away = self._follower.replica.away
-        wanted = [path for path in (list(away) if paths is None else paths) if path in away]
-        size = sum(content[0] for path in wanted if (content := away[path]) is not None)
+        deferred = self._replicator.replica.deferred
+        wanted = [path for path in (list(deferred) if paths is None else paths) if path in deferred]
+        size = sum(content[0] for path in wanted if (content := deferred[path]) is not None)
         self._asked.update(wanted)
         for path in wanted:
             self._put_off.pop(path, None)
@@ -223,15 +223,15 @@ class Fetching:
 
     async def _until_here(self, wanted: list[str], report: Callable[[dict[str, Any]], None]) -> None:
         open_at = time.monotonic()
-        while missing := [path for path in wanted if path in self._follower.replica.away]:
+        while missing := [path for path in wanted if path in self._replicator.replica.deferred]:
             if reasons := [why for path in missing if (why := self._why_put_off(path)) is not None]:
                 raise reasons[0]
             if self._failure is not None:
                 raise self._failure
-            if self._link.is_open:
+            if self._connection.is_open:
                 open_at = time.monotonic()
-            elif self._link.is_refused or time.monotonic() - open_at > _PATIENCE_S:
-                raise self._link.unreachable(is_write=False)
+            elif self._connection.is_refused or time.monotonic() - open_at > _PATIENCE_S:
+                raise self._connection.unreachable(is_write=False)
             if self._current is not None:
                 path, done, total = self._current
                 name = f"{os.path.basename(path)[:40]} ({len(wanted) - len(missing) + 1} of {len(wanted)}), MiB:"
@@ -241,7 +241,7 @@ class Fetching:
     def wake(self) -> None:
         """Check for work: a setting was changed or a content requested."""
         self._wishes += 1
-        self._link.changed.notify()
+        self._connection.changed.notify()
 
     @contextlib.contextmanager
     def attaching(self, digests: Iterable[bytes]) -> Iterator[None]:
@@ -258,12 +258,12 @@ class Fetching:
         """Put attached files in place from their local sources. If that fails, they are downloaded."""
         for source in sources:
             content = (source.size, source.digest)
-            for path in [path for path, away in self._follower.replica.away.items() if away == content]:
+            for path in [path for path, deferred in self._replicator.replica.deferred.items() if deferred == content]:
                 partial = self._cache.partial(source.digest)
                 with contextlib.suppress(RemoteError, OSError, TimeoutError):
                     async with _taken(self._lock, _OWN_TURN_S):
                         if await asyncio.to_thread(self._copied, source, partial):
-                            await self._follower.arrived(path, content, partial)
+                            await self._replicator.arrived(path, content, partial)
 
     def _copied(self, source: Source, partial: str) -> bool:
         """Copy a caller's file; return whether it still had the content that was sent."""
@@ -284,7 +284,7 @@ class Fetching:
     async def run(self) -> None:
         """Fetch until cancelled. Errors of the server or the disk are waited out."""
         while True:
-            if not await self._link.changed.until(self._has_work, self._pause_s()):
+            if not await self._connection.changed.until(self._has_work, self._pause_s()):
                 continue
             try:
                 await self._work()
@@ -307,34 +307,34 @@ class Fetching:
 
     def _has_work(self) -> bool:
         now = time.monotonic()
-        can_work = self._link.is_open and self._follower.is_following and now >= self._not_before
+        can_work = self._connection.is_open and self._replicator.is_following and now >= self._not_before
         return can_work and (self._seen != self._state() or any(one.until <= now for one in self._put_off.values()))
 
     def _state(self) -> tuple[int, str, int]:
-        replica = self._follower.replica
-        return replica.away_version, self.mode if replica.away else "", self._wishes
+        replica = self._replicator.replica
+        return replica.deferred_version, self.mode if replica.deferred else "", self._wishes
 
     async def _work(self) -> None:
         """Fetch everything due now."""
         state, now = self._state(), time.monotonic()
         self._put_off = {path: put_off for path, put_off in self._put_off.items() if put_off.until > now}
-        if self._next() is not None and self._link.token is not None:
-            async with _taken(self._lock, None), self._links.bulk(self._link.token) as link:
+        if self._next() is not None and self._connection.token is not None:
+            async with _taken(self._lock, None), self._pool.bulk(self._connection.token) as connection:
                 while (path := self._next()) is not None:
-                    await self._settle_or_put_off(link, path)
-        away = self._follower.replica.away
+                    await self._settle_or_put_off(connection, path)
+        deferred = self._replicator.replica.deferred
         if not self._own:
-            self._cache.discard_partials(content[1] for content in away.values() if content is not None)
-        self._looked_at = {path: content for path, content in self._looked_at.items() if path in away}
+            self._cache.discard_partials(content[1] for content in deferred.values() if content is not None)
+        self._looked_at = {path: content for path, content in self._looked_at.items() if path in deferred}
         self._failure = None
-        if state == self._state() and self._follower.is_following:
+        if state == self._state() and self._replicator.is_following:
             self._seen = state
 
-    async def _settle_or_put_off(self, link: Connection, path: str) -> None:
+    async def _settle_or_put_off(self, connection: Connection, path: str) -> None:
         """Fetch one content; a failure delays only this one."""
-        content = self._follower.replica.away[path]
+        content = self._replicator.replica.deferred[path]
         try:
-            await self._settle(link, path, content)
+            await self._settle(connection, path, content)
         except ConnectionFailed:
             raise
         except RemoteError as error:
@@ -344,13 +344,13 @@ class Fetching:
 
     def _next(self) -> str | None:
         """Return the next path to check or fetch, requested ones first."""
-        if not self._follower.is_following:
+        if not self._replicator.is_following:
             return None  # nothing could be put in place
-        away, is_unasked = self._follower.replica.away, self.mode == "background"
+        deferred, is_unasked = self._replicator.replica.deferred, self.mode == "background"
         for path in self._asked:
-            if path in away and self._why_put_off(path) is None:
+            if path in deferred and self._why_put_off(path) is None:
                 return path
-        for path, content in away.items():
+        for path, content in deferred.items():
             if self._why_put_off(path) is not None or (content is not None and content[1] in self._own):
                 continue
             is_new = path not in self._looked_at or self._looked_at[path] != content
@@ -358,32 +358,34 @@ class Fetching:
                 return path
         return None
 
-    async def _settle(self, link: Connection, path: str, content: Content | None) -> None:
+    async def _settle(self, connection: Connection, path: str, content: Content | None) -> None:
         """Look up a file's content, check whether it is already here, else fetch it if it is due."""
         if content is None:
-            await self._learn(link, path)
+            await self._learn(connection, path)
             return
         if self._looked_at.get(path) != content:
             self._looked_at[path] = content
             if await self._is_here(path, content):
                 return
         if path in self._asked or self.mode == "background" or content[0] <= LARGE_BYTES:
-            await self._fetch(link, path, content)
+            await self._fetch(connection, path, content)
         else:
-            await self._follower.vacate(path, content)
+            await self._replicator.vacate(path, content)
 
-    async def _learn(self, link: Connection, path: str) -> None:
+    async def _learn(self, connection: Connection, path: str) -> None:
         try:
-            content, seq = await ask_what_it_is(link, path)
+            content, seq = await describe_content(connection, path)
         except Rejected as rejected:
             if rejected.code != "REMOTE_NOT_FOUND":
                 raise
-            await self._link.carry_out(await self._follower.bring(path))
+            await self._connection.carry_out(await self._replicator.bring(path))
             return
-        replica = self._follower.replica
-        if not await self._link.changed.until(lambda: replica.position.seq >= seq, _RETRY_S):
+        replica = self._replicator.replica
+        if not await self._connection.changed.until(lambda: replica.position.seq >= seq, _RETRY_S):
             raise StorageError(f"the cache does not reach change {seq}, at which the server sends {path}")
-        await self._follower.learned(path, content, seq)  # unless a newer change replaced it, or it is no longer needed
+        await self._replicator.learned(
+            path, content, seq
+        )  # unless a newer change replaced it, or it is no longer needed
 
     async def _is_here(self, path: str, content: Content) -> bool:
         """Return whether the file has this content already, for example from before a crash."""
@@ -392,9 +394,9 @@ class Fetching:
             return False
         digest = await asyncio.to_thread(self._cache.digest, path)
         is_same = digest == content[1] and self._cache.signature(path) == before
-        return is_same and await self._follower.arrived(path, content, None)
+        return is_same and await self._replicator.arrived(path, content, None)
 
-    async def _fetch(self, link: Connection, path: str, content: Content) -> None:
+    async def _fetch(self, connection: Connection, path: str, content: Content) -> None:
         size, digest = content
         partial = self._cache.partial(digest)
         have = self._cache.size(partial) or 0
@@ -403,7 +405,7 @@ class Fetching:
             have = 0
         await asyncio.to_thread(self._cache.quota.require_room, size - have)
         self._current = (path, have, size)
-        async with contextlib.aclosing(pieces(link, path, content, have)) as coming:
+        async with contextlib.aclosing(pieces(connection, path, content, have)) as coming:
             async for piece in coming:
                 try:
                     await asyncio.to_thread(self._cache.add, partial, piece)
@@ -412,7 +414,7 @@ class Fetching:
                     raise
                 have += len(piece)
                 self._current = (path, have, size)
-                if self._follower.replica.away.get(path) != content:
+                if self._replicator.replica.deferred.get(path) != content:
                     return  # a change replaced the content; its pieces are dropped
         await self._place(path, content, partial)
 
@@ -427,7 +429,7 @@ class Fetching:
                 raise StorageError(f"the server's content of {path} is not the announced one; its disk may be damaged")
             return
         self._misfits.pop(content[1], None)
-        await self._follower.arrived(path, content, partial)
+        await self._replicator.arrived(path, content, partial)
 
 
 @contextlib.asynccontextmanager
@@ -534,14 +536,14 @@ async def _upload_all(
             source = await Source.of(file.descriptor)
         except OSError as error:
             raise StorageError(f"cannot read {file.name}: {error.strerror}") from error
-        async with bulk() as link:
-            await _upload(link, source, file.name, report)
+        async with bulk() as connection:
+            await _upload(connection, source, file.name, report)
         attachments.append(Attachment(file.index, file.name, digest=source.digest, size=source.size))
         sources.append(source)
     return attachments, sources
 
 
-async def _upload(link: Connection, source: Source, name: str, report: ProgressCallback) -> None:
+async def _upload(connection: Connection, source: Source, name: str, report: ProgressCallback) -> None:
     there = 0
 
     def show(have: int, size: int) -> None:
@@ -550,7 +552,7 @@ async def _upload(link: Connection, source: Source, name: str, report: ProgressC
         report({"what": f"{name[:40]}, MiB sent:", "done": round(have / _MIB, 1), "total": round(size / _MIB, 1)})
 
     try:
-        await upload(link, source, on_progress=show)
+        await upload(connection, source, on_progress=show)
     except ConnectionFailed as error:
         kept = f"; the server has {there} of {source.size} bytes of {name}: repeat the command to resume"
         raise ConnectionFailed(error.message + (kept if there else ""), code=error.code) from error

@@ -45,16 +45,16 @@ class IntegrityMonitor:
 
     def __init__(
         self,
-        follower: Replicator,
-        link: Connection,
+        replicator: Replicator,
+        connection: Connection,
         watching: FileWatcher,
         turn: asyncio.Semaphore,
         on_edits: Callable[[Iterable[str] | None], None],
     ) -> None:
-        self._follower = follower
-        self._cache = follower.cache
-        self._healing = follower.healing
-        self._link = link
+        self._replicator = replicator
+        self._cache = replicator.cache
+        self._repairs = replicator.repairs
+        self._connection = connection
         self._watching = watching
         self._on_edits = on_edits
         self._turn = turn  # one cache at a time reads all its files
@@ -94,7 +94,7 @@ class IntegrityMonitor:
             self._scan_at = 0.0  # the contents of a moved directory are not reported file by file
         elif not os.path.lexists(place):
             self._missing(path)
-        elif self._follower.files.is_strange(path):
+        elif self._replicator.files.is_strange(path):
             self._suspect(path)
 
     def _missing(self, path: str) -> None:
@@ -108,9 +108,9 @@ class IntegrityMonitor:
         if not is_replicated(path):
             return
         if self.has_looked and (is_editable(path) or self._cache.signature(path) is None):
-            self._healing.suspect_missing([path])
+            self._repairs.suspect_missing([path])
         else:
-            self._healing.suspect([path], delay_s=self._stray_s(path))
+            self._repairs.suspect([path], delay_s=self._stray_s(path))
 
     def _stray_s(self, path: str) -> float:
         """Return the seconds to wait before a stray file is removed: an editor may be using it."""
@@ -132,7 +132,7 @@ class IntegrityMonitor:
         self._watching.add(self._cache.directory, self.touched)
         try:
             while True:
-                await self._link.changed.until(self._can_work, RESCAN_S)
+                await self._connection.changed.until(self._can_work, RESCAN_S)
                 self._wake.clear()
                 pause_s = _RETRY_S
                 if self._can_work():
@@ -150,10 +150,10 @@ class IntegrityMonitor:
             self._watching.remove(self._cache.directory, self.touched)
 
     def _can_work(self) -> bool:
-        return self._link.is_open and self._follower.is_following
+        return self._connection.is_open and self._replicator.is_following
 
     def _pause_s(self) -> float:
-        due_s = self._healing.next_due_s()
+        due_s = self._repairs.next_due_s()
         scan_s = max(0.0, self._scan_at - time.monotonic())
         return scan_s if due_s is None else min(due_s, scan_s)
 
@@ -165,19 +165,19 @@ class IntegrityMonitor:
         """
         if not self._cache.known.is_complete:
             await self._compare_all()
-            await self._follower.store_known()
+            await self._replicator.store_known()
         if time.monotonic() >= self._scan_at:
             await self._scan()
-        if self._healing.count_due() > _MANY:
+        if self._repairs.count_due() > _MANY:
             await self._compare_all()
-        while due := self._healing.take_due(_BATCH):
+        while due := self._repairs.take_due(_BATCH):
             later = {path: wait_s for path in due if (wait_s := max(self._stray_s(path), self._vanishing_s(path))) > 0}
             for path, wait_s in later.items():
-                self._healing.suspect([path], delay_s=wait_s)
-            await self._link.carry_out(await self._follower.heal(path for path in due if path not in later))
+                self._repairs.suspect([path], delay_s=wait_s)
+            await self._connection.carry_out(await self._replicator.heal(path for path in due if path not in later))
         if not self.has_looked:
             self.has_looked = True
-            self._link.changed.notify()
+            self._connection.changed.notify()
 
     async def _compare_all(self) -> None:
         """Compare every file with the server's manifest: none was watched until now, or too many were touched."""
@@ -186,8 +186,8 @@ class IntegrityMonitor:
             earlier = await read_gently(self._cache, lambda: self.is_awaited)
             if is_first and self._cache.known.is_complete:  # a resync has compared everything since
                 return
-            outcome, done = await self._follower.compare(repair=True, earlier=earlier)
-            await self._link.carry_out(outcome)
+            outcome, done = await self._replicator.compare(repair=True, earlier=earlier)
+            await self._connection.carry_out(outcome)
             comparison = await asyncio.shield(done)
             self._scan_at = 0.0
         if not comparison.is_clean:
@@ -200,12 +200,12 @@ class IntegrityMonitor:
         async with self._turn:
             began = time.monotonic()
             for path in await asyncio.to_thread(foreign, self._cache):
-                if self._follower.files.is_strange(path):
+                if self._replicator.files.is_strange(path):
                     self._suspect(path)
                 elif is_editable(path):
                     self._on_edits([path])
             if not self._cache.is_whole():
-                await self._link.carry_out(await self._follower.heal([]))
+                await self._connection.carry_out(await self._replicator.heal([]))
         self._scan_cost_s = time.monotonic() - began
         interval_s = RESCAN_S
         if self._watching.trouble is not None:

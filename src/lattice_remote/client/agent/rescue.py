@@ -24,10 +24,10 @@ _MADE_OF_EVENTS = ("tasks/", "archive/tasks/", "resources/")
 class Rescuer:
     """The rescued files of one cache."""
 
-    def __init__(self, follower: Replicator) -> None:
-        self._follower = follower
-        self._cache = follower.cache
-        self._store = follower.keepsakes.rescued
+    def __init__(self, replicator: Replicator) -> None:
+        self._replicator = replicator
+        self._cache = replicator.cache
+        self._store = replicator.rescue_policy.rescued
 
     async def handle(self, request: dict[str, Any], call: Call) -> dict[str, Any]:
         """List entries, or show, apply or drop the requested ones (all of them without ``numbers``).

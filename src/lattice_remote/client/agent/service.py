@@ -5,7 +5,7 @@ A request is a JSON object: ``do``; ``directory`` and ``cache`` (path and identi
 ``agent`` (the agent's name, see ``agent_runtime``); and
 
     ready    is the cache current? waits briefly   -> current, filled, seq, age_s, code, message, notices
-    run      id, argv, files, own_link             -> exit_code, stdout, stderr (base64), notices; or unreadable
+    run      id, argv, files, own_connection             -> exit_code, stdout, stderr (base64), notices; or unreadable
     call     id, surface, name, payload, files     -> status, payload, seq, notices (payloads are JSON texts); likewise
     push     send edited plans and notes, confirm: the withheld ones too -> sent, notices
     resolve  task ("": all), what ("plan", "notes", null), choice ("mine", "theirs", "edited", null: only list),
@@ -44,7 +44,14 @@ from lattice_remote.client.agent.audit_log import read_log, read_version, task_o
 from lattice_remote.client.agent.change_feed import ChangeFeed
 from lattice_remote.client.agent.conflict_resolver import Resolver
 from lattice_remote.client.agent.edit_sync import EditSender, EditWatcher
-from lattice_remote.client.agent.payloads import Fetching, Unreadable, call_frame, opened_files, run_frame, send_files
+from lattice_remote.client.agent.payloads import (
+    PayloadFetcher,
+    Unreadable,
+    call_frame,
+    opened_files,
+    run_frame,
+    send_files,
+)
 from lattice_remote.client.agent.repair import IntegrityMonitor
 from lattice_remote.client.agent.rescue import Rescuer, decoded, described
 from lattice_remote.client.agent_runtime import boot_time
@@ -73,33 +80,33 @@ from lattice_remote.protocol.messages import (
 from lattice_remote.protocol.replica import State
 from lattice_remote.text import describe_difference
 
-__all__ = ["Acknowledging", "ProgressCallback", "Service", "answered", "serve_once"]
+__all__ = ["Acknowledger", "ProgressCallback", "Service", "answered", "serve_once"]
 
 _INTERVAL_S = 1.0
 
 
-class Acknowledging:
+class Acknowledger:
     """Acknowledgement of applied changes to the server. ``run()`` it while the cache is followed."""
 
-    def __init__(self, follower: Replicator, link: Connection) -> None:
-        self._follower = follower
-        self._link = link
+    def __init__(self, replicator: Replicator, connection: Connection) -> None:
+        self._replicator = replicator
+        self._connection = connection
         self._acknowledged: tuple[Welcome | None, int] = (None, 0)
 
     async def run(self) -> None:
         """Report each advance, at most once a second."""
         while True:
-            await self._follower.advanced.wait()
-            self._follower.advanced.clear()
+            await self._replicator.advanced.wait()
+            self._replicator.advanced.clear()
             await self._acknowledge()
             await asyncio.sleep(_INTERVAL_S)
 
     async def _acknowledge(self) -> None:
-        reached = (self._link.welcome, self._follower.state.position.seq)
+        reached = (self._connection.welcome, self._replicator.state.position.seq)
         if reached[0] is not None and reached != self._acknowledged:
             self._acknowledged = reached
-            since = self._follower.advanced_at
-            await self._link.send(Applied(reached[1], None if since is None else time.monotonic() - since))
+            since = self._replicator.advanced_at
+            await self._connection.send(Applied(reached[1], None if since is None else time.monotonic() - since))
 
 
 READY_WAIT_S = 2.0
@@ -140,26 +147,28 @@ class Service:
         self.cache = Cache(directory, self.remote)
         self.used_at = time.monotonic()
         """Time of the last request (monotonic)."""
-        self._follower = Replicator(self.cache)
-        self._links = ConnectionPool(self.remote, self._follower)
-        self._link = self._links.following
-        self._pusher = EditSender(self._follower, self._link, self._reached)
-        self._resolver = Resolver(self._follower, self._pusher)
-        self._rescuer = Rescuer(self._follower)
-        self._live: EditWatcher | None = None
+        self._replicator = Replicator(self.cache)
+        self._pool = ConnectionPool(self.remote, self._replicator)
+        self._connection = self._pool.following
+        self._edit_sender = EditSender(self._replicator, self._connection, self._reached)
+        self._resolver = Resolver(self._replicator, self._edit_sender)
+        self._rescuer = Rescuer(self._replicator)
+        self._edit_watcher: EditWatcher | None = None
         self._sending: asyncio.Task[None] | None = None
-        self._fetching = Fetching(self._follower, self._links)
-        self._changes = ChangeFeed(self._follower, self._link)
-        self._bringing: asyncio.Task[None] | None = None
+        self._payload_fetcher = PayloadFetcher(self._replicator, self._pool)
+        self._changes = ChangeFeed(self._replicator, self._connection)
+        self._fetching: asyncio.Task[None] | None = None
         self._is_new = True
         self._watcher: asyncio.Task[None] | None = None
-        self._caretaker = IntegrityMonitor(self._follower, self._link, FileWatcher(), asyncio.Semaphore(1), _ignore)
+        self._integrity_monitor = IntegrityMonitor(
+            self._replicator, self._connection, FileWatcher(), asyncio.Semaphore(1), _ignore
+        )
         self._looking = asyncio.Lock()
         self._said: list[str] = []  # notices for the next command
         self._has_looked = is_new
         if is_new:
-            self._follower.files.first_fill = FirstFill(self.cache)
-        self._care: asyncio.Task[None] | None = None
+            self._replicator.files.first_fill = FirstFill(self.cache)
+        self._monitoring: asyncio.Task[None] | None = None
         self._acknowledging: asyncio.Task[None] | None = None
 
     def start(self, token: str | None, *, named: Server | None = None, prefer_given: bool = False) -> None:
@@ -167,36 +176,38 @@ class Service:
         ``prefer_given``."""
         with contextlib.suppress(StorageError):  # reported once the files are needed
             self.cache.make_private()
-        self._links.start(token, named=named, prefer_given=prefer_given)
+        self._pool.start(token, named=named, prefer_given=prefer_given)
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
-        acknowledging = Acknowledging(self._follower, self._link)
-        self._acknowledging = asyncio.get_running_loop().create_task(acknowledging.run())
-        self._bringing = asyncio.get_running_loop().create_task(self._fetching.run())
+        acknowledger = Acknowledger(self._replicator, self._connection)
+        self._acknowledging = asyncio.get_running_loop().create_task(acknowledger.run())
+        self._fetching = asyncio.get_running_loop().create_task(self._payload_fetcher.run())
 
     def look_after(self, watching: FileWatcher, turn: asyncio.Semaphore) -> None:
         """Start to send edits and repair other modifications without a request."""
-        self._follower.edits.evidence.begin_watch()
-        self._live = live = EditWatcher(self._follower, self._links, self._pusher)
-        self._follower.files.on_edits = live.touched
-        self._sending = asyncio.get_running_loop().create_task(live.run())
-        self._caretaker = IntegrityMonitor(self._follower, self._link, watching, turn, live.touched)
-        self._care = asyncio.get_running_loop().create_task(self._caretaker.run())
+        self._replicator.edits.evidence.begin_watch()
+        self._edit_watcher = edit_watcher = EditWatcher(self._replicator, self._pool, self._edit_sender)
+        self._replicator.files.on_edits = edit_watcher.touched
+        self._sending = asyncio.get_running_loop().create_task(edit_watcher.run())
+        self._integrity_monitor = IntegrityMonitor(
+            self._replicator, self._connection, watching, turn, edit_watcher.touched
+        )
+        self._monitoring = asyncio.get_running_loop().create_task(self._integrity_monitor.run())
 
     async def close(self) -> None:
         """Close all connections and store the fingerprints."""
-        for task in (self._watcher, self._acknowledging, self._bringing, self._care, self._sending):
+        for task in (self._watcher, self._acknowledging, self._fetching, self._monitoring, self._sending):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-        await self._links.close()
-        if (first_fill := self._follower.files.first_fill) is not None:
+        await self._pool.close()
+        if (first_fill := self._replicator.files.first_fill) is not None:
             first_fill.close()
             with contextlib.suppress(StorageError):
-                await self._follower.store_known()
-        if self._care is not None:
+                await self._replicator.store_known()
+        if self._monitoring is not None:
             with contextlib.suppress(StorageError):
-                await self._follower.store_known()
-            self._follower.edits.evidence.end_watch()
+                await self._replicator.store_known()
+            self._replicator.edits.evidence.end_watch()
 
     def is_stale(self) -> bool:
         """Return whether the directory is gone, or its remote has changed since it was opened."""
@@ -218,13 +229,13 @@ class Service:
         self.used_at = time.monotonic()
         token = request.get("token")
         # ``add`` runs without the agent and passes the server at start.
-        named = trusted_servers.from_environment(request["named"]) if "named" in request else self._link.named
-        if (refusal := self._links.refusal(named, token)) is not None:
+        named = trusted_servers.from_environment(request["named"]) if "named" in request else self._connection.named
+        if (refusal := self._pool.refusal(named, token)) is not None:
             return self._without_server(request, refusal)
-        self._links.note_use(token)
-        self._links.choose(token, named)
+        self._pool.note_use(token)
+        self._pool.choose(token, named)
         if not self.cache.is_held_by_others:
-            await self._link.carry_out(await self._follower.look_at_edits())
+            await self._connection.carry_out(await self._replicator.look_at_edits())
         if (work := self._long_work(request, token, report)) is not None:
             return await self._with_progress(work, report)
         return await self._short_work(request, token)
@@ -234,19 +245,17 @@ class Service:
             case "push":
                 return await self._push_now(token, confirm=bool(request.get("confirm")))
             case "resolve":
-                return await self._resolver.resolve(request, lambda: self._links.writing(token))
+                return await self._resolver.resolve(request, lambda: self._pool.writing(token))
             case "configure":
                 config.change_setting(self.cache.directory, request["name"], request["value"])
-                self._fetching.wake()
+                self._payload_fetcher.wake()
                 return config.read_settings(self.cache.directory)
             case "log":
-                return await read_log(
-                    self._links.writing(token), request["task"], request["limit"], request.get("text")
-                )
+                return await read_log(self._pool.writing(token), request["task"], request["limit"], request.get("text"))
             case "changes":
                 epoch, seq, mark = request["epoch"], request["seq"], bytes.fromhex(request["mark"])
-                link = self._links.writing(token)
-                return await self._changes.after(link, epoch, seq, mark, wait=request["wait"])
+                connection = self._pool.writing(token)
+                return await self._changes.after(connection, epoch, seq, mark, wait=request["wait"])
             case "version":
                 found = await self._version(request, token)
                 text = base64.b64encode(found.data).decode("ascii")
@@ -287,12 +296,12 @@ class Service:
 
     def ready_now(self, request: dict[str, Any]) -> dict[str, Any] | None:
         """Return the answer to ``ready`` if it needs no waiting, as for nearly every read."""
-        if not self._has_looked or not self._is_current() or self._follower.replica.held:
+        if not self._has_looked or not self._is_current() or self._replicator.replica.blocked:
             return None
-        if self._links.refusal(trusted_servers.from_environment(request["named"]), request["token"]) is not None:
+        if self._pool.refusal(trusted_servers.from_environment(request["named"]), request["token"]) is not None:
             return None
         self.used_at = time.monotonic()
-        self._links.note_use(request["token"])
+        self._pool.note_use(request["token"])
         return self._readiness()
 
     # --- reading ---
@@ -302,14 +311,14 @@ class Service:
 
         With ``look``, files that changed while unwatched are first found and restored.
         """
-        failed_before = self._link.failed_attempts
+        failed_before = self._connection.failed_attempts
         wait_s, self._is_new = (FIRST_READY_WAIT_S if self._is_new else READY_WAIT_S), False
-        if not self._follower.state.is_filled:
+        if not self._replicator.state.is_filled:
             wait_s = NEVER_FILLED_WAIT_S
         if not self._is_current():
-            self._link.kick()
+            self._connection.kick()
             await self._until(lambda: self._is_current() or self._has_failed(failed_before), wait_s)
-        if not self._follower.state.is_filled and self._link.welcome is not None:
+        if not self._replicator.state.is_filled and self._connection.welcome is not None:
             await self._fill(failed_before)
         if look and not self._has_looked and self._is_current():
             await self._look(wait_s)
@@ -318,28 +327,28 @@ class Service:
     async def _look(self, wait_s: float) -> None:
         """Find and restore files that changed while unwatched, for at most ``wait_s``."""
         deadline = time.monotonic() + wait_s
-        self._caretaker.is_awaited = True
+        self._integrity_monitor.is_awaited = True
         try:
             async with asyncio.timeout(wait_s), self._looking:
-                if self._care is None and not self._caretaker.has_looked:
-                    await self._caretaker.look()
-                if not await self._until(lambda: self._caretaker.has_looked and self._is_current(), wait_s):
+                if self._monitoring is None and not self._integrity_monitor.has_looked:
+                    await self._integrity_monitor.look()
+                if not await self._until(lambda: self._integrity_monitor.has_looked and self._is_current(), wait_s):
                     return
                 if not self._has_looked:
-                    self._said += (await self._pusher.restore_damage()).notices
+                    self._said += (await self._edit_sender.restore_damage()).notices
                     self._has_looked = True
             await self._until(self._is_current, max(0.0, deadline - time.monotonic()))
         except (TimeoutError, RemoteError):
             return  # the answer says that the files may not be current
         finally:
-            self._caretaker.is_awaited = False
+            self._integrity_monitor.is_awaited = False
 
     def _readiness(self) -> dict[str, Any]:
         trouble = self._trouble()
         return {
             "current": self._is_current() and self._has_looked,
-            "filled": self._follower.state.is_filled,
-            "seq": self._follower.state.position.seq,
+            "filled": self._replicator.state.is_filled,
+            "seq": self._replicator.state.position.seq,
             "age_s": self._age_s(),
             "code": trouble.code,
             "message": trouble.message,
@@ -348,12 +357,16 @@ class Service:
 
     def _notices(self) -> list[str]:
         """Return the notices for the next command: each once, lasting conditions until they end."""
-        notices, self._follower.keepsakes.notices, self._said = self._follower.keepsakes.notices + self._said, [], []
-        if self._live is not None:
-            notices += self._live.notices
-            self._live.notices = []
-        rescued = self._follower.keepsakes.rescued
-        lasting = (self._pusher.notice(), self._follower.conflicts.notice(), rescued.notice())
+        notices, self._replicator.rescue_policy.notices, self._said = (
+            self._replicator.rescue_policy.notices + self._said,
+            [],
+            [],
+        )
+        if self._edit_watcher is not None:
+            notices += self._edit_watcher.notices
+            self._edit_watcher.notices = []
+        rescued = self._replicator.rescue_policy.rescued
+        lasting = (self._edit_sender.notice(), self._replicator.conflicts.notice(), rescued.notice())
         return [*notices, *(notice for notice in lasting if notice is not None)]
 
     async def _fill(self, failed_before: int) -> None:
@@ -364,51 +377,55 @@ class Service:
                 return
 
     def _is_current(self) -> bool:
-        return self._follower.is_current and self._link.is_open
+        return self._replicator.is_current and self._connection.is_open
 
     def _has_failed(self, failed_before: int) -> bool:
-        return self._link.welcome is None and (self._link.failed_attempts > failed_before or self._link.is_barred)
+        return self._connection.welcome is None and (
+            self._connection.failed_attempts > failed_before or self._connection.is_barred
+        )
 
     def _advance(self) -> tuple[object, ...]:
-        replica = self._follower.replica
-        return replica.state, replica.position, self._follower.received, self._link.failed_attempts
+        replica = self._replicator.replica
+        return replica.state, replica.position, self._replicator.received, self._connection.failed_attempts
 
     async def _until(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
-        return await self._link.changed.until(predicate, timeout_s)
+        return await self._connection.changed.until(predicate, timeout_s)
 
     def _trouble(self) -> RemoteError:
-        error = self._follower.trouble or self._link.error
-        if error is not None and (self._link.is_refused or isinstance(error, StorageError)):
+        error = self._replicator.trouble or self._connection.error
+        if error is not None and (self._connection.is_refused or isinstance(error, StorageError)):
             return error
         if self.cache.is_held_by_others:
             return StorageError(f"{self.cache.directory} is locked by another process")
-        if self._link.welcome is None or not self._link.is_open:
-            return self._link.unreachable(is_write=False)
+        if self._connection.welcome is None or not self._connection.is_open:
+            return self._connection.unreachable(is_write=False)
         if self._is_current():
             return ConnectionFailed("still comparing the files here with the server's")
-        here, there = self._follower.replica.position.seq, self._follower.replica.head
+        here, there = self._replicator.replica.position.seq, self._replicator.replica.head
         return ConnectionFailed(f"still catching up with server {self.remote.url} (change {here} of {there})")
 
     def _age_s(self) -> float | None:
-        current_at = self._follower.current_at
+        current_at = self._replicator.current_at
         return None if current_at is None else max(0.0, time.time() - current_at)
 
     async def _pull(self) -> dict[str, Any]:
         await self._must_be_current()
-        return {"seq": self._follower.state.position.seq}
+        return {"seq": self._replicator.state.position.seq}
 
     async def _fetch(self, paths: list[str] | None, report: ProgressCallback) -> dict[str, Any]:
         await self._must_be_current()
-        return await self._fetching.fetch(paths, report)
+        return await self._payload_fetcher.fetch(paths, report)
 
     async def _must_be_current(self, *, look: bool = True) -> None:
         answer = await self._ready(look=look)
-        if not answer["current"] and self._link.is_open:
-            failed_before = self._link.failed_attempts
+        if not answer["current"] and self._connection.is_open:
+            failed_before = self._connection.failed_attempts
             await self._fill(failed_before)
         if not self._is_current():
-            knows_why = self._link.is_open or self._link.is_refused or isinstance(self._trouble(), StorageError)
-            raise self._trouble() if knows_why else self._link.unreachable(is_write=False)
+            knows_why = (
+                self._connection.is_open or self._connection.is_refused or isinstance(self._trouble(), StorageError)
+            )
+            raise self._trouble() if knows_why else self._connection.unreachable(is_write=False)
 
     # --- writing ---
 
@@ -456,48 +473,48 @@ class Service:
         Raises:
             Unreadable: the agent cannot open one of the caller's files; nothing was sent.
         """
-        link = self._links.writing(token)
+        connection = self._pool.writing(token)
         notices: list[str] = []
 
-        async def ask(files: list[Attachment]) -> Response:
+        async def send(files: list[Attachment]) -> Response:
             if not self._is_held_long():  # else edits wait for the next command: their answers could not be settled
-                notices.extend((await self._pusher.push(link)).notices)
-            attaching.enter_context(self._fetching.attaching(file.digest for file in files if file.digest))
-            return await self._ask_once(msgspec.structs.replace(frame, files=files), link, request)
+                notices.extend((await self._edit_sender.push(connection)).notices)
+            attaching.enter_context(self._payload_fetcher.attaching(file.digest for file in files if file.digest))
+            return await self._ask_once(msgspec.structs.replace(frame, files=files), connection, request)
 
         with opened_files(request["files"]) as opened, contextlib.ExitStack() as attaching:
-            answer, sources = await send_files(opened, partial(self._links.bulk, str(link.token)), ask, report)
+            answer, sources = await send_files(opened, partial(self._pool.bulk, str(connection.token)), send, report)
             if isinstance(answer, Reply | Returned) and sources and await self._reached(answer.seq):
-                await self._fetching.take_own(sources)
+                await self._payload_fetcher.take_own(sources)
         if isinstance(answer, Refused):
             raise Rejected(answer.message, code=answer.code)
-        is_behind = link is not self._link or self.cache.is_held_by_others
+        is_behind = connection is not self._connection or self.cache.is_held_by_others
         if isinstance(answer, Reply | Returned) and is_behind and not await self._reached(answer.seq):
             notices.append(f"done, but the cache is behind: {self._trouble().message}")
         return answer, [*notices, *self._notices()]
 
-    async def _ask_once(self, frame: Run | Call, link: Connection, request: dict[str, Any]) -> Response:
-        """Send the request and return its answer; ``own_link`` gives it a connection of its own."""
+    async def _ask_once(self, frame: Run | Call, connection: Connection, request: dict[str, Any]) -> Response:
+        """Send the request and return its answer; ``own_connection`` gives it a connection of its own."""
         first_sent_at = request.get("first_sent_at")
-        self._follower.own_requests.append(frame.id)
-        if not request.get("own_link"):
-            answer = await self._ask_unless_held(frame, link, first_sent_at)
+        self._replicator.own_requests.append(frame.id)
+        if not request.get("own_connection"):
+            answer = await self._ask_unless_held(frame, connection, first_sent_at)
             if answer is not None:
                 return answer
             # The following connection waits for the files, and its answers wait with it. The id runs once (I6).
             first_sent_at = first_sent_at or boot_time()
         # The wait must end with the command: the server drops a waiter whose connection is gone.
-        async with self._links.bulk(str(link.token)) as own:
-            return await own.ask(frame, first_sent_at=first_sent_at)
+        async with self._pool.bulk(str(connection.token)) as own:
+            return await own.send_request(frame, first_sent_at=first_sent_at)
 
     async def _ask_unless_held(
-        self, frame: Run | Call, link: Connection, first_sent_at: float | None
+        self, frame: Run | Call, connection: Connection, first_sent_at: float | None
     ) -> Response | None:
         """Return the answer; None if another process locks the cache and so blocks the following connection."""
-        asking = asyncio.ensure_future(link.ask(frame, first_sent_at=first_sent_at))
+        asking = asyncio.ensure_future(connection.send_request(frame, first_sent_at=first_sent_at))
         try:
             while not (await asyncio.wait([asking], timeout=_HELD_POLL_S))[0]:
-                if link is self._link and self._is_held_long():
+                if connection is self._connection and self._is_held_long():
                     return None
             return asking.result()
         finally:
@@ -510,18 +527,18 @@ class Service:
     async def _reached(self, seq: int) -> bool:
         if self._is_held_long():
             return False
-        self._link.kick()
-        replica = self._follower
+        self._connection.kick()
+        replica = self._replicator
         return await self._until(
             lambda: replica.replica.position.seq >= seq and replica.replica.state is State.FOLLOWING, REACH_WAIT_S
         )
 
     async def _push_now(self, token: str | None, *, confirm: bool) -> dict[str, Any]:
-        pushed = await self._pusher.push(self._links.writing(token), again=True, confirm=confirm)
+        pushed = await self._edit_sender.push(self._pool.writing(token), again=True, confirm=confirm)
         return {"sent": pushed.sent, "notices": [*pushed.notices, *self._notices()]}
 
     async def _version(self, request: dict[str, Any], token: str | None) -> Version:
-        return await read_version(self._links.writing(token), request["task"], request["text"], str(request["version"]))
+        return await read_version(self._pool.writing(token), request["task"], request["text"], str(request["version"]))
 
     async def _restore(self, request: dict[str, Any], token: str | None) -> dict[str, Any]:
         """Make an earlier version of a plan or notes the newest one, as an edit of the server's current text.
@@ -531,12 +548,12 @@ class Service:
         version = await self._version(request, token)
         await self._must_be_current()
         path = self._text_path(request["task"], request["text"])
-        link = self._links.writing(token)
-        pushed = await self._pusher.push(link, [path], again=True)
+        connection = self._pool.writing(token)
+        pushed = await self._edit_sender.push(connection, [path], again=True)
         if any(sent["outcome"] in ("conflict", "refused") for sent in pushed.sent):
             why = f"the server refuses the edit of {path}; see: lattice remote resolve {request['task']}"
             raise Misuse(why, code="REMOTE_BUSY")
-        outcome = await self._pusher.put(link, path, version.data)
+        outcome = await self._edit_sender.put(connection, path, version.data)
         if outcome == "conflict":
             raise Rejected(f"others have just changed {path}; nothing was restored: repeat", code="REMOTE_BUSY")
         return {"outcome": outcome, "path": path, "notices": [*pushed.notices, *self._notices()]}
@@ -553,7 +570,7 @@ class Service:
         """Compare every file with the server's; with ``repair``, return once the differing files are fetched."""
         comparison = await self._compared(repair=repair)
         if repair and not comparison.is_clean:
-            await self._fill(self._link.failed_attempts)
+            await self._fill(self._connection.failed_attempts)
             if not self._is_current():
                 raise self._trouble()
         return {**_comparison_fields(comparison), "notices": self._notices()}
@@ -562,8 +579,8 @@ class Service:
         for attempts_left in reversed(range(_COMPARE_ATTEMPTS)):
             await self._must_be_current(look=False)
             try:
-                effects, future = await self._follower.compare(repair=repair)
-                await self._link.carry_out(effects)
+                effects, future = await self._replicator.compare(repair=repair)
+                await self._connection.carry_out(effects)
                 return await asyncio.shield(future)
             except ConnectionFailed:
                 if not attempts_left:
@@ -578,7 +595,7 @@ class Service:
         shown = False
         try:
             while not (await asyncio.wait([task], timeout=_PROGRESS_INTERVAL_S))[0]:
-                if (progress := self._follower.progress()) is not None:
+                if (progress := self._replicator.progress()) is not None:
                     report({"what": "files", "done": progress[0], "total": progress[1]})
                     shown = True
             if shown:
@@ -597,14 +614,14 @@ class Service:
             now = time.monotonic()
             if (
                 self._advance() != advance
-                or not self._link.is_open
-                or self._follower.is_current
-                or self._follower.is_busy
+                or not self._connection.is_open
+                or self._replicator.is_current
+                or self._replicator.is_busy
             ):
                 advance, advanced_at = self._advance(), now
             elif now - advanced_at > STALLED_S:
-                here, there = self._follower.replica.position.seq, self._follower.replica.head
-                self._link.abort(
+                here, there = self._replicator.replica.position.seq, self._replicator.replica.head
+                self._connection.abort(
                     ConnectionFailed(
                         f"it announced {there} changes, sent {here}, then nothing useful for {STALLED_S:.0f} s"
                     )
@@ -613,77 +630,77 @@ class Service:
             if self._is_current() and now - stored_at > _STORE_AGE_INTERVAL_S:
                 stored_at = now
                 with contextlib.suppress(StorageError):
-                    await self._follower.store_age()
-            await self._links.drop_idle()
+                    await self._replicator.store_age()
+            await self._pool.drop_idle()
 
     def summary(self) -> dict[str, Any]:
         """Return this cache's entry in the agent's status."""
         return {
             "url": self.remote.url,
             "project": self.remote.project,
-            "connected": self._link.is_open,
+            "connected": self._connection.is_open,
             "current": self._is_current(),
-            "seq": self._follower.state.position.seq,
+            "seq": self._replicator.state.position.seq,
         }
 
-    def _healed(self) -> dict[str, Any]:
+    def _repaired(self) -> dict[str, Any]:
         """Return the repaired local changes and the way they are detected."""
-        healing = self._follower.healing
+        repairs = self._replicator.repairs
         return {
-            "count": healing.count,
-            "last_path": healing.last_path,
-            "last_age_s": None if healing.last_at is None else round(max(0.0, time.time() - healing.last_at), 1),
-            "fought_over": healing.fought_over(),
-            "watched": None if self._care is None else self._caretaker.how(),
+            "count": repairs.count,
+            "last_path": repairs.last_path,
+            "last_age_s": None if repairs.last_at is None else round(max(0.0, time.time() - repairs.last_at), 1),
+            "contested": repairs.contested(),
+            "watched": None if self._monitoring is None else self._integrity_monitor.how(),
         }
 
     def _edits_wait_for(self) -> str | None:
         """Return the condition that edits wait for; None if they are sent automatically."""
-        if self._live is None:
+        if self._edit_watcher is None:
             return "the next command, as no agent runs"
-        if self._links.has_several_names():
+        if self._pool.has_several_names():
             return "the next command, as recent commands used several tokens or another configuration"
-        link = self._links.live()
-        if link is None:
+        connection = self._pool.live()
+        if connection is None:
             return "a token"
-        return None if link.is_open and self._follower.is_following else "the server"
+        return None if connection.is_open and self._replicator.is_following else "the server"
 
     async def _status(self, token: str | None) -> dict[str, Any]:
         """Return the status, each statement with its evidence. Claims nothing beyond recent messages."""
-        failed_before = self._link.failed_attempts
-        if not self._link.is_open:
-            self._link.kick()
-            await self._until(lambda: self._link.is_open or self._has_failed(failed_before), FIRST_READY_WAIT_S)
-        welcome, is_open, silence_s = self._link.welcome, self._link.is_open, self._link.silence_s()
+        failed_before = self._connection.failed_attempts
+        if not self._connection.is_open:
+            self._connection.kick()
+            await self._until(lambda: self._connection.is_open or self._has_failed(failed_before), FIRST_READY_WAIT_S)
+        welcome, is_open, silence_s = self._connection.welcome, self._connection.is_open, self._connection.silence_s()
         own, own_error = await self._welcomed(token)
         return {
             "remote": {"name": self.remote.name, "url": self.remote.url, "project": self.remote.project},
             "connected": is_open,
             "last_heard_s": None if silence_s == float("inf") else round(silence_s, 1),
             "silence_limit_s": ALIVE_S,
-            "error": None if is_open or self._link.error is None else self._link.error.message,
-            "code": None if is_open or self._link.error is None else self._link.error.code,
+            "error": None if is_open or self._connection.error is None else self._connection.error.message,
+            "code": None if is_open or self._connection.error is None else self._connection.error.code,
             "current": self._is_current(),
-            "trouble": None if self._follower.trouble is None else self._follower.trouble.message,
-            "epoch": self._follower.state.position.epoch,
-            "seq": self._follower.state.position.seq,
-            "server_seq": self._follower.replica.head if is_open else None,
-            "wanted": len(self._follower.replica.wanted),
-            "payloads": self._fetching.status(),
+            "trouble": None if self._replicator.trouble is None else self._replicator.trouble.message,
+            "epoch": self._replicator.state.position.epoch,
+            "seq": self._replicator.state.position.seq,
+            "server_seq": self._replicator.replica.head if is_open else None,
+            "missing": len(self._replicator.replica.missing),
+            "payloads": self._payload_fetcher.status(),
             "age_s": self._age_s(),
-            "resyncs": self._follower.resyncs,
-            "unsent_edits": self._follower.edits.scan(),
-            "refused_edits": self._pusher.refused(),
-            "withheld_edits": self._pusher.withheld(),
+            "resyncs": self._replicator.resyncs,
+            "unsent_edits": self._replicator.edits.scan(),
+            "refused_edits": self._edit_sender.refused(),
+            "withheld_edits": self._edit_sender.withheld(),
             "edits_wait_for": self._edits_wait_for(),
             "conflicts": self._resolver.describe(),
-            "set_aside": self._follower.conflicts.copies(),
-            "rescued": [described(entry) for entry in self._follower.keepsakes.rescued.entries()],
-            "healed": self._healed(),
+            "set_aside": self._replicator.conflicts.copies(),
+            "rescued": [described(entry) for entry in self._replicator.rescue_policy.rescued.entries()],
+            "repaired": self._repaired(),
             "actor": own.actor if own else None,
             "act_as": own.act_as if own else None,
             "actor_error": None if own_error is None else own_error.message,
-            "has_token": (token or self._links.stored_token()) is not None,
+            "has_token": (token or self._pool.stored_token()) is not None,
             "pid": os.getpid(),
             "versions": _versions(welcome),
         }
@@ -691,15 +708,17 @@ class Service:
     async def _welcomed(self, token: str | None) -> tuple[Welcome | None, RemoteError | None]:
         """Return the server's welcome to the caller's token, which may differ from the following connection's."""
         try:
-            link = self._links.writing(token)
+            connection = self._pool.writing(token)
         except RemoteError as error:
             return None, error
-        failed_before = link.failed_attempts
-        await link.changed.until(
-            lambda: link.welcome is not None or link.failed_attempts > failed_before or link.is_refused,
-            FIRST_READY_WAIT_S if self._link.is_open else 0.0,
+        failed_before = connection.failed_attempts
+        await connection.changed.until(
+            lambda: (
+                connection.welcome is not None or connection.failed_attempts > failed_before or connection.is_refused
+            ),
+            FIRST_READY_WAIT_S if self._connection.is_open else 0.0,
         )
-        return link.welcome, link.error
+        return connection.welcome, connection.error
 
 
 def _ignore(_ignored: object) -> None:
@@ -728,7 +747,7 @@ def _comparison_fields(comparison: CacheComparison) -> dict[str, Any]:
         "missing": comparison.missing,
         "surplus": comparison.surplus,
         "edited": comparison.edited,
-        "away": comparison.away,
+        "deferred": comparison.deferred,
     }
 
 

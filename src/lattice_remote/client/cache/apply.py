@@ -35,11 +35,11 @@ _MAX_MISFITS = 5
 class Files:
     """Performs a replica's effects on the files. The caller holds the cache's lock."""
 
-    def __init__(self, cache: Cache, edits: Edits, keepsakes: RescuePolicy, healing: RepairSchedule) -> None:
+    def __init__(self, cache: Cache, edits: Edits, rescue_policy: RescuePolicy, repairs: RepairSchedule) -> None:
         self._cache = cache
         self._edits = edits
-        self._keepsakes = keepsakes
-        self._healing = healing
+        self._rescue_policy = rescue_policy
+        self._repairs = repairs
         self.on_edits: Callable[[Iterable[str]], None] = lambda _: None
         """Called with plans and notes that may be edited."""
         self.first_fill: FirstFill | None = None
@@ -96,7 +96,7 @@ class Files:
     def _hold(self, operation: Operation, edited: list[str], replica: Replica) -> set[str]:
         """Hold edited files; return the other file of a move, which must be fetched."""
         for path in edited:
-            replica.hold(path)
+            replica.block(path)
         self.on_edits(edited)
         if isinstance(operation, MoveFile):
             if operation.path not in edited:
@@ -129,7 +129,7 @@ class Files:
         if not self._edits.is_in_use(part.path):
             placed = self._cache.write_part(part, self._edits.take)
         if placed is False and self._edits.is_in_use(part.path):
-            replica.hold(part.path)
+            replica.block(part.path)
             placed = None
         self.on_edits([part.path])
         return self._written(part, replica, placed, is_text=True)
@@ -139,7 +139,7 @@ class Files:
         place = self._cache.absolute(path)
         if os.path.islink(place):
             notice = f"{path} was a link, and only plain files are sent: the server's text was restored, "
-            self._keepsakes.notices.append(f"{notice}and the link's target ({os.readlink(place)}) is unchanged")
+            self._rescue_policy.notices.append(f"{notice}and the link's target ({os.readlink(place)}) is unchanged")
 
     def _written(self, part: Part, replica: Replica, placed: bool | None, *, is_text: bool = False) -> list[Effect]:
         if placed is False:
@@ -150,7 +150,7 @@ class Files:
         if placed:
             self.misfits.pop(part.path, None)
             if is_text:  # its base was recorded with it: the current content may be the next edit
-                self._note_healing(part.path)
+                self._note_repair(part.path)
             else:
                 self.are_the_servers([part.path])
         return []
@@ -159,30 +159,30 @@ class Files:
         """Remove a file that the server lacks, unless it is being edited."""
         if is_editable(path) and self._edits.is_in_use(path):
             if not self.is_orphan(path):
-                replica.hold(path)
+                replica.block(path)
                 self.on_edits([path])
                 return
-            self._keepsakes.keep(path, is_strange=True)
+            self._rescue_policy.keep(path, is_strange=True)
         self.keep([path])
         self._cache.delete(path)
         self.are_the_servers([path])
 
     def _is_only_touched(self, part: Part) -> bool:
         """Return whether a suspect file equals the server's, so that only its times were changed."""
-        found = self._healing.strange.get(part.path)
+        found = self._repairs.strange.get(part.path)
         return found is not None and found[1] == part.digest and found[0] == self._cache.signature(part.path)
 
     def keep(self, paths: Iterable[str], after: bytes | None = None) -> None:
         """Rescue foreign content from files that are about to be replaced, by ``after`` if known."""
         known = self._cache.known
         for path in paths:
-            strange = known.is_complete or path in self._healing.strange
+            strange = known.is_complete or path in self._repairs.strange
             strange = strange and known.was_written(path, self._cache.signature(path))
             if strange and is_editable(path):
                 continue  # an edit, or the rest of one: see ``edits``
             if strange or may_be_by_hand(path) or (after is not None and is_event_log(path)):
                 is_ours = not strange and (known.is_complete or after == b"")
-                self._keepsakes.keep(path, is_strange=strange, after=after, is_ours=is_ours)
+                self._rescue_policy.keep(path, is_strange=strange, after=after, is_ours=is_ours)
 
     def are_the_servers(self, paths: Iterable[str]) -> None:
         """Record that these files are the server's, or removed like there."""
@@ -190,16 +190,18 @@ class Files:
             if is_editable(path):
                 self._edits.rebase(path)
             else:
-                self._keepsakes.remember(path)
-            self._note_healing(path)
+                self._rescue_policy.remember(path)
+            self._note_repair(path)
 
-    def _note_healing(self, path: str) -> None:
-        if (before := self._healing.strange.pop(path, None)) is not None:
+    def _note_repair(self, path: str) -> None:
+        if (before := self._repairs.strange.pop(path, None)) is not None:
             self._was_fetched(path, was_changed=before[1] != self._cache.digest(path))
 
     def _was_fetched(self, path: str, *, was_changed: bool) -> None:
-        if self._healing.healed(path) if was_changed else self._healing.fetched(path):
-            self._keepsakes.notices.append(f"another process keeps writing {path}, which only the server may change")
+        if self._repairs.repaired(path) if was_changed else self._repairs.fetched(path):
+            self._rescue_policy.notices.append(
+                f"another process keeps writing {path}, which only the server may change"
+            )
 
 
 def _brings(operation: Operation) -> bool:

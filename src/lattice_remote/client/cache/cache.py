@@ -40,7 +40,7 @@ __all__ = [
     "boot_id",
     "booted_at",
     "decode_state",
-    "encode_away",
+    "encode_deferred",
     "encode_state",
     "explained",
 ]
@@ -51,11 +51,11 @@ class CacheState:
     """Stored state of a cache."""
 
     position: Position = NOWHERE
-    """Every change up to here is in the files, except in the ``wanted`` ones."""
-    wanted: tuple[str, ...] = ()
+    """Every change up to here is in the files, except in the ``missing`` ones."""
+    missing: tuple[str, ...] = ()
     """Paths whose content must still be fetched."""
-    away: Mapping[str, Content | None] = field(default_factory=dict)
-    """Deferred contents of artifacts, see ``Replica.away``."""
+    deferred: Mapping[str, Content | None] = field(default_factory=dict)
+    """Deferred contents of artifacts, see ``Replica.deferred``."""
     current_at: float | None = None
     """Last time (seconds since 1970) at which the files had every change of the server; None: never."""
 
@@ -70,8 +70,8 @@ def encode_state(state: CacheState, remote: Remote, inode: int = 0) -> bytes:
         "epoch": state.position.epoch,
         "seq": state.position.seq,
         "mark": state.position.mark.hex(),
-        "missing": sorted(state.wanted),
-        "deferred": len(state.away),
+        "missing": sorted(state.missing),
+        "deferred": len(state.deferred),
         "time": state.current_at,
         "boot_id": boot_id(),
         "inode": inode,
@@ -81,13 +81,13 @@ def encode_state(state: CacheState, remote: Remote, inode: int = 0) -> bytes:
     return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
 
 
-def encode_away(away: Mapping[str, Content | None]) -> bytes:
+def encode_deferred(deferred: Mapping[str, Content | None]) -> bytes:
     """Return the content of the file of deferred contents. It is written before the state."""
-    entries = {path: content and [content[0], content[1].hex()] for path, content in sorted(away.items())}
+    entries = {path: content and [content[0], content[1].hex()] for path, content in sorted(deferred.items())}
     return (json.dumps(entries, indent=0) + "\n").encode()
 
 
-def _decode_away(data: bytes) -> dict[str, Content | None]:
+def _decode_deferred(data: bytes) -> dict[str, Content | None]:
     entries: dict[str, list[object] | None] = json.loads(data)
     return {
         check_path(path): None if entry is None else (int(str(entry[0])), bytes.fromhex(str(entry[1])))
@@ -95,7 +95,7 @@ def _decode_away(data: bytes) -> dict[str, Content | None]:
     }
 
 
-def decode_state(data: bytes, away: bytes, remote: Remote, inode: int = 0) -> CacheState:
+def decode_state(data: bytes, contents: bytes, remote: Remote, inode: int = 0) -> CacheState:
     """Return the stored state as far as it is reliable.
 
     State of another project is ignored. After a reboot unsynced files may lag behind the number: the position is then
@@ -108,13 +108,13 @@ def decode_state(data: bytes, away: bytes, remote: Remote, inode: int = 0) -> Ca
             return CacheState()
         position = Position(str(found["epoch"]), int(found["seq"]), bytes.fromhex(found["mark"]))
         current_at = None if found["time"] is None else float(found["time"])
-        wanted = tuple(_checked(found["missing"]))
-        left_out = _decode_away(away) if found["deferred"] else {}
+        missing = tuple(_checked(found["missing"]))
+        deferred = _decode_deferred(contents) if found["deferred"] else {}
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, HostilePath):
         return CacheState()
     if found["boot_id"] != boot_id() or found.get("inode", inode) != inode:
         return CacheState(NOWHERE, (), {}, current_at)
-    return CacheState(position, wanted, left_out, current_at)
+    return CacheState(position, missing, deferred, current_at)
 
 
 def _checked(paths: Iterable[object]) -> Iterable[str]:
@@ -179,7 +179,7 @@ class Cache:
         """Size limit of the cache."""
         with explained(self.directory):
             self._files = Directory(self.directory, self.quota)
-        self._away = b""  # content of the file of deferred contents
+        self._deferred = b""  # content of the file of deferred contents
         self._parts: dict[str, tuple[str, int]] = {}  # path -> temporary file, bytes in it
         self.held_since: float | None = None
         """Time (monotonic) since which this process waits for another's lock; None: it does not wait."""
@@ -312,11 +312,11 @@ class Cache:
     def load_state(self) -> CacheState:
         """Return the stored state, empty if there is none."""
         try:
-            away = b""
+            deferred = b""
             with contextlib.suppress(FileNotFoundError):
-                away = self._files.read(_DEFERRED_FILE)
-            self._away = away
-            return decode_state(self._files.read(STATE_FILE), away, self.remote, self.identity[1])
+                deferred = self._files.read(_DEFERRED_FILE)
+            self._deferred = deferred
+            return decode_state(self._files.read(STATE_FILE), deferred, self.remote, self.identity[1])
         except FileNotFoundError:
             return CacheState()
         except OSError as error:
@@ -328,9 +328,9 @@ class Cache:
         Deferred contents are stored first: after a crash between the two, extra entries show when they are fetched.
         """
         with explained(STATE_FILE):
-            if (away := encode_away(state.away)) != self._away:
-                self._files.replace(_DEFERRED_FILE, away)
-                self._away = away
+            if (deferred := encode_deferred(state.deferred)) != self._deferred:
+                self._files.replace(_DEFERRED_FILE, deferred)
+                self._deferred = deferred
             self._files.replace(STATE_FILE, encode_state(state, self.remote, self.identity[1]))
         return self.signature(STATE_FILE)
 

@@ -90,9 +90,9 @@ class Replicator:
         self.cache = cache
         self.edits = Edits(cache)
         self.conflicts = TextConflicts(cache, self.edits)
-        self.keepsakes = RescuePolicy(cache)
-        self.healing = RepairSchedule()
-        self.files = Files(cache, self.edits, self.keepsakes, self.healing)
+        self.rescue_policy = RescuePolicy(cache)
+        self.repairs = RepairSchedule()
+        self.files = Files(cache, self.edits, self.rescue_policy, self.repairs)
         """Performs the replica's operations on the files."""
         self.replica = Replica()
         self.state = cache.load_state()
@@ -121,7 +121,7 @@ class Replicator:
         self._mutex = asyncio.Lock()
         self._comparing: asyncio.Future[CacheComparison] | None = None
         self._earlier: Mapping[str, Reading] | None = None
-        self._left_out: dict[str, Signature] = {}
+        self._deferred_signatures: dict[str, Signature] = {}
         """Contents of artifacts that another program wrote and that the fetching deals with, as they were then."""
 
     @property
@@ -141,7 +141,7 @@ class Replicator:
 
     def progress(self) -> tuple[int, int] | None:
         """Return fetched and total files of a fill; None if there is none."""
-        missing = len(self.replica.wanted) - len(self.replica.held)
+        missing = len(self.replica.missing) - len(self.replica.blocked)
         if self.replica.state is not State.FOLLOWING or not missing or not self._to_fetch:
             return None
         return max(0, self._to_fetch - missing), self._to_fetch
@@ -202,7 +202,7 @@ class Replicator:
             self.replica.disconnected()
             self._fail_comparison()
             self._resyncing = False
-            self.keepsakes.reason = RESTORED
+            self.rescue_policy.reason = RESTORED
             self.files.misfits.clear()
             self.cache.forget_parts()
             await self._resync_lock.aclose()
@@ -253,7 +253,7 @@ class Replicator:
             elif outcome != "conflict" and put.base == base:
                 self.edits.sent(path, put.text)
             elif self.replica.state is State.FOLLOWING and self.cache.size(path) is not None:
-                self.replica.hold(path)
+                self.replica.block(path)
                 self._save()  # store that the server's text is missing before the edit looks sent
                 if put.base != base:
                     self.edits.older.forget(path)
@@ -261,7 +261,7 @@ class Replicator:
                     copy = self.conflicts.set_aside(path)
                 else:
                     self.edits.sent(path, put.text)
-            if self.replica.state is State.FOLLOWING and await self._perform(self.replica.release([path]), result):
+            if self.replica.state is State.FOLLOWING and await self._perform(self.replica.unblock([path]), result):
                 self._save()
         return result, copy
 
@@ -293,19 +293,19 @@ class Replicator:
                 return None
             text = self.cache.read(path)
             if reason is not None:
-                is_kept = self.keepsakes.keep_text(path, reason)
-            self.replica.hold(path)
+                is_kept = self.rescue_policy.keep_text(path, reason)
+            self.replica.block(path)
             self._save()  # store that the server's text is missing before the file looks like its base
             self.edits.give_up(path, text)
             self.edits.evidence.settled(path, text)
-            if await self._perform(self.replica.release([path]), result):
+            if await self._perform(self.replica.unblock([path]), result):
                 self._save()
         return result, is_kept
 
     async def look_at_edits(self) -> ReceiveOutcome:
         """Fetch files whose pending edit is gone: undone by the user, or sent by another process."""
         result = ReceiveOutcome()
-        if self.replica.held:
+        if self.replica.blocked:
             async with self._mutex, self.cache.locked():
                 await self._go_on(result)
         return result
@@ -317,27 +317,27 @@ class Replicator:
             self.cache.prepare()
             await self._go_on(result)
             strange = [path for path in paths if self.files.is_strange(path)]
-            new = [path for path in strange if path not in self.replica.wanted] if self.is_following else []
-            self.healing.suspect(set(strange).difference(new), delay_s=_LOOK_AGAIN_S)
+            new = [path for path in strange if path not in self.replica.missing] if self.is_following else []
+            self.repairs.suspect(set(strange).difference(new), delay_s=_LOOK_AGAIN_S)
             for path in new:
-                self.healing.strange[path] = self.cache.signature(path), self.cache.digest(path)
+                self.repairs.strange[path] = self.cache.signature(path), self.cache.digest(path)
             if new:
-                await self._perform(self.replica.drifted(self._leave_out(new)), result)
+                await self._perform(self.replica.drifted(self._defer(new)), result)
                 self._save()
         return result
 
-    def _leave_out(self, paths: Iterable[str]) -> list[str]:
+    def _defer(self, paths: Iterable[str]) -> list[str]:
         """Defer the contents of artifacts, which may be large; return the other paths."""
-        apart = [path for path in paths if self.replica.leaves_out and is_payload(path)]
+        apart = [path for path in paths if self.replica.defers and is_payload(path)]
         for path in apart:
             found = self.cache.signature(path)
-            if path in self.replica.away and self._left_out.get(path) == found is not None:
+            if path in self.replica.deferred and self._deferred_signatures.get(path) == found is not None:
                 continue  # its fetching takes care of it
-            self.replica.leave_out(path)
+            self.replica.defer(path)
             if found is None:
                 self.cache.note(path)
             else:  # stays strange: it is rescued before it is replaced or removed
-                self._left_out[path] = found
+                self._deferred_signatures[path] = found
         return [path for path in paths if path not in apart]
 
     async def compare(
@@ -376,7 +376,7 @@ class Replicator:
         missing."""
         async with self._mutex, self.cache.locked():
             await self._go_on(ReceiveOutcome())
-            if not self.is_following or self.replica.away.get(path) != content:
+            if not self.is_following or self.replica.deferred.get(path) != content:
                 return False
             if partial is not None:
                 self.files.keep([path])
@@ -395,7 +395,7 @@ class Replicator:
             return
         async with self._mutex, self.cache.locked():
             await self._go_on(ReceiveOutcome())
-            if self.is_following and self.replica.away.get(path) == content:
+            if self.is_following and self.replica.deferred.get(path) == content:
                 self.files.keep([path])
                 self.cache.delete(path)
                 self.cache.known.share()
@@ -405,7 +405,7 @@ class Replicator:
         result = ReceiveOutcome()
         async with self._mutex, self.cache.locked():
             await self._go_on(result)
-            if self.is_following and path in self.replica.away:
+            if self.is_following and path in self.replica.deferred:
                 await self._perform(self.replica.drifted([path]), result)
                 self._save()
         return result
@@ -444,8 +444,8 @@ class Replicator:
             self.edits,
             compare,
             self._earlier,
-            may_leave_out=self.replica.may_leave_out,
-            away=self.replica.away.keys(),
+            may_defer=self.replica.may_defer,
+            deferred=self.replica.deferred.keys(),
         )
         self._earlier = None
         comparison = compared.comparison
@@ -457,11 +457,11 @@ class Replicator:
         ours = compared.equal()
         if self.replica.position.epoch:  # the files should have been equal, except those being fetched
             for path in (*comparison.differing, *comparison.missing, *comparison.surplus):
-                if path not in self.replica.wanted:
+                if path not in self.replica.missing:
                     reading = compared.readings.get(path)
-                    self.healing.strange[path] = (reading.signature, reading.digest) if reading else (None, None)
+                    self.repairs.strange[path] = (reading.signature, reading.digest) if reading else (None, None)
         elif self.replica.welcome is not None and self.replica.welcome.lost:
-            self.keepsakes.keep_lost(comparison.differing, comparison.surplus, compare.entries)
+            self.rescue_policy.keep_lost(comparison.differing, comparison.surplus, compare.entries)
         if (
             not self.replica.position.epoch
         ):  # a difference is an earlier state, unless another program is known to have made it
@@ -470,7 +470,7 @@ class Replicator:
         self.files.on_edits(comparison.edited)
         self.cache.known.settle((path, compared.readings[path].signature) for path in ours)
         effects = self.replica.compared(compared.local, edited=comparison.edited)
-        self._to_fetch = len(self.replica.wanted)
+        self._to_fetch = len(self.replica.missing)
         return effects
 
     def _may_be_ours(self, path: str, reading: Reading) -> bool:
@@ -483,7 +483,7 @@ class Replicator:
         self._stored = self.cache.signature(STATE_FILE)
         self.state = self.cache.load_state()
         self.current_at = self.state.current_at
-        self.replica = Replica(self.state.position, self.state.wanted, away=self.state.away)
+        self.replica = Replica(self.state.position, self.state.missing, deferred=self.state.deferred)
 
     def _catch_up_with_others(self) -> list[Effect]:
         """Continue from the position that another process has reached."""
@@ -499,16 +499,16 @@ class Replicator:
         if found.position != here:
             self.advanced_at = None
             self.advanced.set()
-        is_same = found.position == here and found.away == self.replica.away
-        if is_same and set(found.wanted) == self.replica.wanted.keys():
+        is_same = found.position == here and found.deferred == self.replica.deferred
+        if is_same and set(found.missing) == self.replica.missing.keys():
             return []  # only the stored age is new
         if self.replica.state is State.COMPARING:
             raise ConnectionFailed("another process has updated the cache during the comparison")
-        return self.replica.fast_forward(found.position, found.wanted, found.away)
+        return self.replica.fast_forward(found.position, found.missing, found.deferred)
 
     def _release_settled(self) -> list[Effect]:
-        settled = [path for path in self.replica.held if not self.edits.is_in_use(path)]
-        return self.replica.release(settled) if settled and self.replica.state is State.FOLLOWING else []
+        settled = [path for path in self.replica.blocked if not self.edits.is_in_use(path)]
+        return self.replica.unblock(settled) if settled and self.replica.state is State.FOLLOWING else []
 
     def _changed_by_others(self) -> bool:
         return self.cache.signature(STATE_FILE) != self._stored
@@ -516,13 +516,13 @@ class Replicator:
     def _may_save_later(self, frames: Sequence[ServerFrame]) -> bool:
         """Return whether the stored state is still valid: only files have arrived, which would be fetched again."""
         is_recent = time.monotonic() - self._saved_at < _SAVE_EVERY_S
-        return is_recent and bool(self.replica.wanted) and all(isinstance(frame, Part) for frame in frames)
+        return is_recent and bool(self.replica.missing) and all(isinstance(frame, Part) for frame in frames)
 
     def _save(self) -> None:
         self._saved_at = time.monotonic()
         self.heard()
         self._store(
-            CacheState(self.replica.position, tuple(self.replica.wanted), dict(self.replica.away), self.current_at)
+            CacheState(self.replica.position, tuple(self.replica.missing), dict(self.replica.deferred), self.current_at)
         )
 
     def _store(self, state: CacheState) -> None:
@@ -537,10 +537,10 @@ class Replicator:
         if (
             self._resyncing
             and self.replica.state is State.FOLLOWING
-            and len(self.replica.wanted) == len(self.replica.held)
+            and len(self.replica.missing) == len(self.replica.blocked)
         ):
             self._resyncing = False
-            self.keepsakes.reason = RESTORED
+            self.rescue_policy.reason = RESTORED
             await self._resync_lock.aclose()
         elif not self._resyncing and self.replica.state is State.COMPARING and not self.replica.position.epoch:
             self._resyncing = True

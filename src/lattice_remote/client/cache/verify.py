@@ -104,7 +104,7 @@ class CacheComparison:
     missing: tuple[str, ...]
     surplus: tuple[str, ...]
     edited: tuple[str, ...]
-    away: tuple[str, ...]
+    deferred: tuple[str, ...]
     """Deferred contents of artifacts, not expected here."""
 
     @property
@@ -134,8 +134,8 @@ async def compare_files(
     compare: Compare,
     earlier: Mapping[str, Reading] | None = None,
     *,
-    may_leave_out: Callable[[str, int], bool],
-    away: Collection[str] = (),
+    may_defer: Callable[[str, int], bool],
+    deferred: Collection[str] = (),
 ) -> Compared:
     """Read every file, in a thread, and compare. Call under the cache's lock.
 
@@ -143,14 +143,14 @@ async def compare_files(
         cache, edits: the local files.
         compare: the server's files.
         earlier: previous readings; unchanged files are not read again.
-        may_leave_out: returns whether the content with this path and size may be deferred.
-        away: paths with a deferred content.
+        may_defer: returns whether the content with this path and size may be deferred.
+        deferred: paths with a deferred content.
 
     Raises:
         StorageError: a file cannot be read, or the server's files exceed the quota.
     """
     entries = compare.entries
-    cache.quota.require(sum(size for path, (size, _) in entries.items() if not may_leave_out(path, size)))
+    cache.quota.require(sum(size for path, (size, _) in entries.items() if not may_defer(path, size)))
     readings = await asyncio.to_thread(read_all, cache, earlier)
     local = {path: (reading.size, reading.digest) for path, reading in readings.items()}
     edited = [path for path in edits.scan() if not edits.is_orphan(path, compare.entries)]
@@ -164,15 +164,15 @@ async def compare_files(
             local[path] = entry
     differing = {p for p in local if p in entries and local[p] != entries[p] and p not in edited}
     missing = entries.keys() - local.keys()
-    left_out = {p for p in missing if may_leave_out(p, entries[p][0])} | (differing & set(away))
+    omitted = {p for p in missing if may_defer(p, entries[p][0])} | (differing & set(deferred))
     comparison = CacheComparison(
         seq=compare.seq,
         total=len(entries),
-        differing=tuple(sorted(differing - left_out)),
-        missing=tuple(sorted(missing - left_out)),
+        differing=tuple(sorted(differing - omitted)),
+        missing=tuple(sorted(missing - omitted)),
         surplus=tuple(sorted(local.keys() - entries.keys() - set(edited))),
         edited=tuple(edited),
-        away=tuple(sorted(left_out)),
+        deferred=tuple(sorted(omitted)),
     )
     return Compared(comparison, local, readings)
 
@@ -234,14 +234,14 @@ class RepairSchedule:
 
     # --- results ---
 
-    def healed(self, path: str) -> bool:
+    def repaired(self, path: str) -> bool:
         """Record a repaired file; return whether it has just become a contested one."""
         self.count += 1
         self.last_path, self.last_at = path, time.time()
         return self.fetched(path)
 
     def fetched(self, path: str) -> bool:
-        """Like ``healed``, for a file with the right content, fetched only for its times."""
+        """Like ``repaired``, for a file with the right content, fetched only for its times."""
         now = time.monotonic()
         heals = self._recent(path, now) + 1
         self._history[path] = (heals, now)
@@ -250,7 +250,7 @@ class RepairSchedule:
             self._history.popitem(last=False)
         return heals == _FREE_HEALS + 1
 
-    def fought_over(self) -> list[str]:
+    def contested(self) -> list[str]:
         """Return the files that another program keeps changing."""
         now = time.monotonic()
         return sorted(path for path in self._history if self._recent(path, now) > _FREE_HEALS)

@@ -27,13 +27,13 @@ from lattice_remote.client.cli.common import (
     CaFile,
     Insecure,
     Json,
-    ask,
     count,
     fields_of,
     notify,
     print_result,
     progress,
     project_directory,
+    send_request,
     warn_of_tracking,
 )
 from lattice_remote.client.cli.tokens import ask_for_token, listed_projects
@@ -196,7 +196,7 @@ class _Added:
 
 def _print(added: _Added, what: str, *, as_json: bool) -> None:
     with contextlib.suppress(RemoteError):
-        ask("ready", added.directory)  # the agent follows from here on
+        send_request("ready", added.directory)  # the agent follows from here on
     if as_json:
         print_result({**fields_of(added.remote), "tasks": added.tasks, "files": added.files, "seq": added.seq})
     else:

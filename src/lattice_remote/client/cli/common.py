@@ -23,7 +23,6 @@ __all__ = [
     "Json",
     "Name",
     "Url",
-    "ask",
     "complete_remotes",
     "complete_settings",
     "complete_tasks",
@@ -37,6 +36,7 @@ __all__ = [
     "progress",
     "project_directory",
     "request",
+    "send_request",
     "show_unpushed",
     "unpushed",
     "warn_of_tracking",
@@ -151,8 +151,8 @@ def request(do: str, directory: str, **fields: Any) -> dict[str, Any]:
     return agent_client.request(do, directory, **fields)
 
 
-def ask(do: str, directory: str, on_progress: Progress | None = None, **fields: Any) -> dict[str, Any]:
-    return agent_client.ask(request(do, directory, **fields), on_progress)
+def send_request(do: str, directory: str, on_progress: Progress | None = None, **fields: Any) -> dict[str, Any]:
+    return agent_client.send_request(request(do, directory, **fields), on_progress)
 
 
 def fields_of(found: Remote) -> dict[str, str]:

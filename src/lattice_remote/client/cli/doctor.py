@@ -15,7 +15,7 @@ from pathlib import Path
 import typer
 
 from lattice_remote.client import agent_runtime, credentials, trusted_servers
-from lattice_remote.client.agent_client import agent_enabled, ask_running_agent
+from lattice_remote.client.agent_client import agent_enabled, send_if_running
 from lattice_remote.client.cache.evidence import Repository
 from lattice_remote.client.cli.common import Json, count, lattice_directory, print_result
 from lattice_remote.client.config import REMOTE_FILE, UNPUSHED_FILE, Remote, is_cache, is_unpushed, read_remote
@@ -219,7 +219,7 @@ def _agent() -> Check:
     if not agent_enabled():
         return Check("agent", True, "switched off: each command does the same steps itself")
     try:
-        answer = ask_running_agent({"do": "agent-status"})
+        answer = send_if_running({"do": "agent-status"})
     except ConnectionFailed as silent:
         return Check("agent", False, silent.message, "look at that process, and end it if it hangs")
     except RemoteError as error:

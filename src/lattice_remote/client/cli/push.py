@@ -22,12 +22,12 @@ from lattice_remote.client.cache.verify import read_all
 from lattice_remote.client.cli.common import (
     Json,
     Name,
-    ask,
     count,
     here,
     notify,
     print_result,
     progress,
+    send_request,
     unpushed,
     warn_of_tracking,
 )
@@ -89,14 +89,14 @@ def push(
         return
     directory, _ = here(name)
     if dry_run:
-        unsent = ask("status", directory)["unsent_edits"]
+        unsent = send_request("status", directory)["unsent_edits"]
         if as_json:
             print_result({"dry_run": True, "unsent_edits": unsent})
         else:
             typer.echo("\n".join(map(one_line, unsent)) or "Nothing to send.")
         return
     warn_of_tracking(directory)
-    answer = ask("push", directory, confirm=confirm)
+    answer = send_request("push", directory, confirm=confirm)
     if as_json:
         print_result(answer)
     else:
@@ -144,7 +144,7 @@ def _push_project(directory: str, *, as_json: bool) -> None:
         done = asyncio.run(push_project(directory, show))
     answer = done.answer
     with contextlib.suppress(RemoteError):  # the agent follows, and fetches what the server omitted or repaired
-        ask("pull", directory)
+        send_request("pull", directory)
     if as_json:
         data = {"tasks": answer.tasks, "archived": answer.archived, "files": answer.files, "seq": answer.seq}
         print_result({**data, "notes": answer.notes, "kept": done.kept})
@@ -237,15 +237,19 @@ async def connected(
     from lattice_remote.client.cache.replicator import RequestOnlySession
     from lattice_remote.client.connection.connection import Connection
 
-    link = Connection(remote, RequestOnlySession(), token, named=named)
-    link.start()
+    connection = Connection(remote, RequestOnlySession(), token, named=named)
+    connection.start()
     try:
-        await link.changed.until(lambda: link.welcome is not None or link.failed_attempts > 0, _REACH_S)
-        if link.welcome is None:
-            raise link.error if link.is_refused and link.error is not None else link.unreachable()
-        yield link, link.welcome
+        await connection.changed.until(
+            lambda: connection.welcome is not None or connection.failed_attempts > 0, _REACH_S
+        )
+        if connection.welcome is None:
+            raise (
+                connection.error if connection.is_refused and connection.error is not None else connection.unreachable()
+            )
+        yield connection, connection.welcome
     finally:
-        await link.close()
+        await connection.close()
 
 
 async def push_project(directory: str, show: Progress | None) -> PushResult:
@@ -290,24 +294,24 @@ async def _pushed(directory: str, report: Progress) -> PushResult:
     from lattice_remote.client.connection.upload import Source, upload
 
     remote = read_remote(directory, UNPUSHED_FILE)
-    async with connected(remote, credentials.from_environment()) as (link, welcome):
+    async with connected(remote, credentials.from_environment()) as (connection, welcome):
         if (earlier := _read_attempt(directory)) is not None:
             report({"what": "asking for the last attempt", "done": 0, "total": 1})
-            if (answer := await _ask(link, directory, earlier)) is not None:
+            if (answer := await _ask(connection, directory, earlier)) is not None:
                 _keep_hooks(directory, remote, answer)
                 return PushResult(remote, answer, _become_cache(directory, remote, earlier.entries, {}))
         _require_empty(welcome)
         found = await asyncio.to_thread(survey, directory)
         with await asyncio.to_thread(Pack.of, directory, found, _reporter(report, "reading")) as pack:
             source = Source(pack.file.fileno(), pack.size, pack.digest)
-            await upload(link, source, purpose="project", on_progress=_reporter(report, "sending"))
+            await upload(connection, source, purpose="project", on_progress=_reporter(report, "sending"))
             if (changed := _changed(directory, found)) is not None:
                 raise Misuse(f"{changed} was changed while the project was sent; nothing was done: push again")
             entries = {path: entry.digest for path, entry in pack.entries.items()}
             attempt = _Attempt(os.urandom(16).hex(), pack.digest, pack.size, time.time(), entries)
             _write_attempt(directory, attempt)
             report({"what": "checking on the server", "done": 0, "total": 1})
-            answer = await _ask(link, directory, attempt)
+            answer = await _ask(connection, directory, attempt)
             if answer is None:
                 raise ConnectionFailed("the server has forgotten what was sent; push again")
             _keep_hooks(directory, remote, answer)
@@ -315,20 +319,22 @@ async def _pushed(directory: str, report: Progress) -> PushResult:
             return PushResult(remote, answer, _become_cache(directory, remote, entries, texts))
 
 
-async def _ask(link: "Connection", directory: str, attempt: _Attempt) -> Pushed | None:
+async def _ask(connection: "Connection", directory: str, attempt: _Attempt) -> Pushed | None:
     """Request a push; return its answer, None if it certainly was not carried out and must restart.
 
     Raises:
         Rejected: the server refuses it, or no longer accepts it.
-        ConnectionFailed: as for ``Connection.ask``.
+        ConnectionFailed: as for ``Connection.send_request``.
     """
     age_s = max(0.0, time.time() - attempt.asked_at)
     first_sent_at = boot_time() - age_s if age_s > 1 else None
-    answer = await link.ask(Push(attempt.id, attempt.digest, attempt.size), first_sent_at=first_sent_at)
+    answer = await connection.send_request(Push(attempt.id, attempt.digest, attempt.size), first_sent_at=first_sent_at)
     match answer:
         case Pushed():
             return answer
-        case Refused(code="REMOTE_NOT_FOUND" | "REMOTE_UNKNOWN_OUTCOME") if not (link.welcome and link.welcome.used):
+        case Refused(code="REMOTE_NOT_FOUND" | "REMOTE_UNKNOWN_OUTCOME") if not (
+            connection.welcome and connection.welcome.used
+        ):
             _forget(directory, _ATTEMPT_FILE)
             return None
         case Refused(code="REMOTE_BUSY"):

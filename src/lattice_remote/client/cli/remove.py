@@ -15,10 +15,10 @@ from lattice_remote.client.cache.rescued_files import RESCUED_DIRECTORY, Rescued
 from lattice_remote.client.cache.safe_directory import remove_tree
 from lattice_remote.client.cli import push
 from lattice_remote.client.cli.common import (
-    ask,
     complete_remotes,
     here,
     notify,
+    send_request,
     unpushed,
 )
 from lattice_remote.client.config import PRIVATE_DIRECTORY, REMOTE_FILE, Remote
@@ -63,7 +63,7 @@ def remove(
 def _require_only_the_servers(directory: str) -> None:
     """Raise ``Misuse`` if a reachable server has different texts, or lacks those here."""
     try:
-        answer = ask("verify", directory)
+        answer = send_request("verify", directory)
     except RemoteError:
         return  # edited plans and notes are known without the server
     if own := [*answer["differing"], *answer["surplus"]]:
@@ -73,7 +73,7 @@ def _require_only_the_servers(directory: str) -> None:
 def _keep_local(directory: str, found: Remote, *, hooks: bool | None) -> None:
     """Complete the project's files, update them if the server is reachable, and make the directory a local project."""
     try:
-        number = f"change {ask('pull', directory)['seq']}"
+        number = f"change {send_request('pull', directory)['seq']}"
     except RemoteError as error:
         if error.code == "REMOTE_STORAGE":
             raise
@@ -172,11 +172,13 @@ def _require_whole(cache: Cache) -> None:
     state = cache.load_state()
     if not state.is_filled or not state.position.epoch:
         raise Misuse("the cache was not compared with the server since this machine started: lattice remote pull")
-    if state.away:
-        path = next(iter(state.away))
-        raise Misuse(f"{len(state.away)} large files were not fetched, such as {path}: lattice remote fetch")
-    if state.wanted:
-        raise Misuse(f"{len(state.wanted)} files have not arrived yet, such as {state.wanted[0]}: lattice remote pull")
+    if state.deferred:
+        path = next(iter(state.deferred))
+        raise Misuse(f"{len(state.deferred)} large files were not fetched, such as {path}: lattice remote fetch")
+    if state.missing:
+        raise Misuse(
+            f"{len(state.missing)} files have not arrived yet, such as {state.missing[0]}: lattice remote pull"
+        )
 
 
 def _require_nothing_unsent(cache: Cache) -> None:

@@ -15,11 +15,11 @@ from lattice_remote.client.agent_client import describe_age
 from lattice_remote.client.cache.cache import BASE_DIRECTORY
 from lattice_remote.client.cli.common import (
     Json,
-    ask,
     complete_tasks,
     count,
     here,
     print_result,
+    send_request,
 )
 from lattice_remote.errors import Misuse, one_line
 
@@ -79,7 +79,7 @@ def resolve(
     directory, _ = here()
     what = None if plan == notes else "plan" if plan else "notes"
     text = base64.b64encode(_read(file)).decode("ascii") if file else None
-    answer = ask("resolve", directory, task=task, what=what, choice=choice, text=text)
+    answer = send_request("resolve", directory, task=task, what=what, choice=choice, text=text)
     if as_json:
         print_result({key: answer[key] for key in ("conflicts", "resolved")})
         return
@@ -169,7 +169,7 @@ All = Annotated[bool, typer.Option("--all", help="All of them.")]
 
 def _rescued(action: str, numbers: list[int]) -> dict[str, Any]:
     directory, _ = here()
-    return ask("rescued", directory, action=action, numbers=numbers)
+    return send_request("rescued", directory, action=action, numbers=numbers)
 
 
 @rescued_app.callback(invoke_without_command=True)

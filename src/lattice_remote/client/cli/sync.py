@@ -11,11 +11,10 @@ import typer
 
 from lattice_remote.client import agent_runtime
 from lattice_remote.client.agent import audit_log
-from lattice_remote.client.agent_client import agent_enabled, ask_agent, ask_running_agent, describe_age
+from lattice_remote.client.agent_client import agent_enabled, describe_age, send_if_running, send_to_agent
 from lattice_remote.client.cli.common import (
     Json,
     Name,
-    ask,
     complete_settings,
     complete_tasks,
     count,
@@ -23,6 +22,7 @@ from lattice_remote.client.cli.common import (
     notify,
     print_result,
     progress,
+    send_request,
     show_unpushed,
     unpushed,
 )
@@ -59,9 +59,9 @@ def status(
         show_unpushed(waiting[1], as_json=as_json)
         return
     directory, found = here()
-    answer = ask("status", directory)
+    answer = send_request("status", directory)
     try:
-        answer["agent"] = ask_running_agent({"do": "agent-status"})
+        answer["agent"] = send_if_running({"do": "agent-status"})
     except ConnectionFailed as silent:
         answer["agent"] = {"error": silent.message}
     if as_json:
@@ -86,7 +86,7 @@ def _show_status(found: Remote, answer: dict[str, Any]) -> None:
         ("conflicts", _conflicts(answer["conflicts"])),
         ("set aside", ", ".join(answer["set_aside"]) or "none"),
         ("rescued", _rescued(answer["rescued"])),
-        ("repaired", _repaired(answer["healed"])),
+        ("repaired", _repaired(answer["repaired"])),
         ("agent", _agent(answer["agent"])),
         ("versions here", _versions(versions["here"])),
         ("versions there", _versions(versions["server"]) if versions["server"] else "unknown: not connected"),
@@ -106,7 +106,7 @@ def show(name: Name = "", as_json: Json = False) -> None:
         show_unpushed(waiting[1], as_json=as_json)
         return
     directory, found = here(name)
-    answer = ask("status", directory)
+    answer = send_request("status", directory)
     if as_json:
         print_result(answer)
         return
@@ -136,14 +136,14 @@ def _cache(answer: dict[str, Any]) -> str:
     if there is None:
         age = "never filled" if answer["age_s"] is None else f"{describe_age(answer['age_s'])} old"
         return f"{age} (change {here} here, unknown on the server)"
-    return f"catching up (change {here} here, {there} on the server, {count(answer['wanted'], 'file')} to fetch)"
+    return f"catching up (change {here} here, {there} on the server, {count(answer['missing'], 'file')} to fetch)"
 
 
 def _payloads(found: dict[str, Any]) -> str:
     how = "fetched in the background" if found["mode"] == "background" else "fetched on demand"
-    if not found["away"]:
+    if not found["deferred"]:
         return f"all here ({how})"
-    text = f"{count(found['away'], 'file')} of {found['away_bytes'] / _MIB:.1f} MiB not here ({how})"
+    text = f"{count(found['deferred'], 'file')} of {found['deferred_bytes'] / _MIB:.1f} MiB not here ({how})"
     if (now := found["fetching"]) is not None:
         text += f"; fetching {now['path']}, {now['done'] / _MIB:.1f} of {now['total'] / _MIB:.1f} MiB"
     return text + (f"; {found['trouble']}" if found["trouble"] else "")
@@ -188,8 +188,8 @@ def _repaired(repaired: dict[str, Any]) -> str:
     text = f"{count(repaired['count'], 'file')} since the agent started"
     if repaired["last_path"] is not None:
         text += f", last {repaired['last_path']} {describe_age(repaired['last_age_s'])} ago"
-    if repaired["fought_over"]:
-        text += f"; another process keeps writing {', '.join(repaired['fought_over'][:5])}"
+    if repaired["contested"]:
+        text += f"; another process keeps writing {', '.join(repaired['contested'][:5])}"
     return f"{text} ({repaired['watched'] or 'not watched: no agent'})"
 
 
@@ -212,7 +212,7 @@ def pull(name: Name = "", as_json: Json = False) -> None:
     """
     directory, _ = here(name)
     with progress("fetching") as show:
-        answer = ask("pull", directory, show)
+        answer = send_request("pull", directory, show)
     if as_json:
         print_result(answer)
     else:
@@ -250,7 +250,7 @@ def verify(as_json: Json = False) -> None:
         print_result({**answer, "equal": not differences})
     else:
         _list(answer, labels)
-        but = f", except {count(len(answer['away']), 'file')} not here" if answer["away"] else ""
+        but = f", except {count(len(answer['deferred']), 'file')} not here" if answer["deferred"] else ""
         outcome = f"{count(differences, 'difference')} in" if differences else f"equal{but}, all"
         typer.echo(f"Compared with the server at change {answer['seq']}: {outcome} {count(answer['total'], 'file')}.")
     if differences:
@@ -260,11 +260,11 @@ def verify(as_json: Json = False) -> None:
 def _compared(do: str) -> dict[str, Any]:
     directory, _ = here()
     with progress("comparing") as show:
-        return ask(do, directory, show)
+        return send_request(do, directory, show)
 
 
 def _list(answer: dict[str, Any], labels: dict[str, str]) -> None:
-    for label, key in {**labels, "not here yet, see lattice remote fetch": "away"}.items():
+    for label, key in {**labels, "not here yet, see lattice remote fetch": "deferred"}.items():
         for path in answer[key]:
             typer.echo(f"{label}: {one_line(path)}")
 
@@ -283,7 +283,7 @@ def log(
     Example: lattice remote log --task LAT-42 -n 5
     """
     directory, _ = here()
-    answer = ask("log", directory, task=task, limit=number)
+    answer = send_request("log", directory, task=task, limit=number)
     if as_json:
         print_result(audit_log.records(answer, directory))
         return
@@ -306,7 +306,7 @@ def config(
     """
     directory, _ = here()
     if value:
-        ask("configure", directory, name=name, value=value)
+        send_request("configure", directory, name=name, value=value)
     settings = read_settings(directory)
     if name and name not in settings:
         raise Misuse(f"there is no setting {name!r}; there is {', '.join(settings)}")
@@ -346,7 +346,7 @@ def fetch(
     named = [name for name in what or [] if name != found.name]  # as git names the remote first
     paths = None if not named else sorted({path for name in named for path in _paths_of(directory, name)})
     with progress("fetching") as show:
-        answer = ask("fetch", directory, show, paths=paths)
+        answer = send_request("fetch", directory, show, paths=paths)
     if as_json:
         print_result(answer)
         return
@@ -420,7 +420,7 @@ def agent_status(*, every: All = False, as_json: Json = False) -> None:
 
     Example: lattice remote agent status --all
     """
-    answer, others = ask_running_agent({"do": "agent-status"}), _ask_others("agent-status")
+    answer, others = send_if_running({"do": "agent-status"}), _ask_others("agent-status")
     if as_json:
         listed = {"agents": others} if every else {}
         print_result({"running": answer is not None, **(answer or {}), "others": len(others), **listed})
@@ -444,7 +444,7 @@ def agent_stop(*, every: All = False) -> None:
 
     Example: lattice remote agent stop --all
     """
-    answer = ask_running_agent({"do": "agent-stop"})
+    answer = send_if_running({"do": "agent-stop"})
     typer.echo(f"Stopped the agent (pid {answer['pid']})." if answer else "The agent is not running.")
     for warm in stop_warm(every=every):
         typer.echo(f"Stopped the warm process (pid {warm}).")
@@ -490,7 +490,7 @@ def _ask_others(do: str) -> list[dict[str, Any]]:
         places = agent_runtime.others(agent_runtime.locate()) if agent_enabled() else []
     for place in places:
         try:
-            answer = ask_agent(place, {"do": do})
+            answer = send_to_agent(place, {"do": do})
         except ConnectionFailed as silent:
             answer = {"error": silent.message, "socket": place.socket}
         if answer is not None:

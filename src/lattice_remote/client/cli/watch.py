@@ -19,7 +19,7 @@ import typer
 
 from lattice_remote import text as logtext
 from lattice_remote.client.agent.audit_log import MAX_ENTRIES, task_of
-from lattice_remote.client.agent_client import ask
+from lattice_remote.client.agent_client import send_request
 from lattice_remote.client.cli.common import (
     Json,
     complete_tasks,
@@ -246,7 +246,7 @@ def watch(
     directory, _ = here()
     begin = _parse_since(since)
     with contextlib.suppress(RemoteError):
-        ask(request("ready", directory))  # the titles come from the cache
+        send_request(request("ready", directory))  # the titles come from the cache
     only = _task_id(directory, task)
     handler = _Handler(as_json, command, exec_timeout)
     with _showing(is_view=sys.stdout.isatty() and not as_json and not command) as show:
@@ -317,7 +317,7 @@ class _Watch:
         while True:
             try:
                 is_connected = self._trouble is None  # else it says first that it is
-                return ask({**request("changes", self._directory), **where, "wait": is_connected})
+                return send_request({**request("changes", self._directory), **where, "wait": is_connected})
             except ConnectionFailed as error:
                 self._lost(error.message)
             time.sleep(retry_s)
@@ -433,11 +433,11 @@ def history(
     directory, _ = here()
     asked = {**request("log", directory), "task": task, "text": "notes" if notes else "plan"}
     if restore:
-        _restored(ask({**asked, "do": "restore", "version": restore}), restore, as_json=as_json)
+        _restored(send_request({**asked, "do": "restore", "version": restore}), restore, as_json=as_json)
     elif show:
-        _shown(ask({**asked, "do": "version", "version": show}), as_json=as_json)
+        _shown(send_request({**asked, "do": "version", "version": show}), as_json=as_json)
     else:
-        _listed(ask({**asked, "limit": number}), task, asked["text"], as_json=as_json)
+        _listed(send_request({**asked, "limit": number}), task, asked["text"], as_json=as_json)
 
 
 def _restored(answer: dict[str, Any], version: str, *, as_json: bool) -> None:

@@ -253,7 +253,7 @@ class Connection:
     """Reconnecting connection to one project. ``start()`` it once and ``close()`` it at the end."""
 
     remote: Remote
-    conversation: Session
+    session: Session
     token: str | None = field(repr=False)
     named: Server | None = None
     """A server from the environment, in addition to the stored ones."""
@@ -275,7 +275,7 @@ class Connection:
     _kicked: asyncio.Event = field(default_factory=asyncio.Event)
     _probe: asyncio.Event = field(default_factory=asyncio.Event)
     _down_since: float = field(default_factory=time.monotonic)
-    _pace: Backoff = field(default_factory=Backoff)
+    _backoff: Backoff = field(default_factory=Backoff)
     _was_current: bool = False
     _offered: str = ""  # the epoch of the last Hello
     _epoch: str = ""  # of the last Welcome
@@ -285,7 +285,7 @@ class Connection:
 
     def start(self) -> None:
         """Start to connect, again after every failure."""
-        self._task = asyncio.get_running_loop().create_task(self._live())
+        self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def close(self) -> None:
         """Close the connection; pending requests fail."""
@@ -316,7 +316,7 @@ class Connection:
 
     def try_again(self) -> None:
         """Skip the delay because the reason of a refusal may be gone."""
-        self._pace.lift()
+        self._backoff.lift()
         self._kicked.set()
 
     def abort(self, why: RemoteError | None = None) -> None:
@@ -342,7 +342,7 @@ class Connection:
     @property
     def is_barred(self) -> bool:
         """Return whether no attempt may be made yet, at the server's request or because of its failures."""
-        return self._pace.barred_s(time.monotonic()) > 0
+        return self._backoff.barred_s(time.monotonic()) > 0
 
     def silence_s(self) -> float:
         """Return the seconds since the last frame or pong; infinite before the first."""
@@ -350,7 +350,7 @@ class Connection:
 
     # --- requests ---
 
-    async def ask(self, frame: Request, *, first_sent_at: float | None = None) -> Response:
+    async def send_request(self, frame: Request, *, first_sent_at: float | None = None) -> Response:
         """Send a request and return its answer, across reconnects.
 
         ``first_sent_at`` is when (``boot_time()``) an earlier sender may have sent it under the same id.
@@ -385,7 +385,7 @@ class Connection:
                 message = f"{self.error.message}; the command may have taken effect: look before you repeat it"
                 raise Rejected(message, code=self.error.code)
             raise self.error
-        if self._pace.barred_s(time.monotonic()) > UNSENT_PATIENCE_S:
+        if self._backoff.barred_s(time.monotonic()) > UNSENT_PATIENCE_S:
             raise self.unreachable(sent=pending.sent)
         if isinstance(self.error, StorageError) and self.failed_attempts > failed_before:
             effect = "the command may have taken effect" if pending.sent else "nothing was sent"
@@ -435,7 +435,7 @@ class Connection:
 
     # --- connections ---
 
-    async def _live(self) -> None:
+    async def _run(self) -> None:
         while True:
             self._kicked.clear()
             began = time.monotonic()
@@ -469,7 +469,7 @@ class Connection:
             for pending in self._pending.values():
                 pending.sends = min(pending.sends, 1)
         error = self.error
-        delay_s = self._pace.ended(
+        delay_s = self._backoff.ended(
             now,
             lasted=lasted,
             is_refused=self.is_refused,
@@ -481,7 +481,7 @@ class Connection:
         return delay_s
 
     def _explain_bar(self, now: float) -> RemoteError:
-        seconds, resets = self._pace.barred_s(now), self._pace.resets(now)
+        seconds, resets = self._backoff.barred_s(now), self._backoff.resets(now)
         if resets >= MAX_RESETS:
             return ConnectionFailed(
                 f"it reset this cache {resets} times within {RESET_WINDOW_S / 60:.0f} minutes; next "
@@ -501,14 +501,14 @@ class Connection:
         if self._socket is not None:
             self._socket.transport.abort()
             self._socket = None
-        await self.conversation.disconnected()
+        await self.session.disconnected()
 
     async def _sit_out(self, delay_s: float) -> None:
         """Wait before the next attempt, unless a command asks and no bar applies.
 
         While a request waits, the delay stays below its patience.
         """
-        least_s = max(MIN_ATTEMPT_GAP_S, self._pace.barred_s(time.monotonic()))
+        least_s = max(MIN_ATTEMPT_GAP_S, self._backoff.barred_s(time.monotonic()))
         if self._pending and not self.is_refused:
             delay_s = min(delay_s, least_s + ASKED_DELAY_S)
         await asyncio.sleep(least_s)
@@ -520,7 +520,7 @@ class Connection:
         """Connect, greet and run the session until it ends, always with an exception."""
         self._socket = await open_socket(self.remote, self.token, self.named, self._accepted)
         inbox = ReceiveQueue()
-        hello = await self.conversation.hello()
+        hello = await self.session.hello()
         self._offered = hello.epoch
         await self._socket.send(encode(hello))
         jobs: list[Awaitable[None]] = [
@@ -574,8 +574,8 @@ class Connection:
             self._note_reset(greeting)
         if frames:
             taken = [frame for frame in frames if not self._is_unasked(frame)]
-            await self.carry_out(await self.conversation.receive(taken))
-            self._was_current = self._was_current or self.conversation.is_current
+            await self.carry_out(await self.session.receive(taken))
+            self._was_current = self._was_current or self.session.is_current
         if isinstance(greeting, Welcome):
             await self._welcomed(greeting)
         if len(frames) < len(items):
@@ -594,7 +594,7 @@ class Connection:
     def _note_reset(self, welcome: Welcome) -> None:
         """Count the server's resets of this cache; resuming an interrupted first fill is not one."""
         if welcome.resync and (self._offered or self._epoch not in ("", welcome.epoch)):
-            self._pace.was_reset(time.monotonic())
+            self._backoff.was_reset(time.monotonic())
         self._epoch = welcome.epoch
 
     async def _welcomed(self, welcome: Welcome) -> None:

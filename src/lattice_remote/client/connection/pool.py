@@ -81,12 +81,12 @@ def digest_of_token(token: str) -> str:
 class ConnectionPool:
     """Connections of one cache. ``start()`` it in a running loop and ``close()`` it at the end."""
 
-    def __init__(self, remote: Remote, follower: Replicator) -> None:
+    def __init__(self, remote: Remote, replicator: Replicator) -> None:
         self._remote = remote
-        self.following = Connection(remote, follower, None, on_heard=follower.heard)
+        self.following = Connection(remote, replicator, None, on_heard=replicator.heard)
         """The connection that keeps the files current."""
         self._writers: dict[str, tuple[Connection, float]] = {}
-        self._recent = RecentTokens(follower.cache)
+        self._recent = RecentTokens(replicator.cache)
         self._given: dict[str, str | None] = {}  # digest -> token from a command, None: the stored one
         self._last_stored: str | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -94,10 +94,10 @@ class ConnectionPool:
     def start(self, token: str | None, *, named: Server | None = None, prefer_given: bool = False) -> None:
         """Start to follow. The user's stored token takes precedence over ``token`` unless ``prefer_given``."""
         self._last_stored = self.stored_token()
-        link = self.following
-        link.named = named
-        link.token = (token or self._last_stored) if prefer_given else (self._last_stored or token)
-        link.start()
+        connection = self.following
+        connection.named = named
+        connection.token = (token or self._last_stored) if prefer_given else (self._last_stored or token)
+        connection.start()
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
     async def close(self) -> None:
@@ -105,8 +105,8 @@ class ConnectionPool:
             self._watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watcher
-        for link, _ in self._writers.values():
-            await link.close()
+        for connection, _ in self._writers.values():
+            await connection.close()
         await self.following.close()
 
     def stored_token(self) -> str | None:
@@ -114,19 +114,19 @@ class ConnectionPool:
 
     def choose(self, given: str | None, named: Server | None = None) -> None:
         """Follow with the user's stored token or with a command's, depending on which the server accepts."""
-        link, stored = self.following, self.stored_token()
+        connection, stored = self.following, self.stored_token()
         if stored != self._last_stored and self._last_stored is not None:
             self._recent.forget(self._last_stored)
-        if named is not None and named != link.named:
-            link.named = named
-            link.try_again()
+        if named is not None and named != connection.named:
+            connection.named = named
+            connection.try_again()
         candidates = [token for token in (stored, given) if token]
-        if not candidates and link.token == self._last_stored:
-            link.use_token(None)  # logged out
-        elif candidates and (link.token is None or link.token == self._last_stored != candidates[0]):
-            link.use_token(candidates[0])
-        elif link.is_refused and (others := [token for token in candidates if token != link.token]):
-            link.use_token(others[0])
+        if not candidates and connection.token == self._last_stored:
+            connection.use_token(None)  # logged out
+        elif candidates and (connection.token is None or connection.token == self._last_stored != candidates[0]):
+            connection.use_token(candidates[0])
+        elif connection.is_refused and (others := [token for token in candidates if token != connection.token]):
+            connection.use_token(others[0])
         self._last_stored = stored
 
     def writing(self, given: str | None) -> Connection:
@@ -143,9 +143,9 @@ class ConnectionPool:
             )
         if token == self.following.token:
             return self.following
-        link = self._writers[token][0] if token in self._writers else self.new_writer(token)
-        self._writers[token] = (link, time.monotonic())
-        return link
+        connection = self._writers[token][0] if token in self._writers else self.new_writer(token)
+        self._writers[token] = (connection, time.monotonic())
+        return connection
 
     def refusal(self, named: Server | None, token: str | None) -> RemoteError | None:
         """Return why a command may not use this server; None if it may.
@@ -188,25 +188,25 @@ class ConnectionPool:
 
     def new_writer(self, token: str) -> Connection:
         """Return a separate connection, started; the caller must close it."""
-        link = Connection(self._remote, RequestOnlySession(), token, named=self.following.named)
-        link.start()
-        return link
+        connection = Connection(self._remote, RequestOnlySession(), token, named=self.following.named)
+        connection.start()
+        return connection
 
     @contextlib.asynccontextmanager
     async def bulk(self, token: str) -> AsyncIterator[Connection]:
         """Yield a separate connection for large transfers."""
-        link = self.new_writer(token)
+        connection = self.new_writer(token)
         try:
-            yield link
+            yield connection
         finally:
-            await link.close()
+            await connection.close()
 
     async def drop_idle(self) -> None:
         """Close connections whose token is long unused."""
-        for token, (link, used_at) in list(self._writers.items()):
-            if time.monotonic() - used_at > _WRITER_IDLE_S and not link.is_waiting:
+        for token, (connection, used_at) in list(self._writers.items()):
+            if time.monotonic() - used_at > _WRITER_IDLE_S and not connection.is_waiting:
                 del self._writers[token]
-                await link.close()
+                await connection.close()
 
     async def _watch(self) -> None:
         """Detect logins, logouts and newly trusted servers."""
@@ -219,9 +219,9 @@ class ConnectionPool:
             seen = now
             with contextlib.suppress(RemoteError):  # the next command reports an unreadable file
                 self.choose(None)
-            for link in (self.following, *(link for link, _ in self._writers.values())):
-                if link.is_refused:
-                    link.try_again()
+            for connection in (self.following, *(connection for connection, _ in self._writers.values())):
+                if connection.is_refused:
+                    connection.try_again()
 
 
 def _seen() -> tuple[Any, ...]:

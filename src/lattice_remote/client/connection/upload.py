@@ -28,7 +28,7 @@ _BUSY_ATTEMPTS, _BUSY_DELAY_S = 20, 0.5
 class UploadConnection(Protocol):
     """A connection that carries requests."""
 
-    async def ask(self, frame: Request) -> Response:
+    async def send_request(self, frame: Request) -> Response:
         """Send a request and return its answer."""
 
 
@@ -52,7 +52,7 @@ class Source:
 
 
 async def upload(
-    link: UploadConnection,
+    connection: UploadConnection,
     source: Source,
     *,
     purpose: str = "attachment",
@@ -63,7 +63,7 @@ async def upload(
     After a cancellation or failure another call, also by another process, resumes.
 
     Args:
-        link: whose token may then refer to the upload by digest and size, for a day.
+        connection: its token may then refer to the upload by digest and size, for a day.
         source: the file.
         purpose: see ``messages.Upload``.
         on_progress: called with bytes uploaded and bytes in total.
@@ -74,7 +74,7 @@ async def upload(
         StorageError: the file cannot be read, or changes while it is read.
     """
     for attempts_left in (1, 0):
-        sender = _Sender(link, source, purpose, on_progress or (lambda _have, _size: None))
+        sender = _Sender(connection, source, purpose, on_progress or (lambda _have, _size: None))
         try:
             await sender.run()
         except Rejected as rejected:
@@ -92,9 +92,9 @@ class _Sender:
     """One running upload, a few parts ahead of the server's acknowledgement."""
 
     def __init__(
-        self, link: UploadConnection, source: Source, purpose: str, report: Callable[[int, int], None]
+        self, connection: UploadConnection, source: Source, purpose: str, report: Callable[[int, int], None]
     ) -> None:
-        self._link = link
+        self._connection = connection
         self._source = source
         self._purpose = purpose
         self._report = report
@@ -141,7 +141,7 @@ class _Sender:
         source = self._source
         for attempts_left in reversed(range(_BUSY_ATTEMPTS)):
             frame = Upload(os.urandom(16).hex(), source.digest, source.size, offset, data, self._purpose)
-            answer = await self._link.ask(frame)
+            answer = await self._connection.send_request(frame)
             match answer:
                 case Uploaded(have=have) if have <= source.size:
                     return have

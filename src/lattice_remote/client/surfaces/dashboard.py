@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from lattice.dashboard import server as lattices
 
 from lattice_remote import livepage
-from lattice_remote.client.agent_client import agent_enabled, ask, call, request
+from lattice_remote.client.agent_client import agent_enabled, call, request, send_request
 from lattice_remote.client.guard import letting_write
 from lattice_remote.errors import RemoteError
 from lattice_remote.files import Signature, signature_of
@@ -118,7 +118,7 @@ class CacheWatcher:
     def _trouble(self) -> str:
         """Return why the cache may be behind. Asking keeps an agent running, or starts one."""
         try:
-            answer = ask(request("status" if agent_enabled() else "pull", self._directory))
+            answer = send_request(request("status" if agent_enabled() else "pull", self._directory))
         except RemoteError as failure:
             return failure.message
         except OSError as failure:
