@@ -10,7 +10,7 @@ from fake_server import TOKEN, FakeServer, running
 
 from lattice_remote.client.agent.service import Service
 
-__all__ = ["directory", "home", "server", "service"]
+__all__ = ["directory", "guarded", "home", "server", "service"]
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +43,12 @@ async def service(directory: Path) -> AsyncIterator[Service]:
     made.start(TOKEN)
     yield made
     await made.close()
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Path:
+    """A directory that the guard protects."""
+    directory = tmp_path / ".lattice"
+    (directory / "locks").mkdir(parents=True)
+    (directory / "config.json").write_text("{}")
+    return directory
