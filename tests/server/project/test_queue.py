@@ -137,6 +137,19 @@ async def test_a_waiter_that_left_is_not_tried_any_more() -> None:
     assert queue.leave(waiter) and timer.cancelled() and len(queue) == 0
 
 
+async def test_only_the_first_waiter_for_a_lock_tries_again_before_its_time() -> None:
+    queue = ResourceWaitQueue(lambda _: None)
+    first, second, third = (job(ANA, name) for name in ("1", "2", "3"))
+    for number, each in enumerate((first, second, third)):
+        each.submitted_at = time.monotonic() + number / 1000
+    for each in (first, third, second):
+        queue.add(each, waiting_for("locks/x"), ahead=[])
+    line, now = queue._lines["locks/x"], asyncio.get_running_loop().time()
+    delays = [timer.when() - now if (timer := line[each]) is not None else 0 for each in (first, second, third)]
+    assert delays[0] < 10 < 30 < min(delays[1:])
+    queue.clear()
+
+
 def test_a_lane_whose_only_item_was_removed_is_gone() -> None:
     turns: FairQueue[QueuedRequest] = FairQueue()
     removed, other = job(ANA, "a"), job(BEN, "b")
@@ -209,5 +222,7 @@ async def test_a_token_with_too_much_is_refused_until_its_requests_are_answered(
         queue.drop(each)
     assert queue.objection(queued("4", "x" * 200)) is None and queue.bytes == 0
     assert "too much to do" in (queue.objection(queued("4", "x" * 301)) or "")
+    queue.add(large)
     queue.clear()
     assert queue.get("2") is None and queue.requesters() == []
+    assert queue.bytes == 0 and queue.objection(queued("5", "x" * 200)) is None

@@ -247,10 +247,14 @@ def test_what_is_remembered_of_a_flood_of_addresses_is_bounded(monkeypatch: pyte
     admission = AdmissionControl(LimitSettings())
     kept = arrived(admission, "192.0.2.1")
     kept.admit("tok_a")
+    often = admission.known("198.51.100.7")
     for number in range(most + 500):
         arrived(admission, f"2001:db8:{number >> 8:x}:{number & 255:x}::1").leave()
+        if number % 100 == 0:
+            arrived(admission, "198.51.100.7").leave()
     assert len(admission._addresses) <= most + 1
     assert "192.0.2.1" in admission._addresses
+    assert admission.known("198.51.100.7") is often, "its count of failed logins was never lost"
     assert len(admission.unauthenticated) == 0
 
 
