@@ -4,8 +4,11 @@ import asyncio
 import contextlib
 import datetime
 import os
+import shutil
+import socket
 import ssl
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from http import HTTPStatus
 from pathlib import Path
 
@@ -197,6 +200,57 @@ async def test_naming_a_server_takes_effect_without_another_command(server: Fake
     trusted_servers.record(trusted_servers.name(server.url))
     await until(lambda: service._connection.is_open)
     await service.close()
+
+
+@contextlib.contextmanager
+def asking_for_certificates(authority: trustme.CA, version: ssl.TLSVersion) -> Iterator[str]:
+    """Serve TLS to clients with a certificate of the authority, and answer 404; yield the URL.
+
+    Not with asyncio, whose server closes the connection without an alert.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.verify_mode, context.maximum_version = ssl.CERT_REQUIRED, version
+    authority.configure_trust(context)
+    authority.issue_cert("localhost").configure_cert(context)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # closed at the end
+                while True:
+                    accepted, _ = listener.accept()
+                    with (
+                        contextlib.suppress(OSError),
+                        accepted,
+                        context.wrap_socket(accepted, server_side=True) as peer,
+                    ):
+                        peer.recv(65536)
+                        peer.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"https://localhost:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(20)
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_a_server_that_asks_for_a_client_certificate(site: Site, version: ssl.TLSVersion) -> None:
+    for name, authority in (("other", trustme.CA()), ("own", site.authority)):
+        authority.issue_cert("ana").private_key_and_cert_chain_pem.write_to_path(site.place / f"{name}.pem")
+    with asking_for_certificates(site.authority, version) as url:
+
+        async def says(expected: str) -> None:
+            await fails(site.service(url=url), expected)
+            with pytest.raises(RemoteError, match=expected):
+                await asyncio.to_thread(fetch_projects, url, TOKEN, None)
+            shutil.rmtree(site.place / "clone")
+
+        # Before 1.3 a server without a certificate from its client just refuses the handshake.
+        await says("asks for a client certificate" if version is ssl.TLSVersion.TLSv1_3 else "no TLS there")
+        trusted_servers.record(trusted_servers.name(url, client_cert=str(site.place / "other.pem")))
+        await says("does not accept this one; name it with: lattice remote trust")
+        trusted_servers.record(trusted_servers.name(url, client_cert=str(site.place / "own.pem")))
+        await says("HTTP 404")
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])

@@ -71,6 +71,7 @@ _MAX_QUEUED_FRAMES = 4
 _NO_PASSWORD = ""
 """Keeps OpenSSL from asking for one on the terminal."""
 _COME_BACK = {429, 503}
+_CERTIFICATE_ALERTS = ("CERTIFICATE_REQUIRED", "ALERT_BAD_CERTIFICATE", "ALERT_UNKNOWN_CA")
 _WHO_ARE_YOU = {400, 401, 403, 407}
 """Statuses of a proxy that authenticates. nginx answers 400 without a client certificate."""
 _NOBODY_BEHIND = {502, 504}
@@ -162,16 +163,18 @@ async def open_socket(
     except ssl.SSLCertVerificationError as error:
         raise _unverified(error, remote) from error
     except ssl.SSLError as error:
-        raise _no_tls(error.reason) from error
+        raise _no_tls(error.reason, remote) from error
     except (InvalidProxy, ProxyError) as error:
         raise ConnectionFailed(f"{via}refused, or no proxy is there") from error
     except ImportError as error:  # only a proxy needs a lazy import here
         raise ConnectionFailed(f"{via}SOCKS needs the package python-socks, which is not installed") from error
     except OSError as error:
         if is_tls and isinstance(error, ConnectionError) and not error.errno:  # asyncio's own, from the handshake
-            raise _no_tls("it closes the connection") from error
+            raise _no_tls("it closes the connection", remote) from error
         raise ConnectionFailed(via + _describe(error)) from error
     except (InvalidHandshake, InvalidURI, EOFError, ValueError) as error:
+        if is_tls and proxy is None and (alert := await _alert(remote, server)):
+            raise _no_tls(alert, remote) from error
         if is_tls or proxy or not await _speaks_tls(remote):
             raise ConnectionFailed("it is not a lattice-remote server") from error
         raise ConnectionFailed(
@@ -210,8 +213,10 @@ def fetch_projects(url: str, token: str, named: Server | None) -> list[dict[str,
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLCertVerificationError):
             raise _unverified(reason, remote) from error
-        if isinstance(reason, ssl.SSLError):
-            raise _no_tls(reason.reason) from error
+        cause = error if isinstance(error, ssl.SSLError) else reason
+        if isinstance(cause, ssl.SSLError | ConnectionResetError | BrokenPipeError) and url.startswith("https:"):
+            alert = asyncio.run(_alert(remote, server)) if proxy is None else ""
+            raise _no_tls(alert or getattr(cause, "reason", None) or "it closes the connection", remote) from error
         raise ConnectionFailed(via + (_describe(reason) if isinstance(reason, OSError) else str(reason))) from error
     except (HTTPException, ValueError) as error:
         raise ConnectionFailed("it is not a lattice-remote server") from error
@@ -306,9 +311,35 @@ def _unverified(error: ssl.SSLCertVerificationError, remote: Remote) -> Rejected
     return Rejected(what, code="REMOTE_UNTRUSTED")
 
 
-def _no_tls(reason: str | None) -> ConnectionFailed:
+def _no_tls(reason: str | None, remote: Remote) -> RemoteError:
+    if any(alert in (reason or "") for alert in _CERTIFICATE_ALERTS):
+        return Rejected(
+            f"{remote.url} asks for a client certificate, or does not accept this one; name it with: "
+            f"lattice remote trust {remote.url} --client-cert FILE --client-key FILE",
+            code="REMOTE_UNTRUSTED",
+        )
     why = f" ({reason.lower().replace('_', ' ')})" if reason else ""
     return ConnectionFailed(f"no TLS there{why}; if it speaks plain HTTP, the URL begins with http://")
+
+
+async def _alert(remote: Remote, server: Server) -> str:
+    """Return the alert with which a server ends a connection after the handshake, "" for none; nothing is sent.
+
+    TLS 1.3 asks for a client certificate only then, and the library does not report it.
+    """
+    target = parse_uri(remote.websocket_url)
+    try:
+        async with asyncio.timeout(_PROBE_TIMEOUT_S):
+            reader, writer = await asyncio.open_connection(target.host, target.port, ssl=_tls(server))
+            try:
+                await reader.read(1)
+            finally:
+                writer.transport.abort()
+    except ssl.SSLError as error:
+        return error.reason or ""
+    except (OSError, TimeoutError):
+        return ""
+    return ""
 
 
 async def _speaks_tls(remote: Remote) -> bool:
