@@ -12,7 +12,7 @@ from websockets.asyncio.server import ServerConnection
 from websockets.http11 import Request, Response
 
 from lattice_remote.client.agent.service import Service
-from lattice_remote.client.connection import connection as module
+from lattice_remote.client.connection import connection, requests
 from lattice_remote.client.connection.connection import Connection
 from lattice_remote.protocol.messages import ClientFrame, Reply, Run, encode
 
@@ -36,8 +36,8 @@ async def test_a_connected_command_may_take_longer_than_a_lost_connection(
     server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await ready(service)
-    monkeypatch.setattr(module, "SENT_PATIENCE_S", 0.01)
-    monkeypatch.setattr(module, "UNSENT_PATIENCE_S", 0.01)
+    monkeypatch.setattr(requests, "SENT_PATIENCE_S", 0.01)
+    monkeypatch.setattr(requests, "UNSENT_PATIENCE_S", 0.01)
     looks = 0
     give_up = Connection._give_up
 
@@ -77,7 +77,7 @@ async def test_a_server_that_has_just_started_may_be_slow(
         if looks == 4:  # 0.1 s apart
             release.set()
         elif looks:
-            monkeypatch.setattr(module, "UNSENT_PATIENCE_S", 0.01)
+            monkeypatch.setattr(requests, "UNSENT_PATIENCE_S", 0.01)
         give_up(link, pending, failed_before)
 
     if step == "upgrade":
@@ -143,7 +143,7 @@ async def test_a_connection_that_was_current_resets_the_delay(
     server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch, is_behind: bool
 ) -> None:
     """Also one that had fallen behind by the time it was cut."""
-    monkeypatch.setattr(module, "MIN_UPTIME_S", 0.0)
+    monkeypatch.setattr(connection, "MIN_UPTIME_S", 0.0)
     await ready(service)
     link = service._connection
     link._backoff.streak = 5

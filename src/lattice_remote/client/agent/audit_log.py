@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from lattice_remote import text as logtext
-from lattice_remote.errors import ConnectionFailed, Misuse, ProtocolError, Rejected
+from lattice_remote.errors import Misuse, ProtocolError
 from lattice_remote.protocol.messages import (
     MAX_LOG_ENTRIES,
     Log,
     LogEntry,
     LogPage,
     ReadVersion,
-    Refused,
-    Response,
     Version,
 )
 
@@ -50,9 +48,7 @@ async def read_log(connection: "Connection", task: str, limit: int, text: TextNa
     before: int | None = None
     while True:
         number = min(limit + 1 - len(entries), MAX_LOG_ENTRIES)
-        page = await _ask(connection, Log(os.urandom(16).hex(), task, number, before, text or ""))
-        if not isinstance(page, LogPage):
-            raise ConnectionFailed("unexpected response from the server")
+        page = await _request(connection, Log(os.urandom(16).hex(), task, number, before, text or ""), LogPage)
         if before is not None and page.before is not None and page.before >= before:
             raise ProtocolError("the pages of the server's log are not consecutive")
         before = page.before
@@ -79,17 +75,14 @@ async def read_version(connection: "Connection", task: str, text: TextName, vers
     named = _VERSION.fullmatch(version)
     if named is None:
         raise Misuse(f"{version!r} is not a change's number; list them with: lattice remote history {task}")
-    answer = await _ask(connection, ReadVersion(os.urandom(16).hex(), task, text, int(named[2]), named[1] or ""))
-    if not isinstance(answer, Version):
-        raise ConnectionFailed("unexpected response from the server")
-    return answer
+    frame = ReadVersion(os.urandom(16).hex(), task, text, int(named[2]), named[1] or "")
+    return await _request(connection, frame, Version)
 
 
-async def _ask(connection: "Connection", asked: Log | ReadVersion) -> Response:
-    answer = await connection.send_request(asked)
-    if isinstance(answer, Refused):
-        raise Rejected(answer.message, code=answer.code)
-    return answer
+async def _request[T: LogPage | Version](connection: "Connection", frame: Log | ReadVersion, kind: type[T]) -> T:
+    from lattice_remote.client.connection.requests import expect  # commands import this module too
+
+    return expect(await connection.send_request(frame), kind)
 
 
 def records(answer: dict[str, Any], directory: str) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import Any
 
 from lattice_remote.client.cache.replicator import Replicator
 from lattice_remote.client.connection.connection import Connection
-from lattice_remote.errors import ConnectionFailed, Rejected
+from lattice_remote.client.connection.requests import expect
 from lattice_remote.protocol.change_summary import about, described
 from lattice_remote.protocol.effects import Position
-from lattice_remote.protocol.messages import Change, Refused, Replay, Replayed
+from lattice_remote.protocol.messages import Change, Replay, Replayed
 from lattice_remote.protocol.operations import weight_of
 
 __all__ = ["ChangeFeed"]
@@ -120,12 +120,7 @@ async def _replay(connection: Connection, request: Replay) -> Replayed:
             if connection.is_refused and connection.error is not None
             else connection.unreachable(is_write=False)
         )
-    answer = await connection.send_request(request)
-    if isinstance(answer, Refused):
-        raise Rejected(answer.message, code=answer.code)
-    if not isinstance(answer, Replayed):
-        raise ConnectionFailed("unexpected response from the server")
-    return answer
+    return expect(await connection.send_request(request), Replayed)
 
 
 def _weight(change: Change) -> int:

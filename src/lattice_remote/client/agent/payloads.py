@@ -20,7 +20,7 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from lattice_remote.client import config
 from lattice_remote.client.attachments import identity
@@ -29,6 +29,7 @@ from lattice_remote.client.cache.replicator import Replicator
 from lattice_remote.client.config import PRIVATE_DIRECTORY
 from lattice_remote.client.connection.connection import Connection
 from lattice_remote.client.connection.pool import ConnectionPool
+from lattice_remote.client.connection.requests import Requester, expect
 from lattice_remote.client.connection.upload import Source, upload
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
 from lattice_remote.protocol.effects import Content
@@ -40,14 +41,12 @@ from lattice_remote.protocol.messages import (
     Download,
     Downloaded,
     Refused,
-    Request,
     Response,
     Run,
 )
 from lattice_remote.protocol.replica import LARGE_BYTES
 
 __all__ = [
-    "DownloadConnection",
     "OpenFile",
     "PayloadFetcher",
     "Unreadable",
@@ -65,25 +64,18 @@ _WINDOW = 8
 """Pieces requested at once: enough to fill a line, few enough to leave room for others."""
 
 
-class DownloadConnection(Protocol):
-    """A connection that carries requests."""
-
-    async def send_request(self, frame: Request) -> Response:
-        """Send a request and return its answer."""
-
-
-async def describe_content(connection: DownloadConnection, path: str) -> tuple[Content, int]:
+async def describe_content(connection: Requester, path: str) -> tuple[Content, int]:
     """Return a file's content on the server, and the sequence number of that.
 
     Raises:
         Rejected: REMOTE_NOT_FOUND if there is no such file.
         ConnectionFailed: the server is unreachable.
     """
-    answer = await _ask(connection, Download(os.urandom(16).hex(), path, limit=1))
+    answer = expect(await connection.send_request(Download(os.urandom(16).hex(), path, limit=1)), Downloaded)
     return (answer.size, answer.digest), answer.seq
 
 
-async def pieces(connection: DownloadConnection, path: str, content: Content, offset: int) -> AsyncGenerator[bytes]:
+async def pieces(connection: Requester, path: str, content: Content, offset: int) -> AsyncGenerator[bytes]:
     """Yield a content from ``offset`` to its end, in order. The caller checks the digest.
 
     Raises:
@@ -91,16 +83,16 @@ async def pieces(connection: DownloadConnection, path: str, content: Content, of
         ConnectionFailed: the server is unreachable; resume later.
     """
     size, digest = content
-    under_way: deque[asyncio.Task[Downloaded]] = deque()
+    under_way: deque[asyncio.Task[Response]] = deque()
     asked = offset
     try:
         while offset < size:
             while asked < size and len(under_way) < _WINDOW:
                 wanted = min(_PIECE_BYTES, size - asked)
                 frame = Download(os.urandom(16).hex(), path, digest, asked, wanted)
-                under_way.append(asyncio.create_task(_ask(connection, frame)))
+                under_way.append(asyncio.create_task(connection.send_request(frame)))
                 asked += wanted
-            answer = await under_way.popleft()
+            answer = expect(await under_way.popleft(), Downloaded)
             expected = min(_PIECE_BYTES, size - offset)
             if len(answer.data) != expected or (answer.size, answer.digest) != content:
                 raise ConnectionFailed(f"unexpected data from the server for {path}")
@@ -110,15 +102,6 @@ async def pieces(connection: DownloadConnection, path: str, content: Content, of
         for task in under_way:
             task.cancel()
         await asyncio.gather(*under_way, return_exceptions=True)
-
-
-async def _ask(connection: DownloadConnection, frame: Download) -> Downloaded:
-    answer = await connection.send_request(frame)
-    if isinstance(answer, Refused):
-        raise Rejected(answer.message, code=answer.code)
-    if not isinstance(answer, Downloaded):
-        raise ConnectionFailed("unexpected response from the server")
-    return answer
 
 
 _RETRY_S = 5.0

@@ -62,6 +62,7 @@ from lattice_remote.client.cache.verify import CacheComparison
 from lattice_remote.client.config import Remote, read_remote
 from lattice_remote.client.connection.connection import ALIVE_S, Connection
 from lattice_remote.client.connection.pool import ConnectionPool
+from lattice_remote.client.connection.requests import expect
 from lattice_remote.client.trusted_servers import Server
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError, unknown_if_sent
 from lattice_remote.file_watcher import FileWatcher
@@ -154,12 +155,10 @@ class Service:
         self._resolver = Resolver(self._replicator, self._edit_sender)
         self._rescuer = Rescuer(self._replicator)
         self._edit_watcher: EditWatcher | None = None
-        self._sending: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._payload_fetcher = PayloadFetcher(self._replicator, self._pool)
         self._changes = ChangeFeed(self._replicator, self._connection)
-        self._fetching: asyncio.Task[None] | None = None
         self._is_new = True
-        self._watcher: asyncio.Task[None] | None = None
         self._integrity_monitor = IntegrityMonitor(
             self._replicator, self._connection, FileWatcher(), asyncio.Semaphore(1), _ignore
         )
@@ -168,8 +167,6 @@ class Service:
         self._has_looked = is_new
         if is_new:
             self._replicator.files.first_fill = FirstFill(self.cache)
-        self._monitoring: asyncio.Task[None] | None = None
-        self._acknowledging: asyncio.Task[None] | None = None
 
     def start(self, token: str | None, *, named: Server | None = None, prefer_given: bool = False) -> None:
         """Start to follow the project. The user's stored token takes precedence over ``token`` unless
@@ -177,34 +174,33 @@ class Service:
         with contextlib.suppress(StorageError):  # reported once the files are needed
             self.cache.make_private()
         self._pool.start(token, named=named, prefer_given=prefer_given)
-        self._watcher = asyncio.get_running_loop().create_task(self._watch())
         acknowledger = Acknowledger(self._replicator, self._connection)
-        self._acknowledging = asyncio.get_running_loop().create_task(acknowledger.run())
-        self._fetching = asyncio.get_running_loop().create_task(self._payload_fetcher.run())
+        self._start(self._watch(), acknowledger.run(), self._payload_fetcher.run())
+
+    def _start(self, *work: Coroutine[Any, Any, None]) -> None:
+        self._tasks += [asyncio.get_running_loop().create_task(each) for each in work]
 
     def look_after(self, watching: FileWatcher, turn: asyncio.Semaphore) -> None:
         """Start to send edits and repair other modifications without a request."""
         self._replicator.edits.evidence.begin_watch()
         self._edit_watcher = edit_watcher = EditWatcher(self._replicator, self._pool, self._edit_sender)
         self._replicator.files.on_edits = edit_watcher.touched
-        self._sending = asyncio.get_running_loop().create_task(edit_watcher.run())
         self._integrity_monitor = IntegrityMonitor(
             self._replicator, self._connection, watching, turn, edit_watcher.touched
         )
-        self._monitoring = asyncio.get_running_loop().create_task(self._integrity_monitor.run())
+        self._start(self._integrity_monitor.run(), edit_watcher.run())
 
     async def close(self) -> None:
         """Close all connections and store the fingerprints."""
-        for task in (self._watcher, self._acknowledging, self._fetching, self._monitoring, self._sending):
-            if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
         await self._pool.close()
         if (first_fill := self._replicator.files.first_fill) is not None:
             first_fill.close()
             with contextlib.suppress(StorageError):
                 await self._replicator.store_known()
-        if self._monitoring is not None:
+        if self._edit_watcher is not None:
             with contextlib.suppress(StorageError):
                 await self._replicator.store_known()
             self._replicator.edits.evidence.end_watch()
@@ -330,7 +326,7 @@ class Service:
         self._integrity_monitor.is_awaited = True
         try:
             async with asyncio.timeout(wait_s), self._looking:
-                if self._monitoring is None and not self._integrity_monitor.has_looked:
+                if self._edit_watcher is None and not self._integrity_monitor.has_looked:
                     await self._integrity_monitor.look()
                 if not await self._until(lambda: self._integrity_monitor.has_looked and self._is_current(), wait_s):
                     return
@@ -357,16 +353,13 @@ class Service:
 
     def _notices(self) -> list[str]:
         """Return the notices for the next command: each once, lasting conditions until they end."""
-        notices, self._replicator.rescue_policy.notices, self._said = (
-            self._replicator.rescue_policy.notices + self._said,
-            [],
-            [],
-        )
+        rescue_policy = self._replicator.rescue_policy
+        notices = [*rescue_policy.notices, *self._said]
+        rescue_policy.notices, self._said = [], []
         if self._edit_watcher is not None:
             notices += self._edit_watcher.notices
             self._edit_watcher.notices = []
-        rescued = self._replicator.rescue_policy.rescued
-        lasting = (self._edit_sender.notice(), self._replicator.conflicts.notice(), rescued.notice())
+        lasting = (self._edit_sender.notice(), self._replicator.conflicts.notice(), rescue_policy.rescued.notice())
         return [*notices, *(notice for notice in lasting if notice is not None)]
 
     async def _fill(self, failed_before: int) -> None:
@@ -442,8 +435,7 @@ class Service:
     async def _run(self, request: dict[str, Any], token: str | None, report: ProgressCallback) -> dict[str, Any]:
         """Run a command line on the server; return once its change is in the files."""
         answer, notices = await self._carry_out(run_frame(request), request, token, report)
-        if not isinstance(answer, Reply):
-            raise ConnectionFailed("unexpected response from the server", sent=True)
+        answer = expect(answer, Reply, sent=True)
         return {
             "exit_code": answer.exit_code if 0 <= answer.exit_code <= 255 else 1,
             "stdout": base64.b64encode(answer.stdout).decode("ascii"),
@@ -454,8 +446,7 @@ class Service:
     async def _call(self, request: dict[str, Any], token: str | None, report: ProgressCallback) -> dict[str, Any]:
         """Run a surface's operation on the server; return once its change is in the files."""
         answer, notices = await self._carry_out(call_frame(request), request, token, report)
-        if not isinstance(answer, Returned):
-            raise ConnectionFailed("unexpected response from the server", sent=True)
+        answer = expect(answer, Returned, sent=True)
         payload = answer.payload.decode(errors="replace")
         return {"status": answer.status, "payload": payload, "seq": answer.seq, "notices": notices}
 
@@ -651,7 +642,7 @@ class Service:
             "last_path": repairs.last_path,
             "last_age_s": None if repairs.last_at is None else round(max(0.0, time.time() - repairs.last_at), 1),
             "contested": repairs.contested(),
-            "watched": None if self._monitoring is None else self._integrity_monitor.how(),
+            "watched": None if self._edit_watcher is None else self._integrity_monitor.how(),
         }
 
     def _edits_wait_for(self) -> str | None:

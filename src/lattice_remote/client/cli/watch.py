@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Self
 
 import msgspec
 import typer
@@ -144,7 +144,7 @@ class _Handler:
     command: str
     timeout_s: float
 
-    def __call__(self, record: dict[str, Any], show: "_Show") -> None:
+    def __call__(self, record: dict[str, Any], show: "_Lines") -> None:
         line = json.dumps(record, sort_keys=True)
         if self.as_json:
             sys.stdout.write(line + "\n")
@@ -155,34 +155,28 @@ class _Handler:
             show.note(f"change {record['seq']}: {trouble}")
 
 
-class _Show(Protocol):
-    """Output for people."""
-
-    def change(self, record: dict[str, Any]) -> None:
-        """Show a change."""
-
-    def note(self, text: str) -> None:
-        """Show a remark about the watching itself."""
-
-    def state(self, text: str) -> None:
-        """Show the connection state."""
-
-
 class _Lines:
-    """Plain lines: changes on stdout, the rest on stderr."""
+    """Output for people: changes on stdout, the rest on stderr."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
     def change(self, record: dict[str, Any]) -> None:
         number, time, who, tasks, what = as_line(record)
         typer.echo("  ".join(filter(None, (number.rjust(5), time, who, tasks, what))))
 
     def note(self, text: str) -> None:
+        """Show a remark about the watching itself."""
         typer.echo(f"lattice-remote: {one_line(text)}", err=True)
 
     def state(self, text: str) -> None:
-        """Ignore the state: plain lines have no place for it."""
+        """Show the connection state, on a terminal only."""
 
 
-class _View:
+class _View(_Lines):
     """Lines on a terminal with a status line below."""
 
     def __init__(self) -> None:
@@ -191,7 +185,7 @@ class _View:
         self._console = Console(highlight=False)
         self._status = self._console.status("connecting", spinner="dots")
 
-    def __enter__(self) -> "_View":
+    def __enter__(self) -> Self:
         self._status.start()
         return self
 
@@ -249,7 +243,8 @@ def watch(
         send_request(request("ready", directory))  # the titles come from the cache
     only = _task_id(directory, task)
     handler = _Handler(as_json, command, exec_timeout)
-    with _showing(is_view=sys.stdout.isatty() and not as_json and not command) as show:
+    is_view = sys.stdout.isatty() and not as_json and not command
+    with _View() if is_view else _Lines() as show:
         code = _Watch(directory, handler, show).run(begin, only, count)
     raise typer.Exit(code)
 
@@ -263,7 +258,7 @@ class _Gone(RemoteError):
 class _Watch:
     """One run of the command."""
 
-    def __init__(self, directory: str, handler: _Handler, show: _Show) -> None:
+    def __init__(self, directory: str, handler: _Handler, show: _Lines) -> None:
         self._directory, self._handler, self._show = directory, handler, show
         self._position: Position | None = None  # of the last handled change; None at the start of an epoch
         self._former: dict[str, Position] = {}  # the last ones of earlier epochs
@@ -369,15 +364,6 @@ def _why_not(answer: dict[str, Any]) -> str:
     return f"the changes after {seq} are not kept any more; the oldest that is kept is {oldest}: " + (
         f"resume with --since {max(oldest - 1, 0)}"
     )
-
-
-@contextlib.contextmanager
-def _showing(*, is_view: bool) -> Iterator[_Show]:
-    if not is_view:
-        yield _Lines()
-        return
-    with _View() as view:
-        yield view
 
 
 def _parse_since(text: str) -> Position | int | None:

@@ -1,8 +1,7 @@
 """Reconnecting WebSocket to one project, and the requests sent on it.
 
 A request that was cut off is sent again under its own id after a reconnect (I6). After a refusal, such as a wrong
-token, the connection still retries: now and then, and at once when a command asks or the token changes. ``dial`` opens
-the socket, ``backoff`` sets the delays.
+token, the connection still retries: now and then, and at once when a command asks or the token changes.
 """
 
 import asyncio
@@ -10,12 +9,10 @@ import contextlib
 import itertools
 import logging
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
-import msgspec
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
@@ -31,122 +28,28 @@ from lattice_remote.client.connection.dial import (
     error_of,
     open_socket,
 )
+from lattice_remote.client.connection.receive_queue import Item, ReceiveQueue, closing_error, read_frames
+from lattice_remote.client.connection.requests import MAX_SENDS, UNSENT_PATIENCE_S, PendingRequest, refusal_of
 from lattice_remote.client.trusted_servers import Server
 from lattice_remote.errors import (
     REFUSALS,
     ConnectionFailed,
-    ProtocolError,
     Rejected,
     RemoteError,
     StorageError,
-    one_line,
 )
 from lattice_remote.protocol.messages import (
-    MAX_FRAME_BYTES,
     Bye,
-    Call,
     ClientFrame,
     Hello,
-    Log,
-    Put,
-    Refused,
     Request,
     Response,
-    Run,
     ServerFrame,
     Welcome,
-    Write,
-    decode_server_frame,
     encode,
-    needed_capability,
 )
 
-__all__ = ["Condition", "Connection", "Item", "ReceiveQueue", "Session", "refusal_of"]
-
-MAX_FRAMES = 128
-MAX_BYTES = 64 * 1024 * 1024
-
-Item = ServerFrame | RemoteError
-"""A frame, or the error that ended the connection after the frames before it."""
-
-
-class ReceiveQueue:
-    """Bounded queue between the socket's reader and the session; one producer, one consumer."""
-
-    def __init__(self) -> None:
-        self._items: deque[Item] = deque()
-        self._bytes = 0
-        self._changed = asyncio.Event()
-
-    @property
-    def is_full(self) -> bool:
-        """Return whether the reader must wait because the session is slow."""
-        return len(self._items) >= MAX_FRAMES or self._bytes >= MAX_BYTES
-
-    async def put(self, item: Item, size: int = 0) -> None:
-        """Add an item of ``size`` bytes on the wire, once there is room."""
-        while self.is_full:
-            await self._next_change()
-        self._items.append(item)
-        self._bytes += size
-        self._changed.set()
-
-    async def take(self) -> list[Item]:
-        """Wait for at least one item and return all."""
-        while not self._items:
-            await self._next_change()
-        items = list(self._items)
-        self._items.clear()
-        self._bytes = 0
-        self._changed.set()
-        return items
-
-    async def _next_change(self) -> None:
-        self._changed.clear()
-        await self._changed.wait()
-
-
-def refusal_of(frame: Request, welcome: Welcome) -> Refused | None:
-    """Return the refusal of a request that this server does not support, else None (SPEC V3 and 2.4)."""
-    return _not_offered(frame, welcome) or _too_large(frame, welcome)
-
-
-def _not_offered(frame: Request, welcome: Welcome) -> Refused | None:
-    needed = needed_capability(frame)
-    if needed is None or needed in welcome.capabilities:
-        return None
-    server = one_line(f"the server (lattice-remote {welcome.server_version})")
-    surface = needed.removeprefix("call:")
-    why = f"{server} does not offer {surface}: install lattice-remote[{surface}] on the server"
-    return Refused(frame.id, "REMOTE_VERSION", why)
-
-
-def _too_large(frame: Request, welcome: Welcome) -> Refused | None:
-    limits = welcome.limits
-    if isinstance(frame, Put) and len(frame.text) > limits.max_text_bytes:
-        takes = f"it has {len(frame.text)} bytes, the server takes at most {limits.max_text_bytes}"
-        return Refused(frame.id, "REMOTE_TOO_LARGE", takes)
-    size, limit = len(encode(frame)), min(limits.max_frame_bytes, MAX_FRAME_BYTES)
-    largest = _largest_file(frame)
-    if largest <= limits.max_file_bytes and size <= limit:
-        return None
-    return Refused(
-        frame.id,
-        "REMOTE_TOO_LARGE",
-        f"this takes {size} bytes, {largest} of them one file; the server takes at most {limit}, and "
-        f"{limits.max_file_bytes} of a file",
-    )
-
-
-def _largest_file(frame: Request) -> int:
-    match frame:
-        case Run() | Call():
-            return max((len(file.data or b"") for file in frame.files), default=0)
-        case Put():
-            return len(frame.text)
-        case _:
-            return 0
-
+__all__ = ["Condition", "Connection", "Session"]
 
 FIRST_FRAME_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 0.5
@@ -155,18 +58,8 @@ PING_TIMEOUT_S = 10.0
 ALIVE_S = PING_INTERVAL_S + PING_TIMEOUT_S + 2.0
 """A connection that was silent for longer does not count as connected."""
 MIN_ATTEMPT_GAP_S = 0.1
-UNSENT_PATIENCE_S = 3.0
-SENT_PATIENCE_S = 10.0
-"""Longest time that a request waits for a lost connection: after it was sent, and before."""
 ASKED_DELAY_S = 0.5
 """Longest delay between attempts while a request waits."""
-MAX_SENDS = 8
-"""Most sends of a request over connections that do not last, so that a server which always ends them is not asked for
-ever."""
-MAX_FRAGMENTS = 1024
-"""Most fragments of a message: empty ones cost the sender nothing."""
-_VIOLATIONS = {1002, 1007, 1009}
-"""Close codes with which the library reports a violation of WebSocket by the peer."""
 _log = logging.getLogger(__name__)
 
 
@@ -211,43 +104,6 @@ class Condition:
         return True
 
 
-@dataclass(slots=True, eq=False)
-class _Pending:
-    """Request without an answer yet."""
-
-    frame: Request
-    answer: "asyncio.Future[Response]"
-    asked_at: float = field(default_factory=time.monotonic)
-    sends: int = 0
-    """Sends since a connection last lasted."""
-    first_sent_at: float | None = None
-    """Time of the first send (``boot_time()``), perhaps by an earlier agent."""
-
-    @property
-    def is_write(self) -> bool:
-        return isinstance(self.frame, Write)
-
-    @property
-    def patience_s(self) -> float:
-        """Return how long it waits for a lost connection: longer once it was sent."""
-        is_under_way = self.first_sent_at is not None and not isinstance(self.frame, Log)
-        return SENT_PATIENCE_S if is_under_way else UNSENT_PATIENCE_S
-
-    @property
-    def sent(self) -> bool:
-        """Return whether it may have taken effect."""
-        return self.is_write and self.first_sent_at is not None
-
-    def to_send(self) -> Request:
-        """Return the frame to send now; a resent one carries its age (SPEC section 3.4)."""
-        self.sends += 1
-        if self.first_sent_at is None:
-            self.first_sent_at = boot_time()
-        elif isinstance(self.frame, Write):
-            return msgspec.structs.replace(self.frame, age_s=max(0.0, boot_time() - self.first_sent_at))
-        return self.frame
-
-
 @dataclass(slots=True)
 class Connection:
     """Reconnecting connection to one project. ``start()`` it once and ``close()`` it at the end."""
@@ -271,7 +127,7 @@ class Connection:
     _socket: ClientConnection | None = None
     _is_accepted: bool = False  # the server has accepted the connection, and has not said more yet
     _task: "asyncio.Task[None] | None" = None
-    _pending: dict[str, _Pending] = field(default_factory=dict)
+    _pending: dict[str, PendingRequest] = field(default_factory=dict)
     _kicked: asyncio.Event = field(default_factory=asyncio.Event)
     _probe: asyncio.Event = field(default_factory=asyncio.Event)
     _down_since: float = field(default_factory=time.monotonic)
@@ -359,7 +215,7 @@ class Connection:
             Rejected: the server refuses this token, project or version.
             ConnectionFailed: unreachable for too long; ``sent`` says whether it may have taken effect.
         """
-        pending = _Pending(frame, asyncio.get_running_loop().create_future(), first_sent_at=first_sent_at)
+        pending = PendingRequest(frame, asyncio.get_running_loop().create_future(), first_sent_at=first_sent_at)
         self._pending[frame.id] = pending
         failed_before = self.failed_attempts
         self.kick()
@@ -371,13 +227,13 @@ class Connection:
         finally:
             del self._pending[frame.id]
 
-    async def _answered(self, pending: _Pending, failed_before: int) -> bool:
+    async def _answered(self, pending: PendingRequest, failed_before: int) -> bool:
         """Wait 0.1 s for the answer; raise if the connection has been lost for too long."""
         self._give_up(pending, failed_before)
         await asyncio.wait([pending.answer], timeout=0.1)
         return pending.answer.done()
 
-    def _give_up(self, pending: _Pending, failed_before: int) -> None:
+    def _give_up(self, pending: PendingRequest, failed_before: int) -> None:
         if self.welcome is not None or pending.answer.done():
             return
         if self.is_refused and self.failed_attempts > failed_before and self.error is not None:
@@ -409,7 +265,7 @@ class Connection:
             f"cannot reach server {self.remote.url}{why}" + ("; nothing was written" if is_write else "")
         )
 
-    async def _send_pending(self, pending: _Pending) -> None:
+    async def _send_pending(self, pending: PendingRequest) -> None:
         if self.welcome is None or pending.answer.done():
             return
         if not pending.sent and (refused := refusal_of(pending.frame, self.welcome)) is not None:
@@ -445,7 +301,7 @@ class Connection:
             except RemoteError as error:
                 self.error = error
             except ConnectionClosed as closed:
-                self.error = _closing(closed)
+                self.error = closing_error(closed)
             except Exception as error:  # noqa: BLE001
                 # A defect must not end the connection silently: log it, show it, try again.
                 _log.exception("the connection to %s failed", self.remote.url)
@@ -524,7 +380,7 @@ class Connection:
         self._offered = hello.epoch
         await self._socket.send(encode(hello))
         jobs: list[Awaitable[None]] = [
-            self._read(self._socket, inbox),
+            read_frames(self._socket, inbox, self._hear),
             self._talk(inbox),
             self._keep_alive(self._socket, inbox),
         ]
@@ -538,21 +394,6 @@ class Connection:
         errors = [result for result in results if isinstance(result, Exception)]
         # An explicit reason, from the server or the files, says more than the close that came with it.
         raise min(errors, key=lambda error: isinstance(error, ConnectionClosed) or type(error) is ConnectionFailed)
-
-    async def _read(self, socket: ClientConnection, inbox: ReceiveQueue) -> None:
-        """Decode frames, separately from processing, so that a slow disk does not look like a silent server.
-
-        The connection's end goes through the queue too: the frames before it, such as a goodbye, come first.
-        """
-        try:
-            while True:
-                data = await _message(socket)
-                self._hear()
-                await inbox.put(decode_server_frame(data), len(data))
-        except ConnectionClosed as closed:
-            await inbox.put(_closing(closed))
-        except ProtocolError as violation:
-            await inbox.put(violation)
 
     async def _talk(self, inbox: ReceiveQueue) -> None:
         try:
@@ -625,28 +466,3 @@ class Connection:
                 raise ConnectionFailed(f"no answer to a ping within {PING_TIMEOUT_S:.0f} s") from error
             self._hear()
             self.changed.notify()
-
-
-def _closing(closed: ConnectionClosed) -> RemoteError:
-    """Return the error for a closed connection: a violation noticed here, or the peer's close."""
-    if closed.sent is not None and closed.rcvd is None and closed.sent.code in _VIOLATIONS:
-        return ProtocolError(f"the server broke the protocol: {closed.sent.reason}")
-    reason = f": {closed.rcvd.reason}" if closed.rcvd is not None and closed.rcvd.reason else ""
-    return ConnectionFailed(f"the connection was closed{reason}")
-
-
-async def _message(socket: ClientConnection) -> bytes:
-    """Return the next message.
-
-    Raises:
-        ProtocolError: it is text, or has too many fragments.
-        ConnectionClosed: the connection has ended.
-    """
-    pieces: list[bytes] = []
-    async for piece in socket.recv_streaming():
-        if isinstance(piece, str):
-            raise ProtocolError("a text message; frames are binary")
-        pieces.append(piece)
-        if len(pieces) > MAX_FRAGMENTS:
-            raise ProtocolError(f"a message in more than {MAX_FRAGMENTS} pieces")
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)

@@ -9,13 +9,13 @@ import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
+from lattice_remote.client.connection.requests import Requester, expect
 from lattice_remote.errors import ConnectionFailed, Rejected, StorageError
 from lattice_remote.files import hash_descriptor
-from lattice_remote.protocol.messages import Refused, Request, Response, Upload, Uploaded
+from lattice_remote.protocol.messages import Refused, Upload, Uploaded
 
-__all__ = ["Source", "UploadConnection", "upload"]
+__all__ = ["Source", "upload"]
 
 _PIECE_BYTES = 256 * 1024
 _WINDOW = 8
@@ -23,13 +23,6 @@ _WINDOW = 8
 _MAX_SETBACKS = 10
 """Most losses of received parts before giving up; a restarted server loses them once."""
 _BUSY_ATTEMPTS, _BUSY_DELAY_S = 20, 0.5
-
-
-class UploadConnection(Protocol):
-    """A connection that carries requests."""
-
-    async def send_request(self, frame: Request) -> Response:
-        """Send a request and return its answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +45,7 @@ class Source:
 
 
 async def upload(
-    connection: UploadConnection,
+    connection: Requester,
     source: Source,
     *,
     purpose: str = "attachment",
@@ -91,9 +84,7 @@ async def upload(
 class _Sender:
     """One running upload, a few parts ahead of the server's acknowledgement."""
 
-    def __init__(
-        self, connection: UploadConnection, source: Source, purpose: str, report: Callable[[int, int], None]
-    ) -> None:
+    def __init__(self, connection: Requester, source: Source, purpose: str, report: Callable[[int, int], None]) -> None:
         self._connection = connection
         self._source = source
         self._purpose = purpose
@@ -147,8 +138,6 @@ class _Sender:
                     return have
                 case Refused(code="REMOTE_BUSY") if attempts_left:
                     await asyncio.sleep(_BUSY_DELAY_S)
-                case Refused():
-                    raise Rejected(answer.message, code=answer.code)
                 case _:
-                    raise ConnectionFailed("unexpected response from the server")
+                    expect(answer, Uploaded)
         raise AssertionError("the last attempt returns or raises")

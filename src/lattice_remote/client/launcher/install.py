@@ -50,7 +50,6 @@ except ImportError:
 del sys.path[0]
 main({lattice!r}, {python!r})
 """
-_STOP_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
