@@ -341,7 +341,7 @@ async def test_another_programs_refusal_blames_no_token_and_ends_no_retries(
     )
     expected = f"a proxy or another program answers instead, HTTP {status}; check the URL and the proxy"
     if status in (401, 403, 407):
-        trust = f"lattice remote trust {service._link.remote.url} --header 'NAME: VALUE', or --client-cert FILE"
+        trust = f"lattice remote trust {service._connection.remote.url} --header 'NAME: VALUE', or --client-cert FILE"
         expected += f"; for one that authenticates: {trust}"
     assert error.message == expected
     server.status = None
