@@ -526,6 +526,49 @@ def test_a_replaced_package_replaces_the_warm_process(launched: Launched, tmp_pa
         launched.client.run("remote", "agent", "stop", env=options)
 
 
+def test_a_package_replaced_while_it_is_loaded_is_never_served(
+    launched: Launched, tmp_path: Path, runtime: Path
+) -> None:
+    package = tmp_path / "site" / "lattice_remote"
+    shutil.copytree(Path(script.__file__).parents[2], package, ignore=shutil.ignore_patterns("__pycache__"))
+    last = package / "client" / "attachments.py"  # only a warm process loads it
+    last.write_text(f"{last.read_text()}\nos.utime({str(package / '__init__.py')!r})\n")
+    env = {**launched.client.env, "PYTHONPATH": str(package.parent), "LATTICE_REMOTE_RUNTIME_DIR": str(runtime)}
+    for _ in range(3):
+        for lock in runtime.glob("warm-*.lock"):
+            lock.write_text("")
+        assert launched.executes("list", env=env)
+        wait_for(lambda: any(lock.read_text().strip() for lock in runtime.glob("warm-*.lock")), "a warm process", 60)
+        [pid] = [lock.read_text().strip() for lock in runtime.glob("warm-*.lock")]
+        wait_for(lambda pid=pid: not Path("/proc", pid).exists(), "it to exit", 60)  # type: ignore[misc]
+    launched.client.run("remote", "agent", "stop", env=env)
+
+
+def test_a_process_that_accepts_no_connection_holds_no_command_up(launched: Launched) -> None:
+    """The kernel queues connections, and lets a further one wait for as long as it takes."""
+    stopped = launched.warm_process()
+    env = {os.fsencode(name): os.fsencode(value) for name, value in launched.client.env.items()}
+    path = script.socket_path(env, script.world(env))
+    assert path is not None
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(500):
+                stream = stack.enter_context(socket.socket(socket.AF_UNIX))
+                stream.setblocking(False)
+                try:
+                    stream.connect(path)
+                except BlockingIOError:
+                    break
+            else:
+                raise AssertionError("the queue has no bound")
+            done = launched.run("list", timeout=60)
+            assert done.returncode == 0 and "First" in done.stdout
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    wait_until_warm(launched.client, launched.programs)
+
+
 def test_many_at_once_run_once_each(launched: Launched) -> None:
     """A command may end before its launcher runs again: no answer is lost, and nothing runs twice."""
     launched.warm_process()

@@ -203,9 +203,9 @@ def _run(argv: list[bytes], environ: Environment, python: str) -> None:
     stream = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     try:
         path = socket_path(environ, world(environ))
+        stream.settimeout(_READY_TIMEOUT_S)  # first: it also bounds the connection to a process that accepts none
         if path is None or not _connect(stream, path):
             return _start_warm(path, environ, python) if path is not None else None
-        stream.settimeout(_READY_TIMEOUT_S)
         answer, received, _, _ = stream.recvmsg(1, _socket.CMSG_SPACE(4))
         identity = posix.urandom(16).hex().encode()
         request = encode_request(argv, {**environ, REQUEST_ENV.encode(): identity})

@@ -43,6 +43,7 @@ _PR_SET_PDEATHSIG = 1
 _SO_PEERPIDFD = 77
 _PYTHONS_OWN = (signal.SIGPIPE, signal.SIGXFSZ)
 """Signals that every interpreter ignores."""
+Signature = tuple[tuple[int, int], ...]
 _LIMITS = tuple(value for name, value in vars(resource).items() if name.startswith("RLIMIT_"))
 
 
@@ -53,13 +54,14 @@ class _Refused(Exception):
 class Warm:
     """Server of launchers, from ``run()`` until it is not needed any longer."""
 
-    def __init__(self, path: bytes, world: bytes, idle_s: float, lock: int) -> None:
+    def __init__(self, path: bytes, world: bytes, idle_s: float, lock: int, packages: Signature) -> None:
         self._path = path
         self._lock = lock
         """Locked file: one process serves at a time."""
         self._world = world
         self._idle_s = idle_s
-        self._packages = _signature()
+        self._packages = packages
+        """Signature of the packages before they were loaded."""
         self._poll = select.poll()
         self._commands: dict[int, _Command] = {}
         """Running commands, each by its pidfd and by the descriptor of its connection."""
@@ -167,7 +169,7 @@ def _inode(path: bytes) -> int | None:
         return None
 
 
-def _signature() -> tuple[tuple[int, int], ...]:
+def _signature() -> Signature:
     """Identify the installed packages: an installation of any package changes the directory's time."""
     import lattice
 
@@ -448,6 +450,7 @@ def main() -> None:
     os.write(lock, b"%d\n" % os.getpid())
     os.chdir("/")
     agent_runtime.reset_signals()
+    packages = _signature()  # first: an upgrade during the preload must be noticed
     try:
         _preload()
     except BaseException as error:
@@ -458,7 +461,7 @@ def main() -> None:
         os.unlink(path + b".failed")
     gc.collect()
     gc.freeze()
-    Warm(path, world, float(os.environ.get(IDLE_ENV, "") or DEFAULT_IDLE_S), lock).run()
+    Warm(path, world, float(os.environ.get(IDLE_ENV, "") or DEFAULT_IDLE_S), lock, packages).run()
 
 
 if __name__ == "__main__":
