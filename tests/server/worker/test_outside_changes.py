@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import threading
@@ -450,6 +451,27 @@ def test_also_what_it_overwrites_while_no_worker_runs(board: Board, tmp_path: Pa
     assert b'"title": "ours"' in before[f"tasks/{board.task}.json"]
     plain(board.root, "rebuild", "--all")
     assert tree_of(board.lattice) == before
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_a_task_that_a_backup_copied_over_the_project_leaves_there_keeps_its_id(board: Board, archived: bool) -> None:
+    """I7: the backup's ids.json lacks it, and the next task would get the same id."""
+    board.worker.stop()
+    backup = board.root.with_name("backup")
+    shutil.copytree(board.root, backup, symlinks=True)
+    with WorkerProcess(board.root) as worker:
+        worker.ok("create", "later", *ANA)
+        if archived:
+            worker.ok("archive", "LAT-3", *ANA)
+    for part in ("journal", ".lattice"):
+        shutil.copytree(backup / part, board.root / part, symlinks=True, dirs_exist_ok=True)
+    with WorkerProcess(board.root) as worker:
+        assert "ids.json lacked tasks that were added here: LAT-3" in worker.ready.notes
+        worker.ok("create", "new", *ANA)
+    ids = json.loads((board.lattice / "ids.json").read_bytes())
+    assert sorted(ids["map"]) == ["LAT-1", "LAT-2", "LAT-3", "LAT-4"] and len(set(ids["map"].values())) == 4
+    with WorkerProcess(board.root) as worker:
+        assert not worker.ready.notes, "it happens once"
 
 
 def test_but_a_task_edited_by_hand_stays_as_it_is(board: Board) -> None:

@@ -29,8 +29,7 @@ from lattice_remote.server.journal.contents import Contents, counterpart, derive
 from lattice_remote.server.journal.ids import is_own_id
 from lattice_remote.server.tree.tree import FileState, ProjectTree, TreeDiff, sync
 
-__all__ = ["Repair", "differing", "files_of_task", "grown_tasks", "repair_task"]
-
+__all__ = ["Repair", "differing", "files_of_task", "grown_tasks", "parsed", "repair_task"]
 
 _IDS = "ids.json"
 _LIFECYCLE = "_lifecycle.jsonl"
@@ -250,7 +249,7 @@ class Repair:
             if not _is_log(path) or not os.path.basename(path).startswith("task_"):
                 continue
             for line in self._read(path).split(b"\n"):
-                event = _parsed(line) or {}
+                event = parsed(line) or {}
                 data = event.get("data")
                 if isinstance(data, dict) and event.get("type") in ("task_created", "task_short_id_assigned"):
                     short_id = data.get("short_id")
@@ -264,11 +263,11 @@ class Repair:
         """Make the index list the existing sessions."""
         paths = {path for path, _ in self._tree.scan()} - set(self._surplus) | self._restored.keys()
         files = [path for path in paths if os.path.dirname(path) == "sessions" and path != _SESSION_INDEX]
-        index = _parsed(self._read(_SESSION_INDEX)) or {}
+        index = parsed(self._read(_SESSION_INDEX)) or {}
         before = _serialized(index)
         active, counters = {}, index.setdefault("serial_counters", {})
         for path in files:
-            session = _parsed(self._read(path)) or {}
+            session = parsed(self._read(path)) or {}
             if "session" in session:
                 active[os.path.basename(path).removesuffix(".json")] = session["session"]
                 base, serial = session.get("base_name"), session.get("serial")
@@ -307,7 +306,7 @@ class Repair:
     def _is_of_a_command(self, path: str) -> bool:
         """Return whether an unknown file was made by a command that never finished."""
         name = os.path.basename(path).partition(".")[0]
-        session = (_parsed(self._read(path)) or {}).get("session") if path.startswith("sessions/") else None
+        session = (parsed(self._read(path)) or {}).get("session") if path.startswith("sessions/") else None
         return is_own_id(name, self._epoch) or is_own_id(session, self._epoch)
 
     # --- content ---
@@ -370,7 +369,8 @@ def _is_log(path: str) -> bool:
     return folder in _LOG_FOLDERS and name.endswith(".jsonl")
 
 
-def _parsed(data: bytes) -> dict[str, Any] | None:
+def parsed(data: bytes) -> dict[str, Any] | None:
+    """Return a JSON object, None for anything else."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
@@ -379,7 +379,7 @@ def _parsed(data: bytes) -> dict[str, Any] | None:
 
 
 def _id_of(line: bytes) -> object:
-    event = _parsed(line)
+    event = parsed(line)
     return event.get("id") if event is not None else None
 
 
@@ -387,7 +387,7 @@ def _line_in(data: bytes) -> _Line | None:
     """Return the event at the end of a line; a torn event may precede it."""
     start = data.find(b"{")
     while start >= 0:
-        event = _parsed(data[start:])
+        event = parsed(data[start:])
         if event is not None and isinstance(event.get("id"), str) and "type" in event:
             return _Line(data[start:], event)
         start = data.find(b'{"', start + 1)

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from lattice_remote.server.journal.contents import Contents, derive, is_snapshot, log_of
+from lattice_remote.protocol.operations import PutFile
+from lattice_remote.server.journal.contents import Contents, counterpart, derive, is_snapshot, log_of
 from lattice_remote.server.journal.copies import is_copied, repair_copy
 from lattice_remote.server.journal.journal import Committer, Journal, Retention
-from lattice_remote.server.journal.repair import Repair, differing
+from lattice_remote.server.journal.repair import Repair, differing, parsed
 from lattice_remote.server.journal.segment import JournalReader, remove_segments
 from lattice_remote.server.tree.capture import Capture
 from lattice_remote.server.tree.tree import FileState, ManifestFile, ProjectTree, TreeDiff, load_manifest
@@ -153,6 +154,9 @@ def _commit_differences(store: Store, *, trust_signatures: bool) -> list[str]:
     notes: list[str] = []
     while True:
         found, _ = store.find_outside_changes(trust_signatures=trust_signatures)
+        if registered := _register_added(store, found):
+            notes.append(f"ids.json lacked tasks that were added here: {', '.join(registered)}")
+            continue
         if found.operations:
             notes.append(_describe(found, store.journal.head))
             store.commit(found, server_origin("recovery"), report=False)
@@ -160,6 +164,40 @@ def _commit_differences(store: Store, *, trust_signatures: bool) -> list[str]:
             store.adopt(found)
         if not found.is_partial:
             return notes
+
+
+def _register_added(store: Store, found: TreeDiff) -> list[str]:
+    """Add new tasks to an older ``ids.json``, as a backup copied over a project has it; return their short ids.
+
+    Otherwise the next tasks get the same ids. An id that belongs to another task stays; ``fsck`` reports it.
+    """
+    from lattice.storage.short_ids import save_id_index
+
+    tree = store.tree
+    ids: dict[str, str] = {}
+    for added in found.operations:
+        if isinstance(added, PutFile) and is_snapshot(added.path) and not _is_known(tree, added.path):
+            snapshot = parsed(added.data) or {}
+            ids[str(snapshot.get("short_id"))] = str(snapshot.get("id"))
+    if not ids:
+        return []
+    with store.locks.trying("ids_json") as is_held:
+        index = parsed(Path(tree.absolute("ids.json")).read_bytes()) if is_held and tree.status("ids.json") else None
+        if index is None or not isinstance(known := index.get("map"), dict):
+            return []
+        following = index.setdefault("next_seqs", {})
+        missing = {id_: task for id_, task in ids.items() if id_ not in known and id_.rpartition("-")[2].isdecimal()}
+        for id_, task in missing.items():
+            prefix, _, number = id_.rpartition("-")
+            known[id_] = task
+            following[prefix] = max(following.get(prefix, 1), int(number) + 1)
+        if missing:
+            save_id_index(tree.root, index)
+    return sorted(missing)
+
+
+def _is_known(tree: ProjectTree, path: str) -> bool:
+    return path in tree.files or counterpart(path) in tree.files
 
 
 def _read_history(journal: Journal | None, listed: ManifestFile | None, boot_id: str) -> _History:
