@@ -77,11 +77,7 @@ class _AgentSilent(Exception):
 
 
 def request(do: str, directory: str, **fields: Any) -> dict[str, Any]:
-    """Return a request with this process's token and server, for the cache that is now at ``directory``.
-
-    Raises:
-        RemoteError: there is none.
-    """
+    """Return a request with this process's token and server, for the cache at ``directory``. Raises RemoteError."""
     token, named = (os.environ.get(name, "").strip() or None for name in ("LATTICE_TOKEN", "LATTICE_REMOTE_URL"))
     with unknown_if_sent("first_sent_at" in fields):
         cache = identify(directory)
@@ -89,7 +85,7 @@ def request(do: str, directory: str, **fields: Any) -> dict[str, Any]:
 
 
 def request_id() -> dict[str, Any]:
-    """Return the ``id`` of a new command, so that it runs once even if the agent is killed and asked again (I6).
+    """Return a new command's ``id``, so that it runs once even if the agent is killed (I6).
 
     A launcher whose warm process was killed passes the id on, with the time of the first attempt.
     """
@@ -101,13 +97,13 @@ def request_id() -> dict[str, Any]:
 
 
 def pass_request_id(text: str) -> None:
-    """Use ``ID`` or ``ID:SECONDS`` for this process's next command only: a program that it starts has its own."""
+    """Use ``ID`` or ``ID:SECONDS`` for this process's next command only."""
     if text:
         _passed[:] = [text.partition(":")]
 
 
 def send_request(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:
-    """Return the answer to a request. If the agent ends, a new one is asked: a command's id makes it run once (I6).
+    """Return the answer to a request. If the agent ends, a new one gets it: a command's id makes it run once (I6).
 
     Raises:
         RemoteError: the error in the answer.
@@ -142,13 +138,13 @@ def agent_enabled() -> bool:
 
 
 def send_if_running(request: dict[str, Any]) -> dict[str, Any] | None:
-    """Like ``send_request``, but return None if the agent of this environment is not running."""
+    """Like ``send_request``, but return None if no agent runs."""
     place = _place()
     return None if place is None else send_to_agent(place, request)
 
 
 def send_to_agent(place: agent_runtime.Runtime, request: dict[str, Any]) -> dict[str, Any] | None:
-    """Return one agent's answer; None if it is not running. Raises ConnectionFailed if it does not respond."""
+    """Return one agent's answer; None if it is not running. Raises ConnectionFailed."""
     stream = _connect(place)
     if stream is None:
         return None
@@ -163,7 +159,7 @@ def send_to_agent(place: agent_runtime.Runtime, request: dict[str, Any]) -> dict
 
 
 def stay_connected() -> AbstractContextManager[object]:
-    """Keep the agent running, and the caches current, while the returned context is open."""
+    """Keep the agent running while the returned context is open."""
     place = _place()
     stream = None if place is None else _connect(place)
     return nullcontext() if stream is None else closing(stream)
@@ -205,12 +201,9 @@ class SurfaceResponse:
 def call(
     directory: str, surface: str, name: str, payload: str, files: list[dict[str, Any]] | None = None
 ) -> SurfaceResponse:
-    """Run an operation on the server; return once its change is in the cache. Notices go to stderr. Thread-safe.
+    """Run an operation on the server; return once its change is in the cache. Thread-safe.
 
-    ``files`` are as in ``CallersFiles``.
-
-    Raises:
-        RemoteError: the message says whether it may have taken effect.
+    Notices go to stderr. ``files`` are as in ``CallersFiles``. Raises RemoteError.
     """
     # The id is created here, so that it runs once even if the agent is killed and asked again (I6).
     asked = request("call", directory, id=os.urandom(16).hex(), surface=surface, name=name, payload=payload)
@@ -243,7 +236,7 @@ def _exchange(stream: socket.socket, request: dict[str, Any], on_progress: Progr
 
 
 def _connect(place: agent_runtime.Runtime) -> socket.socket | None:
-    """Return a connection to the agent; None if there is none, or it is another user's, who must not get a token."""
+    """Return a connection to the agent; None without one, or if it is another user's."""
     stream = socket.socket(socket.AF_UNIX)
     try:
         agent_runtime.check(place)
@@ -287,7 +280,7 @@ def _connect_anew() -> socket.socket:
 
 
 def _start() -> socket.socket:
-    """Start an agent and wait for its socket. Of two started at once, one exits. Raises StorageError."""
+    """Start an agent and wait for its socket. Raises StorageError."""
     place = agent_runtime.locate()
     agent_runtime.prepare(place)
     log = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | SAFE, 0o600)
@@ -333,7 +326,7 @@ def ensure_current(
     *,
     is_required: bool = False,
 ) -> str | None:
-    """Bring the cache up to date if the server is reachable; else ``say`` its age in one line, and return the line.
+    """Bring the cache up to date if possible; else ``say`` its age in one line, and return the line.
 
     Raises:
         RemoteError: the cache was never filled; or it is not current, and that is required.
@@ -357,7 +350,7 @@ def ensure_current(
 
 
 def describe_age(age_s: float) -> str:
-    """Return an age in its largest fitting unit: ``8 s``, ``3 min``, ``5 h``, ``2 days``."""
+    """Return an age such as ``8 s``, ``3 min``, ``5 h``, ``2 days``."""
     if age_s < 120:
         return f"{age_s:.0f} s"
     if age_s < 7200:

@@ -47,11 +47,7 @@ _NAMESPACES = ("mnt", "net", "user")
 
 
 class Runtime:
-    """The agent's files: ``directory``, and in it the paths of its ``socket``, ``lock``, ``log`` and ``pid``.
-
-    Attributes:
-        name: of the agent: a digest of its package version and environment.
-    """
+    """The agent's files. ``name`` is a digest of package version and environment."""
 
     def __init__(self, directory: str, name: str) -> None:
         self.directory = directory
@@ -64,17 +60,13 @@ class Runtime:
 
 
 def boot_time() -> float:
-    """Return seconds on a clock that all processes share and that continues while the machine sleeps."""
+    """Return seconds on a clock that all processes share, and that runs during sleep."""
     clock = getattr(time, "CLOCK_BOOTTIME", None)
     return time.monotonic() if clock is None else time.clock_gettime(clock)
 
 
 def locate() -> Runtime:
-    """Return the files of the agent for this process; nothing is created.
-
-    Raises:
-        StorageError: there is no directory for them.
-    """
+    """Return the files of this process's agent; nothing is created. Raises StorageError."""
     name = f"agent-{_digest()}"
     given, session = os.environ.get(DIRECTORY_ENV), os.environ.get("XDG_RUNTIME_DIR", "")
     if given:
@@ -106,7 +98,7 @@ def short_directories() -> list[str]:
 
 
 def others(place: Runtime) -> list[Runtime]:
-    """Return this user's agents of other environments or versions that have a socket."""
+    """Return this user's other agents with a socket."""
     try:
         names = sorted(os.listdir(place.directory))
     except OSError:
@@ -116,7 +108,7 @@ def others(place: Runtime) -> list[Runtime]:
 
 
 def temporary_directory() -> str:
-    """Return a directory for temporary files, never the current one: it may be a repository. Raises StorageError."""
+    """Return a temporary directory, never the current one. Raises StorageError."""
     candidates = (os.environ.get("TMPDIR", ""), "/tmp", "/var/tmp")  # noqa: S108 - what is made there is checked
     for path in candidates:
         if os.path.isabs(path) and os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK):
@@ -125,7 +117,7 @@ def temporary_directory() -> str:
 
 
 def configuration() -> str:
-    """Identify the configuration directory: by device and inode, by its path while it does not exist."""
+    """Identify the configuration directory by device and inode, else by path."""
     path = credentials.directory()
     try:
         found = os.stat(path)
@@ -135,12 +127,12 @@ def configuration() -> str:
 
 
 def namespaces(process: str = "self") -> tuple[str, ...]:
-    """Return the namespaces that decide which files and hosts a process reaches. Raises OSError."""
+    """Return the namespaces that decide which files and hosts are reached. Raises OSError."""
     return tuple(os.readlink(f"/proc/{process}/ns/{name}") for name in _NAMESPACES)
 
 
 def absolute_paths() -> dict[str, str]:
-    """Return the variables that an agent needs, with paths that do not depend on the current directory."""
+    """Return the variables that an agent needs, independent of the current directory."""
     return {name: os.path.abspath(os.environ[name]) for name in _PATHS if os.environ.get(name)}
 
 
@@ -158,7 +150,7 @@ def _digest() -> str:
 
 
 def _sandbox() -> str:
-    """Return whether privileges and system calls are restricted: a sandbox need not have a namespace."""
+    """Return whether privileges and system calls are restricted."""
     try:
         with open("/proc/self/status", "rb", buffering=0) as file:
             text = file.read(8192)
@@ -168,7 +160,7 @@ def _sandbox() -> str:
 
 
 def _is_own(session: str) -> bool:
-    """Return whether ``XDG_RUNTIME_DIR`` is this user's: ``sudo`` and ``su`` keep that of another user."""
+    """Return whether ``XDG_RUNTIME_DIR`` is this user's: ``sudo`` and ``su`` keep another's."""
     try:
         found = os.stat(session)
     except OSError:
@@ -193,7 +185,7 @@ def reset_signals() -> None:
 
 
 def prepare(runtime: Runtime) -> None:
-    """Create the directory, for this user alone. Raises StorageError, also if it is another user's, or a link."""
+    """Create the directory for this user alone. Raises StorageError, also for a link."""
     try:
         os.makedirs(runtime.directory, mode=0o700, exist_ok=True)
         mode = stat.S_IMODE(_check_owner(runtime).st_mode)
@@ -205,7 +197,7 @@ def prepare(runtime: Runtime) -> None:
 
 
 def check(runtime: Runtime) -> None:
-    """Require that the directory is this user's alone. Raises StorageError, or OSError if it is missing."""
+    """Require that the directory is this user's alone. Raises StorageError, OSError."""
     if _check_owner(runtime).st_mode & _OTHERS_MAY_WRITE:
         raise StorageError(f"{runtime.directory} is writable by others")
 

@@ -49,7 +49,7 @@ class CallersFiles:
     def of_command(
         cls, command: "click.Command", path: tuple[str, ...], ctx: "click.Context", argv: Sequence[str]
     ) -> Self:
-        """Return the file of a command line. Raises Misuse if it cannot be read."""
+        """Return the file of a command line. Raises Misuse."""
         files = cls(argv)
         parameter = _PARAMETERS.get(path)
         source = ctx.params.get(parameter) if parameter else None
@@ -62,12 +62,12 @@ class CallersFiles:
 
     @staticmethod
     def are_named(path: tuple[str, ...], ctx: "click.Context") -> bool:
-        """Return whether a parsed command line names a file or a URL."""
+        """Return whether a command line names a file or URL."""
         return ctx.params.get(_PARAMETERS.get(path, "")) is not None
 
     @classmethod
     def of_value(cls, source: str | None) -> Self:
-        """Return the regular file of a single file argument; none for a URL, or without the argument."""
+        """Return the regular file of a file argument; none for a URL."""
         files = cls()
         if source is not None and not _is_url(source):
             files._add(0, source, only_regular=True)
@@ -137,12 +137,12 @@ def _is_url(source: str) -> bool:
 
 
 def identity(status: os.stat_result) -> list[int]:
-    """Return a file's identity, which also changes when it is written."""
+    """Return a file's identity, which changes when it is written."""
     return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
 
 
 def _is_at(place: str, status: os.stat_result) -> bool:
-    """Return whether this path opens the same file again, which often fails for descriptors."""
+    """Return whether this path opens the same file again; often not for descriptors."""
     if not stat.S_ISREG(status.st_mode):
         return False
     try:
@@ -154,7 +154,7 @@ def _is_at(place: str, status: os.stat_result) -> bool:
 def _locate(
     command: "click.Command", parameter: str, value: str, argv: list[str], *, depth: int
 ) -> tuple[list[str], int]:
-    """Find the argument that gave ``parameter`` its value: changing it changes both. Splits ``--file=VALUE``."""
+    """Find the argument of ``parameter``: changing it changes both. Splits ``--file=VALUE``."""
     for index in range(depth, len(argv)):
         for parts in _readings(argv[index], value):
             probe = [*argv[depth:index], *parts[:-1], value + "\x01", *argv[index + 1 :]]

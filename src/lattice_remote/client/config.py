@@ -120,19 +120,18 @@ def parse_url(text: str, project: str | None = None) -> tuple[str, str | None]:
 
 
 def is_unpushed(directory: str) -> bool:
-    """Return whether a project waits to be pushed to its remote."""
     return os.path.isfile(os.path.join(directory, UNPUSHED_FILE)) and not os.path.exists(
         os.path.join(directory, REMOTE_FILE)
     )
 
 
 def is_cache(directory: str) -> bool:
-    """Return whether a ``.lattice`` directory is a cache, with its ``remote.json`` or without."""
+    """Return whether a ``.lattice`` is a cache, also without its ``remote.json``."""
     return any(os.path.isfile(os.path.join(directory, name)) for name in (REMOTE_FILE, STATE_FILE))
 
 
 def detachment(directory: str) -> str | None:
-    """Return the problem of a cache without ``remote.json``, and the remedy; None for any other directory."""
+    """Return problem and remedy of a cache without ``remote.json``; None for other directories."""
     if os.path.exists(os.path.join(directory, REMOTE_FILE)) or not is_cache(directory) or is_unpushed(directory):
         return None
     lost = lost_remote(directory)
@@ -145,7 +144,7 @@ def detachment(directory: str) -> str | None:
 
 
 def lost_remote(directory: str) -> Remote | None:
-    """Return the remote of a cache without ``remote.json`` from its state; None if unknown."""
+    """Return the remote of a cache without ``remote.json``, from its state."""
     try:
         with open(os.path.join(directory, STATE_FILE), "rb") as file:
             found = json.load(file)
@@ -156,7 +155,7 @@ def lost_remote(directory: str) -> Remote | None:
 
 
 def read_remote(directory: str, name: str = REMOTE_FILE) -> Remote:
-    """Return the remote in a ``.lattice`` directory's ``remote.json``, or in the file ``name``.
+    """Return the remote in ``remote.json``, or in the file ``name``.
 
     Raises:
         Misuse: there is none; code ``REMOTE_GUARD`` if the directory is a cache all the same.
@@ -185,10 +184,7 @@ def read_remote(directory: str, name: str = REMOTE_FILE) -> Remote:
 
 
 def identify(directory: str) -> list[int | str]:
-    """Return the identity of the cache at a path: device and inode of the directory, server and project.
-
-    Raises Misuse if it has no remote, StorageError.
-    """
+    """Return a cache's identity: device and inode, server and project. Raises Misuse, StorageError."""
     remote = read_remote(directory)
     try:
         found = os.stat(directory)
@@ -205,7 +201,7 @@ def check_name(name: object) -> str:
 
 
 def check_command(command: object) -> str:
-    """Return the words of a routable command, separated by single spaces. Raises Misuse."""
+    """Return a routable command's words, separated by spaces. Raises Misuse."""
     if not isinstance(command, str) or not _COMMAND.fullmatch(command):
         raise Misuse(f"not a command of lattice: {command!r}; its words without options, as in: deploy note")
     return command
@@ -235,7 +231,7 @@ _MAX_BYTES = 64 * 1024
 
 
 def read_settings(directory: str) -> dict[str, str]:
-    """Return every setting; missing or invalid ones have their default."""
+    """Return every setting, with defaults."""
     found: object = None
     with contextlib.suppress(OSError, ValueError, RecursionError):
         handle = os.open(os.path.join(directory, SETTINGS_FILE), READ)
@@ -246,7 +242,7 @@ def read_settings(directory: str) -> dict[str, str]:
 
 
 def change_setting(directory: str, name: str, value: str) -> None:
-    """Change one setting, atomically. Raises Misuse if it or the value is invalid, StorageError."""
+    """Change one setting atomically. Raises Misuse, StorageError."""
     if name not in CHOICES:
         raise Misuse(f"there is no setting {name!r}; there is {', '.join(CHOICES)}")
     if value not in CHOICES[name]:

@@ -37,7 +37,7 @@ _LOCK_TIMEOUT_S = 10.0
 
 
 def directory() -> str:
-    """Return the absolute path of this user's configuration directory, which need not exist."""
+    """Return the configuration directory's absolute path; it need not exist."""
     base = os.environ.get("XDG_CONFIG_HOME", "")
     if not os.path.isabs(base):  # a relative one is ignored, as its specification says
         base = os.path.abspath(os.path.join(os.path.expanduser("~"), ".config"))
@@ -57,7 +57,7 @@ def signature(path: str) -> Signature | None:
 
 
 def read(path: str, what: str) -> dict[str, Any]:
-    """Return the object under the key ``what`` of a file, empty if there is no file.
+    """Return the object under the key ``what`` of a file, empty without a file.
 
     A file written by hand may be that object itself, whose keys are URLs.
 
@@ -86,7 +86,7 @@ def _is_url(key: str) -> bool:
 
 
 def change(path: str, what: str, edit: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
-    """Replace the object under ``what`` with the result of ``edit``; None leaves the file alone.
+    """Replace the object under ``what`` with the result of ``edit``, unless that is None.
 
     Atomic, serialized with other commands, durable on return. Raises StorageError.
     """
@@ -129,30 +129,26 @@ def tokens_path() -> str:
 
 
 def from_environment() -> str | None:
-    """Return the token of ``LATTICE_TOKEN``, None if unset or empty. Raises Misuse if it is invalid."""
+    """Return the token of ``LATTICE_TOKEN``, if any. Raises Misuse."""
     given = os.environ.get(TOKEN_ENV, "").strip()
     return check_token(given) if given else None
 
 
 def check_token(token: str) -> str:
-    """Return ``token`` if a header can carry it: printable ASCII without spaces, at most 512 characters.
-
-    Raises:
-        Misuse: it cannot.
-    """
+    """Return ``token`` if it is printable ASCII without spaces, at most 512 characters. Raises Misuse."""
     if not token or len(token) > 512 or not token.isascii() or not token.isprintable() or " " in token:
         raise Misuse("that is not a token: it must be one word of printable ASCII", code="REMOTE_UNAUTHORIZED")
     return token
 
 
 def stored(url: str, project: str) -> str | None:
-    """Return the stored token for a project of a server, else the one for the whole server, else None."""
+    """Return the stored token for a project, else for its server, else None."""
     of_server = _load().get(url, {})
     return of_server.get(project) or of_server.get(ANY_PROJECT)
 
 
 def projects(url: str) -> list[str]:
-    """Return the projects of a server with a stored token of their own, which precedes the server's."""
+    """Return a server's projects with a stored token of their own."""
     return sorted(slug for slug in _load().get(url, {}) if slug != ANY_PROJECT)
 
 
@@ -161,7 +157,7 @@ def is_known(url: str) -> bool:
 
 
 def store(url: str, project: str, token: str) -> None:
-    """Store a token, readable by this user only. Durable on return. Raises Misuse if it is invalid, StorageError."""
+    """Store a token, readable by this user only. Durable on return. Raises Misuse, StorageError."""
     check_token(token)
 
     def with_it(found: dict[str, Any]) -> _Tokens:
@@ -173,7 +169,7 @@ def store(url: str, project: str, token: str) -> None:
 
 
 def forget(url: str, project: str | None = None) -> int:
-    """Remove the tokens of a server, or those for one of its projects; return their number."""
+    """Remove a server's tokens, or one project's; return their number."""
     gone: list[str] = []
 
     def without(found: dict[str, Any]) -> _Tokens | None:

@@ -64,7 +64,7 @@ _ELSEWHERE = {
 
 
 class NeedsOwnProcess(BaseException):
-    """The command must not run in a child of the warm process; it has done nothing yet."""
+    """The command must not run in the warm process; it has done nothing yet."""
 
 
 def _note_requirement(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -81,7 +81,7 @@ _REQUIRE_CURRENT = click.Option(
 
 
 def hooked(command: click.Command, path: tuple[str, ...], directory: str, argv: list[str]) -> click.Command:
-    """Return a copy of ``command``, whose names are ``path``, that is routed after parsing ``argv``."""
+    """Return a copy of ``command`` at ``path`` that is routed after parsing ``argv``."""
     if in_warm_process and not isinstance(command, click.Group) and _is_plugins(command):
         raise NeedsOwnProcess
     twin = copy.copy(command)
@@ -142,7 +142,7 @@ def _is_plugins(command: click.Command) -> bool:
 
 
 def _warn_of_init(target: str, directory: str) -> None:
-    """Warn about ``init`` inside or over a cache, which is hardly intended."""
+    """Warn about ``init`` inside or over a cache."""
     root = os.path.realpath(os.path.dirname(directory))
     inside = os.path.commonpath([root, os.path.realpath(target)]) == root
     has_one = os.path.isdir(os.path.join(target, ".lattice"))
@@ -169,7 +169,7 @@ def _is_read(path: tuple[str, ...], ctx: click.Context) -> bool:
 
 
 def _require_read(path: tuple[str, ...], ctx: click.Context, directory: str) -> None:
-    """Allow only reads while the project waits to be pushed: later writes might not reach the server. Raises Misuse."""
+    """Allow only reads while the project waits to be pushed. Raises Misuse."""
     remote = read_remote(directory, UNPUSHED_FILE)
     if not _is_read(path, ctx):
         raise Misuse(
@@ -196,7 +196,7 @@ def _serve_dashboard(command: click.Command, ctx: click.Context, directory: str)
 
 
 def _run_plugin(command: click.Command, path: tuple[str, ...], ctx: click.Context, directory: str) -> Any:
-    """Run a plugin's command here, which may read, on a cache as current as possible."""
+    """Run a plugin's command here, on a cache as current as possible."""
     try:
         ensure_current(directory, partial(click.echo, err=True), _progress())
     except RemoteError as error:  # it may not need the project's files
@@ -239,7 +239,7 @@ def _run_there(
 
 
 def _leave(ctx: click.Context, exit_code: int) -> NoReturn:
-    """End the command; in a process of its own at once: interpreter shutdown takes a tenth of a command's time."""
+    """End the command, in its own process at once: interpreter shutdown takes a tenth of its time."""
     own = os.path.basename(sys.argv[0]) == "lattice" and sys.stdout is sys.__stdout__
     if own and sys.stdout is not None and sys.stderr is not None:
         sys.stdout.flush()
@@ -250,7 +250,6 @@ def _leave(ctx: click.Context, exit_code: int) -> NoReturn:
 
 
 def _waits(path: tuple[str, ...], ctx: click.Context) -> bool:
-    """Return whether this command may wait for others for long: the user may interrupt it."""
     return path == ("resource", "acquire") and bool(ctx.params.get("do_wait"))
 
 

@@ -110,7 +110,7 @@ class RemoteStorage:
     # --- the cache ---
 
     def _copy(self) -> LocalStorage:
-        """Return the cache for reading, current if possible. Raises RemoteError if it was never filled."""
+        """Return the cache for reading, current if possible. Raises RemoteError."""
         if (why := detachment(self._directory)) is not None:
             _warn(why)
             return LocalStorage(self._root)
@@ -147,7 +147,7 @@ class RemoteStorage:
         return Merged(answer["content"]) if answer["outcome"] == "merged" else Written(answer["content"])
 
     def _call(self, name: str, values: dict[str, Any]) -> dict[str, Any]:
-        """Run a write on the server, at most once (I6), and return its answer. Raises RemoteError."""
+        """Run a write on the server, at most once (I6). Raises RemoteError."""
         payload = json.dumps(values, ensure_ascii=False)
         fields = {"surface": "storage", "name": name, "payload": payload, "files": []}
         # The id is created here: if the agent ends half way, the next one is asked, and the server runs it once.

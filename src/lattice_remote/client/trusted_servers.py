@@ -74,7 +74,7 @@ def name(
     client_cert: str | None = None,
     client_key: str | None = None,
 ) -> Server:
-    """Return a server from the user's options; only ``record`` stores it. Raises Misuse."""
+    """Return a server from options, not stored yet. Raises Misuse."""
     if client_key and not client_cert:
         raise Misuse("--client-key belongs to a certificate; name it too: --client-cert FILE")
     paths: list[str | None] = []
@@ -108,7 +108,7 @@ def record(server: Server) -> None:
     """Store a server; unset fields keep their stored values.
 
     Raises:
-        StorageError: ``servers.json`` cannot be read or written, and ``LATTICE_REMOTE_URL`` does not name that server.
+        StorageError: ``servers.json`` cannot be used, and ``LATTICE_REMOTE_URL`` does not name that server.
     """
 
     def with_it(found: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def admit(url: str, named: Server | None = None, token: str | None = None) -> Se
     """Return the server at ``url`` if a token, or this one, may be sent there. ``named`` is not recorded yet.
 
     Raises:
-        Rejected: it may not, ``REMOTE_UNTRUSTED``; the message names the remedy.
+        Rejected: it may not, ``REMOTE_UNTRUSTED``.
         StorageError: the user's files cannot be read.
     """
     known = _of(credentials.read(servers_path(), _WHAT), url)
@@ -168,7 +168,7 @@ def _is_made_for(token: str, url: str) -> bool:
 
 
 def from_environment(given: str | None) -> Server | None:
-    """Return the server of the value of ``LATTICE_REMOTE_URL``, None if unset or empty. Raises Misuse."""
+    """Return the server of ``LATTICE_REMOTE_URL``'s value, if any. Raises Misuse."""
     if not given or not given.strip():
         return None
     try:
@@ -178,14 +178,14 @@ def from_environment(given: str | None) -> Server | None:
 
 
 def cache_limit(url: str) -> int:
-    """Return the size limit in bytes for one cache of a server. Raises StorageError."""
+    """Return the size limit in bytes of a server's cache. Raises StorageError."""
     known = _of(credentials.read(servers_path(), _WHAT), url)
     mib = known.max_cache_mib if known is not None and known.max_cache_mib is not None else DEFAULT_CACHE_MIB
     return mib * 1024 * 1024
 
 
 def is_loopback(url: str) -> bool:
-    """Return whether traffic to this URL certainly stays on this machine."""
+    """Return whether traffic to this URL stays on this machine."""
     from ipaddress import ip_address
 
     host = url.partition("://")[2].partition("/")[0]

@@ -35,7 +35,7 @@ TextName = Literal["plan", "notes"]
 
 
 async def read_log(connection: "Connection", task: str, limit: int, text: TextName | None = None) -> dict[str, Any]:
-    """Return the newest entries, optionally of one task or its plan or notes, and whether older ones exist.
+    """Return the newest entries, optionally of one task or text, and whether older ones exist.
 
     Requests one entry more than it returns: ``LogPage.before`` alone does not prove another entry.
 
@@ -86,13 +86,13 @@ async def _request[T: LogPage | Version](connection: "Connection", frame: Log | 
 
 
 def records(answer: dict[str, Any], directory: str) -> dict[str, Any]:
-    """Return an answer of ``read_log`` in the format of ``--json``."""
+    """Return ``read_log``'s answer as ``--json`` prints it."""
     records = logtext.as_records(_entries(answer), _short_ids(directory))
     return {"entries": records, "epoch": answer["epoch"], "more": answer["more"]}
 
 
 def lines(answer: dict[str, Any], directory: str) -> list[str]:
-    """Return an answer of ``read_log`` as lines for a terminal."""
+    """Return ``read_log``'s answer as lines for a terminal."""
     return logtext.as_lines(_entries(answer), _short_ids(directory), answer["epoch"])
 
 
@@ -101,7 +101,7 @@ def _entries(answer: dict[str, Any]) -> list[LogEntry]:
 
 
 def task_of(directory: str, name: str) -> str:
-    """Return the id of the task with this id or short id in the cache; ``name`` if there is none."""
+    """Return the task's id in the cache, given it or a short id; ``name`` if there is none."""
     return next((task for task, short_id in _short_ids(directory).items() if short_id == name.upper()), name)
 
 

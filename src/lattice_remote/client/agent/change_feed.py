@@ -36,20 +36,20 @@ class ChangeFeed:
     async def after(
         self, connection: Connection, epoch: str, seq: int | None, mark: bytes, *, wait: bool
     ) -> dict[str, Any]:
-        """Return the changes after a position; with ``wait``, wait a while for the next one if there is none yet.
+        """Return the changes after a position; with ``wait``, wait a while for one.
 
-        The answer is ``outcome``, ``epoch``, ``head`` and ``oldest`` as in ``Replayed``; ``seq`` and ``mark`` (in
-        hexadecimal) of the position after which the changes come; and ``changes`` as printed by ``--json``.
+        The answer has ``outcome``, ``epoch``, ``head`` and ``oldest`` as in ``Replayed``; ``seq`` and ``mark``
+        (hexadecimal) of the start; and ``changes`` as printed by ``--json``.
 
         Args:
-            connection: the connection with the watcher's token.
+            connection: the one with the watcher's token.
             epoch: "" for the present one.
             seq: None for the head.
             mark: empty if unknown.
 
         Raises:
             Rejected: the server refuses the token.
-            ConnectionFailed: the server is unreachable; ask again.
+            ConnectionFailed: the server is unreachable; repeat the request.
         """
         newer = None if seq is None else self._recent_after(epoch, seq, mark)
         if seq is not None and newer is not None:
@@ -62,7 +62,7 @@ class ChangeFeed:
         return self._answer(answer)
 
     async def _next(self, epoch: str, seq: int) -> list[Change]:
-        """Return the changes after ``seq``, the head, once there is one; none after a while or a lost connection."""
+        """Return the changes after the head ``seq``, if one comes within a while."""
         welcome = self._connection.welcome
 
         def newer() -> list[Change]:
@@ -73,7 +73,7 @@ class ChangeFeed:
         return found if found and found[0].seq == seq + 1 else []
 
     def _recent_after(self, epoch: str, seq: int, mark: bytes) -> list[Change] | None:
-        """Return all changes after a recent one; None if they are not known here."""
+        """Return all changes after a recent one, if known here."""
         index = seq - self._recent[0][1].seq if self._recent and self._recent[0][0] == epoch else -1
         if not 0 <= index < len(self._recent) or self._recent[index][1].mark != mark:
             return None
@@ -108,7 +108,7 @@ class ChangeFeed:
 
 
 async def _replay(connection: Connection, request: Replay) -> Replayed:
-    """Return the server's answer. Waits for a lost connection without hurrying it. Errors: see ``ChangeFeed.after``."""
+    """Return the server's answer. Waits for a lost connection without hurrying it."""
     failed_before = connection.failed_attempts
     await connection.changed.until(
         lambda: connection.welcome is not None or connection.is_refused or connection.failed_attempts > failed_before,
@@ -128,7 +128,7 @@ def _weight(change: Change) -> int:
 
 
 class _Titles:
-    """Short ids and titles of tasks, from the changes of a batch and from the cache in ``directory``."""
+    """Tasks' short ids and titles, from a batch and from the cache."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory

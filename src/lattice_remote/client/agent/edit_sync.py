@@ -55,17 +55,17 @@ class SentEdits:
 
 
 class RewriteRun:
-    """Texts that were rewritten one after another, as a slow program does.
+    """Texts that were rewritten one after another, as by a slow program.
 
-    The files' own change times decide (status change time, ns), so neither a slow agent nor a slow server ends a run.
-    A text that is saved again does not prolong it: a program rewrites each text once, a person saves one repeatedly.
+    Status change times (ns) decide, so a slow agent does not end a run. A text that is saved again does not prolong it:
+    a program rewrites each text once.
     """
 
     def __init__(self) -> None:
         self._changed_at: dict[str, int] = {}
 
     def count_with(self, changed_at: Mapping[str, int]) -> int:
-        """Return the number of texts in the run together with these; a longer pause before them ends the run."""
+        """Return the run's number of texts together with these; a longer pause ends the run."""
         if self._changed_at and changed_at:
             pause_ns = min(changed_at.values()) - max(self._changed_at.values())
             if pause_ns > _RUN_PAUSE_NS:
@@ -82,7 +82,7 @@ class EditSender:
 
     Args:
         replicator: the cache's replicator.
-        following: the connection that the replicator follows on.
+        connection: the one that the replicator follows on.
         reached: waits until the files hold every change up to a number; returns whether they do.
     """
 
@@ -105,14 +105,14 @@ class EditSender:
     async def push(
         self, connection: Connection, paths: Iterable[str] | None = None, *, again: bool = False, confirm: bool = False
     ) -> SentEdits:
-        """Send the edits of these files (None: all edited ones); restore files that are not edits.
+        """Send the edits of these files (None: all); restore files that are not edits.
 
         A refused edit is sent again once it or the server has changed, or with ``again``. With ``confirm`` every
-        difference counts as an edit.
+        difference is an edit.
 
         Raises:
             StorageError: the disk is full.
-            RemoteError: the server is unreachable or refuses this token; unsent edits are kept.
+            RemoteError: unreachable, or the token is refused; unsent edits are kept.
         """
         pushed = SentEdits()
         async with self._turn:
@@ -136,7 +136,7 @@ class EditSender:
         return pushed
 
     async def note_saves(self, paths: Iterable[str]) -> None:
-        """Record that these edits, which cannot be sent now, are a person's saves."""
+        """Record edits that cannot be sent now as a person's saves."""
         async with self._turn:
             paths = [path for path in paths if self._noted.get(path) != self._signature(path)]
             if not paths:
@@ -147,7 +147,7 @@ class EditSender:
             self._noted |= {path: self._signature(path) for path in paths}
 
     async def restore_damage(self) -> SentEdits:
-        """Restore the files that differ without being edits; send nothing."""
+        """Restore files that differ without being edits."""
         pushed = SentEdits()
         async with self._turn:
             edits = self._replicator.edits
@@ -159,11 +159,11 @@ class EditSender:
         return pushed
 
     def withheld(self) -> dict[str, str]:
-        """Return the edits that wait for the user's decision: path to reason."""
+        """Return path and reason of the edits that wait for the user."""
         return self._replicator.edits.evidence.withheld()
 
     def notice(self) -> str | None:
-        """Return the notice about withheld edits for every command, None if there are none."""
+        """Return the notice about withheld edits for every command."""
         withheld = self.withheld()
         if not withheld:
             return None
@@ -184,10 +184,9 @@ class EditSender:
     # --- judging ---
 
     def _require_room(self) -> None:
-        """Refuse to send edits while the disk is full: a truncated save looks like an edit.
+        """Require room on the disk: a truncated save looks like an edit. Raises StorageError.
 
-        Raises:
-            StorageError: the disk is full. The edited files are checked for truncated saves once there is room.
+        The edited files are checked for truncated saves once there is room.
         """
         directory = self._replicator.cache.directory
         try:
@@ -202,7 +201,7 @@ class EditSender:
     async def _judge(
         self, paths: Iterable[str], *, confirm: bool = False, is_asked: bool = True
     ) -> dict[str, tuple[Signature, Judgement]]:
-        """Classify each edited file and withhold doubtful ones; with ``confirm`` each is an edit."""
+        """Classify edited files and withhold doubtful ones; with ``confirm`` each is an edit."""
         edits = self._replicator.edits
         judged: dict[str, tuple[Signature, Judgement]] = {}
         repository = Repository(self._replicator.cache.directory)
@@ -237,7 +236,6 @@ class EditSender:
             await self._replicator.withhold(waiting)
 
     async def _record(self, judged: dict[str, tuple[Signature, Judgement]]) -> None:
-        """Record the saves among these files, which cannot be sent now."""
         evidence, cache = self._replicator.edits.evidence, self._replicator.cache
         saves = []
         for path, (found, judgement) in judged.items():
@@ -248,7 +246,7 @@ class EditSender:
             await self._replicator.record(saves)
 
     async def _restore(self, judged: dict[str, tuple[Signature, Judgement]], pushed: SentEdits) -> None:
-        """Restore the files that are not edits; add a notice for each that was not rescued."""
+        """Restore files that are not edits, with a notice for each that was not rescued."""
         without_text = defaultdict(list)
         for path, (found, judgement) in judged.items():
             if judgement.outcome == "restored":
@@ -262,8 +260,7 @@ class EditSender:
     async def restore(self, path: str, found: Signature | None = None, *, reason: str | None) -> bool | None:
         """Replace a file that is not to be sent with the server's text.
 
-        Returns:
-            Whether a text was rescued, which needs a ``reason``; None if the file cannot be restored now.
+        Returns whether a text was rescued, which needs a ``reason``; None if it cannot be restored now.
         """
         found = found or self._signature(path)
         if found is None:
@@ -312,7 +309,7 @@ class EditSender:
         return answer.outcome, None
 
     async def _settle(self, connection: Connection, put: Put, answer: Stored, base: bytes | None) -> str | None:
-        """Process the server's answer to an edit; return where a conflict put the text."""
+        """Process the answer to an edit; return where a conflict put the text."""
         if connection is not self._connection:
             # The file must still be edited when its own change arrives: an older change, merged with it, may come
             # first.
@@ -323,7 +320,7 @@ class EditSender:
         return copy
 
     async def _settle_unanswered(self, connection: Connection, sent: Sent) -> None:
-        """Ask for the outcome of an edit whose answer was lost: later saves build on it if it was stored."""
+        """Fetch the outcome of an edit whose answer was lost: later saves build on it."""
         answer = await self._ask(connection, sent.frame, sent.first_sent_at())
         if isinstance(answer, Stored):
             await self._settle(connection, sent.put, answer, sent.base)
@@ -331,12 +328,9 @@ class EditSender:
             self._unanswered.forget(sent.put.path)
 
     async def put(self, connection: Connection, path: str, text: bytes) -> str:
-        """Send a text for a plan or notes, based on the server's as it is here; return the outcome.
+        """Send a text based on the server's as it is here; return the outcome.
 
-        On return the file is the server's again, unless it is edited.
-
-        Raises:
-            RemoteError: it was not sent, or was refused.
+        On return the file is the server's again, unless it is edited. Raises RemoteError.
         """
         async with self._turn:
             await self.until_in_place(path)
@@ -364,10 +358,7 @@ class EditSender:
     async def _ask_briefly(
         self, connection: Connection, put: Put, current: bytes | None, *, is_edit: bool = False
     ) -> Stored | Refused:
-        """Send the request with the digest of a long base if the server most likely has that text.
-
-        A sent edit is recorded until its answer is settled.
-        """
+        """Send the request with the digest of a long base. It is recorded until its answer is settled."""
         frame = _brief(put, current)
         while True:
             if is_edit:
@@ -414,7 +405,7 @@ class EditSender:
 
 
 def _brief(put: Put, current: bytes | None) -> Put:
-    """Return the request with the digest of a long base instead of the base, if the server most likely has it."""
+    """Return the request with the digest of a long base that the server most likely has."""
     if put.base is None or put.base != current or len(put.base) < _LONG_BASE_BYTES:
         return put
     return msgspec.structs.replace(put, id=_new_id(), base=None, base_digest=digest_of(put.base))
@@ -521,14 +512,14 @@ class EditWatcher:
         await self._push(connection, edited, {path: self._seen.pop(path) for path in edited})
 
     def _look_for_unreported_edits(self) -> None:
-        """Take in edits that the system reports late, so that a burst is recognised before its first file is sent."""
+        """Take in edits reported late, so that a burst is recognised before its first file is sent."""
         known = self._seen.keys() | self._edit_sender.withheld().keys() | self._edit_sender.refused().keys()
         self.touched(path for path in self._replicator.edits.scan() if path not in known)
 
     def _is_burst(self) -> bool:
-        """Return whether a program seems to be changing many files and has not finished.
+        """Return whether a program seems to be changing many files still.
 
-        Files that are still changing count: the first ones of a formatter are at rest before the last ones.
+        The first files of a formatter are at rest before the last ones.
         """
         now, seen = time.monotonic(), self._seen.values()
         quiet_s = now - max(each.at for each in seen)
@@ -544,7 +535,7 @@ class EditWatcher:
         self.notices += [notice for notice in pushed.notices if notice not in self.notices]
 
     def _is_edit(self, path: str) -> bool:
-        """Return whether there is an edit to send; files of no task are left to the integrity monitor."""
+        """Return whether there is an edit to send; files of no task are not."""
         return self._replicator.edits.is_edited(path) and not self._replicator.files.is_orphan(path)
 
     def _can_send(self) -> bool:

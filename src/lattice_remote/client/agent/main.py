@@ -111,7 +111,7 @@ class Agent:
         return not self._stopping.is_set() and not self._is_idle()
 
     def _is_at_home(self) -> bool:
-        """Return whether the environment still matches the agent's name; only the namespaces can change."""
+        """Return whether the namespaces still match the agent's name."""
         return agent_runtime.configuration() == self._configuration
 
     def _is_idle(self) -> bool:
@@ -133,7 +133,7 @@ class Agent:
             return False
 
     def _sweep(self) -> None:
-        """Close caches whose directory is gone, whose remote has changed, or that are long unused."""
+        """Close caches that are gone, changed, or long unused."""
         for directory, service in list(self._services.items()):
             unused = not self._connections and time.monotonic() - service.used_at > self._idle_s
             if service.is_stale() or unused:
@@ -189,7 +189,7 @@ class Agent:
             await asyncio.gather(work, gone, return_exceptions=True)
 
     def _ready_now(self, line: bytes) -> dict[str, Any] | None:
-        """Answer a read of a current cache at once, without a task."""
+        """Answer a read of a current cache without a task."""
         if not line.startswith(b'{"do": "ready"'):
             return None
         try:
@@ -203,7 +203,7 @@ class Agent:
         return None if answer is None else {"ok": True, **answer}
 
     def _is_mine(self, request: dict[str, Any]) -> bool:
-        """Return whether a request comes from this agent's environment; if not, its command runs the steps itself."""
+        """Return whether a request comes from this agent's environment."""
         return bool(request["agent"] == self._place.name) and self._is_at_home()
 
     async def _handle(self, line: bytes, report: Any) -> dict[str, Any]:
@@ -253,7 +253,7 @@ class Agent:
 
 
 def _package_signature() -> Signature | None:
-    """Return a signature that changes with an upgrade of this package; None if it is gone."""
+    """Return a signature that changes with an upgrade; None if the package is gone."""
     try:
         found = os.stat(str(lattice_remote.__file__))
     except OSError:
@@ -262,7 +262,7 @@ def _package_signature() -> Signature | None:
 
 
 def _is_alone() -> bool:
-    """Return whether no other process of this user, except agents, is seen in these namespaces."""
+    """Return whether only agents of this user are seen in these namespaces."""
     try:
         own = agent_runtime.namespaces()
         processes = [name for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
@@ -281,7 +281,7 @@ def _is_agent(process: str) -> bool:
 
 
 def _remove_left_overs(place: agent_runtime.Runtime) -> None:
-    """Remove the files of other environments' agents that ended long ago, and directories that held only these."""
+    """Remove files of agents that ended long ago, and directories that held only these."""
     for directory in (place.directory, *agent_runtime.short_directories()):
         with contextlib.suppress(OSError):
             names = {name.rpartition(".")[0] for name in os.listdir(directory) if name.startswith("agent-")}
@@ -314,9 +314,9 @@ def _trim(log: str) -> None:
 
 
 def _take_over(lock: FileLock, place: agent_runtime.Runtime) -> bool:
-    """Take the agent's lock; return False if it belongs to an agent that serves.
+    """Take the agent's lock; return False if it belongs to a serving agent.
 
-    One that is exiting has no socket any longer, but may hold the lock for a moment.
+    One that is exiting has no socket, but may hold the lock for a moment.
     """
     deadline = time.monotonic() + _TAKE_OVER_S
     while True:

@@ -65,7 +65,7 @@ _WINDOW = 8
 
 
 async def describe_content(connection: Requester, path: str) -> tuple[Content, int]:
-    """Return a file's content on the server, and the sequence number of that.
+    """Return a file's content on the server, and its sequence number.
 
     Raises:
         Rejected: REMOTE_NOT_FOUND if there is no such file.
@@ -76,10 +76,10 @@ async def describe_content(connection: Requester, path: str) -> tuple[Content, i
 
 
 async def pieces(connection: Requester, path: str, content: Content, offset: int) -> AsyncGenerator[bytes]:
-    """Yield a content from ``offset`` to its end, in order. The caller checks the digest.
+    """Yield a content from ``offset`` on, in order. The caller checks the digest.
 
     Raises:
-        Rejected: REMOTE_NOT_FOUND if the file has another content now.
+        Rejected: REMOTE_NOT_FOUND if the content has changed.
         ConnectionFailed: the server is unreachable; resume later.
     """
     size, digest = content
@@ -153,7 +153,7 @@ class PayloadFetcher:
 
     @property
     def mode(self) -> str:
-        """Return the setting: ``background`` (fetch everything) or ``on-demand`` (nothing unasked)."""
+        """Return the setting: ``background`` or ``on-demand``."""
         return config.read_settings(self._cache.directory)["payloads"]
 
     def status(self) -> dict[str, Any]:
@@ -172,19 +172,19 @@ class PayloadFetcher:
 
     @property
     def trouble(self) -> RemoteError | None:
-        """Return the reason why a content to be fetched does not arrive; None if there is none."""
+        """Return the reason why a content does not arrive, if any."""
         reasons = [why for path in self._put_off if (why := self._why_put_off(path)) is not None]
         return next(iter(reasons), self._failure)
 
     def _why_put_off(self, path: str) -> RemoteError | None:
-        """Return the reason why a content was put off; None if it was not, or has changed since."""
+        """Return the reason why a content was put off, if it still is."""
         put_off, deferred = self._put_off.get(path), self._replicator.replica.deferred
         return put_off.why if put_off is not None and path in deferred and deferred[path] == put_off.content else None
 
     # --- requests ---
 
     async def fetch(self, paths: Iterable[str] | None, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        """Fetch these contents (None: all deferred ones); return those that arrived.
+        """Fetch these contents (None: all deferred); return those that arrived.
 
         Raises:
             RemoteError: one cannot be fetched; its pieces are kept.
@@ -222,13 +222,12 @@ class PayloadFetcher:
             await asyncio.sleep(_POLL_S)
 
     def wake(self) -> None:
-        """Check for work: a setting was changed or a content requested."""
         self._wishes += 1
         self._connection.changed.notify()
 
     @contextlib.contextmanager
     def attaching(self, digests: Iterable[bytes]) -> Iterator[None]:
-        """Suspend the download of these contents: ``take_own`` copies them from local files."""
+        """Suspend the download of contents that ``take_own`` will copy."""
         own = set(digests) - self._own
         self._own |= own
         try:
@@ -238,7 +237,7 @@ class PayloadFetcher:
             self.wake()
 
     async def take_own(self, sources: Iterable[Source]) -> None:
-        """Put attached files in place from their local sources. If that fails, they are downloaded."""
+        """Put attached files in place from their sources, else download them."""
         for source in sources:
             content = (source.size, source.digest)
             for path in [path for path, deferred in self._replicator.replica.deferred.items() if deferred == content]:
@@ -249,7 +248,7 @@ class PayloadFetcher:
                             await self._replicator.arrived(path, content, partial)
 
     def _copied(self, source: Source, partial: str) -> bool:
-        """Copy a caller's file; return whether it still had the content that was sent."""
+        """Copy a caller's file; return whether it had the content that was sent."""
         self._cache.quota.require_room(source.size)
         self._cache.discard(partial)
         hasher, offset = hashlib.sha256(), 0
@@ -265,7 +264,7 @@ class PayloadFetcher:
     # --- the task ---
 
     async def run(self) -> None:
-        """Fetch until cancelled. Errors of the server or the disk are waited out."""
+        """Fetch until cancelled, waiting out errors."""
         while True:
             if not await self._connection.changed.until(self._has_work, self._pause_s()):
                 continue
@@ -326,7 +325,7 @@ class PayloadFetcher:
             self._current = None
 
     def _next(self) -> str | None:
-        """Return the next path to check or fetch, requested ones first."""
+        """Return the next path, requested ones first."""
         if not self._replicator.is_following:
             return None  # nothing could be put in place
         deferred, is_unasked = self._replicator.replica.deferred, self.mode == "background"
@@ -342,7 +341,7 @@ class PayloadFetcher:
         return None
 
     async def _settle(self, connection: Connection, path: str, content: Content | None) -> None:
-        """Look up a file's content, check whether it is already here, else fetch it if it is due."""
+        """Look up a file's content, check whether it is here, else fetch it if due."""
         if content is None:
             await self._learn(connection, path)
             return
@@ -371,7 +370,7 @@ class PayloadFetcher:
         )  # unless a newer change replaced it, or it is no longer needed
 
     async def _is_here(self, path: str, content: Content) -> bool:
-        """Return whether the file has this content already, for example from before a crash."""
+        """Return whether the file has this content already, as after a crash."""
         before = self._cache.signature(path)
         if before is None or before[1] != content[0]:
             return False
@@ -417,11 +416,7 @@ class PayloadFetcher:
 
 @contextlib.asynccontextmanager
 async def _taken(lock: CacheLock, timeout_s: float | None) -> AsyncIterator[None]:
-    """Hold the download lock of one cache: two processes must not write into one file.
-
-    Raises:
-        TimeoutError: another process holds it for longer.
-    """
+    """Hold a cache's download lock: two processes must not write one file. Raises TimeoutError."""
     async with asyncio.timeout(timeout_s):
         while not lock.acquire():  # noqa: ASYNC110 - another process releases it
             await asyncio.sleep(_POLL_S)
@@ -444,7 +439,7 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
-    """A caller's file: its place in the argv, and its content as bytes or source; neither: there is none."""
+    """A caller's file: its place in the argv, and content as bytes or source, if any."""
 
     index: int
     name: str
@@ -454,11 +449,7 @@ class OpenFile:
 
 @contextlib.contextmanager
 def opened_files(described: list[dict[str, Any]]) -> Iterator[list[OpenFile]]:
-    """Open the files described by ``CallersFiles``, and close them afterwards.
-
-    Raises:
-        Unreadable: a file is not the one that the caller saw; nothing was sent.
-    """
+    """Open the files described by ``CallersFiles``, and close them afterwards. Raises Unreadable."""
     with contextlib.ExitStack() as stack:
         files: list[OpenFile] = []
         for file in described:
@@ -490,10 +481,9 @@ async def send_files(
     run: Callable[[list[Attachment]], Awaitable[Response]],
     report: ProgressCallback,
 ) -> tuple[Response, list[Source]]:
-    """Upload large files, then ``run`` with attachments that refer to them; return the answer and the uploads.
+    """Upload large files, then ``run`` with attachments that refer to them; return answer and uploads.
 
-    An upload may be gone when it is needed, because another command with the same file has used it. It is then
-    repeated.
+    An upload that another command has used is repeated.
 
     Raises:
         Rejected, ConnectionFailed, StorageError: see ``upload``; nothing was run.
@@ -545,11 +535,7 @@ _MAX_NAME_CHARS = 256
 
 
 def run_frame(request: dict[str, Any]) -> Run:
-    """Return the frame for a ``run``.
-
-    Raises:
-        Misuse: the command line cannot be sent.
-    """
+    """Return the frame for a ``run``. Raises Misuse."""
     argv = request["argv"]
     if not 0 < len(argv) <= MAX_ARGV:
         raise Misuse(f"too many arguments: at most {MAX_ARGV}")
@@ -561,11 +547,7 @@ def run_frame(request: dict[str, Any]) -> Run:
 
 
 def call_frame(request: dict[str, Any]) -> Call:
-    """Return the frame for a ``call``.
-
-    Raises:
-        Misuse: the values cannot be sent.
-    """
+    """Return the frame for a ``call``. Raises Misuse."""
     try:
         request["name"].encode()
         payload = request["payload"].encode()

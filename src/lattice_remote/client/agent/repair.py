@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 
 class IntegrityMonitor:
-    """Monitor of one cache while ``run()`` runs. ``on_edits`` gets plans and notes to check for edits; None: all."""
+    """Monitor of one cache. ``on_edits`` gets texts to check for edits; None: all."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class IntegrityMonitor:
         self._vanished_at = -QUIET_S  # when a file was last found missing (monotonic)
 
     def touched(self, paths: set[str] | None) -> None:
-        """Check these files for modifications; None: all. Edits are reported at once, with or without a server."""
+        """Check these files (None: all). Edits are reported at once, also without a server."""
         if paths is not None:
             self._on_edits(path for path in paths if is_editable(path) and self._is_foreign(path))
         elif self._cache.known.is_complete:  # else a base may be damaged, until the files are compared
@@ -81,7 +81,6 @@ class IntegrityMonitor:
         self._wake.set()
 
     def _is_foreign(self, path: str) -> bool:
-        """Return whether there is a plain file that none of our processes wrote."""
         found = self._cache.signature(path)
         return found is not None and not self._cache.known.agrees(path, found)
 
@@ -113,14 +112,14 @@ class IntegrityMonitor:
             self._repairs.suspect([path], delay_s=self._stray_s(path))
 
     def _stray_s(self, path: str) -> float:
-        """Return the seconds to wait before a stray file is removed: an editor may be using it."""
+        """Return the seconds before a stray file is removed: an editor may use it."""
         if not path.startswith(_EDITED_BY_HAND) or is_editable(path) or path in self._cache.known:
             return 0.0
         found = self._cache.signature(path)
         return 0.0 if found is None else min(STRAY_S, found[0] / 1e9 + STRAY_S - time.time())
 
     def _vanishing_s(self, path: str) -> float:
-        """Return the seconds to wait before a missing file is restored: the whole directory may be being removed."""
+        """Return the seconds before a missing file is restored: all may be being removed."""
         if self._cache.signature(path) is not None:
             return 0.0
         return max(0.0, self._vanished_at + QUIET_S - time.monotonic())
@@ -128,7 +127,7 @@ class IntegrityMonitor:
     # --- the task ---
 
     async def run(self) -> None:
-        """Run until cancelled. Errors of the files or the server are waited out."""
+        """Run until cancelled, waiting out errors."""
         self._watching.add(self._cache.directory, self.touched)
         try:
             while True:
@@ -158,11 +157,7 @@ class IntegrityMonitor:
         return scan_s if due_s is None else min(due_s, scan_s)
 
     async def look(self) -> None:
-        """Find the files that others changed, and fetch them.
-
-        Raises:
-            RemoteError: the server is unreachable, or a file cannot be read or written.
-        """
+        """Find and fetch the files that others changed. Raises RemoteError."""
         if not self._cache.known.is_complete:
             await self._compare_all()
             await self._replicator.store_known()
@@ -180,7 +175,7 @@ class IntegrityMonitor:
             self._connection.changed.notify()
 
     async def _compare_all(self) -> None:
-        """Compare every file with the server's manifest: none was watched until now, or too many were touched."""
+        """Compare every file: none was watched, or too many were touched."""
         async with self._turn:
             began, is_first = time.monotonic(), not self._cache.known.is_complete
             earlier = await read_gently(self._cache, lambda: self.is_awaited)

@@ -30,11 +30,11 @@ class Rescuer:
         self._store = replicator.rescue_policy.rescued
 
     async def handle(self, request: dict[str, Any], call: Call) -> dict[str, Any]:
-        """List entries, or show, apply or drop the requested ones (all of them without ``numbers``).
+        """List entries, or show, apply or drop the requested ones (default: all).
 
         Raises:
             Misuse: no such entry.
-            RemoteError: the server is unreachable. Applied parts stay applied, and applying again continues.
+            RemoteError: the server is unreachable. Applying again continues.
         """
         entries = self._named(request["numbers"])
         answer: dict[str, Any] = {"applied": [], "refused": [], "dropped": []}
@@ -72,7 +72,7 @@ class Rescuer:
         return {**described(entry), "events": events[:_MAX_SHOWN_EVENTS]}
 
     def _new_events(self, entry: RescuedEntry) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield the events that the server lacks, each with its file, in the order of each log."""
+        """Yield the events that the server lacks, each with its file, in order."""
         for path in entry.files:
             if not is_event_log(path) or path.endswith("/_lifecycle.jsonl"):
                 continue
@@ -93,7 +93,7 @@ class Rescuer:
     # --- applying ---
 
     async def _apply(self, entry: RescuedEntry, call: Call, answer: dict[str, Any]) -> None:
-        """Send the parts of an entry that the server lacks; drop the entry unless a part was refused."""
+        """Send what the server lacks of an entry; drop it unless a part was refused."""
         before = len(answer["refused"])
 
         def refuse(path: str, why: str) -> None:
@@ -125,7 +125,7 @@ class Rescuer:
         applied: list[dict[str, Any]],
         refuse: Callable[[str, str], None],
     ) -> set[str]:
-        """Send the events of a task or resource one by one; return its id if it was created by that."""
+        """Send events one by one; return the id of a task or resource created by that."""
         owner, made = _owner(path), set[str]()
         log = self._log(owner)
         base = log[-1].get("id") if log else None
@@ -160,7 +160,6 @@ class Rescuer:
         raise Rejected("others keep changing it; try again", code="REMOTE_BUSY")
 
     def _resource_of(self, events: list[dict[str, Any]], owner: str) -> str:
-        """Return the name of a resource, from its creation or from the server."""
         name = dict(events[0].get("data") or {}).get("name")
         return str(name) if events[0].get("type") == "resource_created" and name else owner
 
@@ -174,7 +173,7 @@ class Rescuer:
         *,
         is_new: bool,
     ) -> None:
-        """Send the plan or notes of a task just created; in an older task they might undo others' work."""
+        """Send the text of a task just created; in an older one it might undo others' work."""
         text = self._store.read(entry.number, path)
         theirs = self._cache.read(path) if self._cache.size(path) is not None else None
         if text == theirs:
@@ -194,7 +193,7 @@ class Rescuer:
             applied.append({"path": path, "event": None, "type": kind.removeprefix("write-"), "to": _owner(path)})
 
     def _is_derived(self, entry: RescuedEntry, path: str, owners: set[str]) -> bool:
-        """Return whether lattice derives a file from events in the same entry, or the server has its content."""
+        """Return whether a file follows from events here, or the server has its content."""
         if is_event_log(path):
             return True
         if path == "ids.json" or (path.startswith(_MADE_OF_EVENTS) and self._owner_of_snapshot(entry, path) in owners):
@@ -216,11 +215,7 @@ def described(entry: RescuedEntry) -> dict[str, Any]:
 
 
 def decoded(returned: dict[str, Any]) -> dict[str, Any]:
-    """Return the answer to a write of the surface ``storage``.
-
-    Raises:
-        Rejected: the server refused the write.
-    """
+    """Return the answer to a write. Raises Rejected."""
     answer: dict[str, Any] = json.loads(returned["payload"])
     if (error := answer.get("error")) is not None:
         raise error_from_code(str(error["message"]), error["code"])

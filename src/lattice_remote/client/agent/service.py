@@ -87,7 +87,7 @@ _INTERVAL_S = 1.0
 
 
 class Acknowledger:
-    """Acknowledgement of applied changes to the server. ``run()`` it while the cache is followed."""
+    """Acknowledgement of applied changes. ``run()`` it while the cache is followed."""
 
     def __init__(self, replicator: Replicator, connection: Connection) -> None:
         self._replicator = replicator
@@ -169,8 +169,7 @@ class Service:
             self._replicator.files.first_fill = FirstFill(self.cache)
 
     def start(self, token: str | None, *, named: Server | None = None, prefer_given: bool = False) -> None:
-        """Start to follow the project. The user's stored token takes precedence over ``token`` unless
-        ``prefer_given``."""
+        """Start to follow the project. A stored token precedes ``token`` unless ``prefer_given``."""
         with contextlib.suppress(StorageError):  # reported once the files are needed
             self.cache.make_private()
         self._pool.start(token, named=named, prefer_given=prefer_given)
@@ -181,7 +180,7 @@ class Service:
         self._tasks += [asyncio.get_running_loop().create_task(each) for each in work]
 
     def look_after(self, watching: FileWatcher, turn: asyncio.Semaphore) -> None:
-        """Start to send edits and repair other modifications without a request."""
+        """Start to send edits and repair modifications without a request."""
         self._replicator.edits.evidence.begin_watch()
         self._edit_watcher = edit_watcher = EditWatcher(self._replicator, self._pool, self._edit_sender)
         self._replicator.files.on_edits = edit_watcher.touched
@@ -206,22 +205,18 @@ class Service:
             self._replicator.edits.evidence.end_watch()
 
     def is_stale(self) -> bool:
-        """Return whether the directory is gone, or its remote has changed since it was opened."""
+        """Return whether the directory is gone, or its remote has changed."""
         try:
             return not self.cache.is_there() or read_remote(self.cache.directory) != self.remote
         except RemoteError:
             return True
 
     def is_meant_by(self, request: dict[str, Any]) -> bool:
-        """Return whether a request means this cache and remote, not others now at the same path."""
+        """Return whether a request means this cache, not another now at the same path."""
         return bool([*self.cache.identity, self.remote.url, self.remote.project] == request["cache"])
 
     async def handle(self, request: dict[str, Any], report: ProgressCallback) -> dict[str, Any]:
-        """Run a request and return its answer.
-
-        Raises:
-            RemoteError: it failed; the message says what to do next.
-        """
+        """Run a request and return its answer. Raises RemoteError."""
         self.used_at = time.monotonic()
         token = request.get("token")
         # ``add`` runs without the agent and passes the server at start.
@@ -263,7 +258,7 @@ class Service:
         raise Misuse(f"unknown request {request['do']!r}: the agent is of another version")
 
     def _without_server(self, request: dict[str, Any], refusal: RemoteError) -> dict[str, Any]:
-        """Answer a command whose server differs from the one in use: ``ready`` from local files, else raise."""
+        """Answer a command for another server: ``ready`` from local files, else raise."""
         if request["do"] != "ready":
             raise refusal
         readiness = self._readiness()
@@ -272,7 +267,7 @@ class Service:
     def _long_work(
         self, request: dict[str, Any], token: str | None, report: ProgressCallback
     ) -> Coroutine[Any, Any, dict[str, Any]] | None:
-        """Return the work of a request that reports progress; None for other requests."""
+        """Return the work of a request that reports progress, else None."""
         match request["do"]:
             case "ready":
                 return self._ready()
@@ -291,7 +286,7 @@ class Service:
         return None
 
     def ready_now(self, request: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the answer to ``ready`` if it needs no waiting, as for nearly every read."""
+        """Return the answer to ``ready`` if it needs no waiting."""
         if not self._has_looked or not self._is_current() or self._replicator.replica.blocked:
             return None
         if self._pool.refusal(trusted_servers.from_environment(request["named"]), request["token"]) is not None:
@@ -303,9 +298,9 @@ class Service:
     # --- reading ---
 
     async def _ready(self, *, look: bool = True) -> dict[str, Any]:
-        """Wait until the files are current, the server is known to be unreachable, or a time limit passes.
+        """Wait until the files are current, the server is known to be unreachable, or time is up.
 
-        With ``look``, files that changed while unwatched are first found and restored.
+        With ``look``, files that changed while unwatched are found and restored first.
         """
         failed_before = self._connection.failed_attempts
         wait_s, self._is_new = (FIRST_READY_WAIT_S if self._is_new else READY_WAIT_S), False
@@ -321,7 +316,7 @@ class Service:
         return self._readiness()
 
     async def _look(self, wait_s: float) -> None:
-        """Find and restore files that changed while unwatched, for at most ``wait_s``."""
+        """Restore files that changed while unwatched, for at most ``wait_s``."""
         deadline = time.monotonic() + wait_s
         self._integrity_monitor.is_awaited = True
         try:
@@ -363,7 +358,7 @@ class Service:
         return [*notices, *(notice for notice in lasting if notice is not None)]
 
     async def _fill(self, failed_before: int) -> None:
-        """Wait for the first fill for as long as it advances."""
+        """Wait for the first fill while it advances."""
         while not self._is_current() and not self._has_failed(failed_before):
             before = self._advance()
             if not await self._until(lambda: self._is_current() or self._advance() != before, STALLED_S):  # noqa: B023
@@ -444,14 +439,14 @@ class Service:
         }
 
     async def _call(self, request: dict[str, Any], token: str | None, report: ProgressCallback) -> dict[str, Any]:
-        """Run a surface's operation on the server; return once its change is in the files."""
+        """Run a surface's operation; return once its change is in the files."""
         answer, notices = await self._carry_out(call_frame(request), request, token, report)
         answer = expect(answer, Returned, sent=True)
         payload = answer.payload.decode(errors="replace")
         return {"status": answer.status, "payload": payload, "seq": answer.seq, "notices": notices}
 
     async def _write_as_a_program(self, token: str | None, name: str, values: dict[str, Any]) -> dict[str, Any]:
-        """Run a write of the surface ``storage`` on the server and return its answer. Raises RemoteError."""
+        """Run a write of the surface ``storage``. Raises RemoteError."""
         payload = json.dumps(values, ensure_ascii=False)
         asked = {"id": os.urandom(16).hex(), "surface": "storage", "name": name, "payload": payload, "files": []}
         return decoded(await self._call(asked, token, lambda _: None))
@@ -459,10 +454,10 @@ class Service:
     async def _carry_out(
         self, frame: Run | Call, request: dict[str, Any], token: str | None, report: ProgressCallback
     ) -> tuple[Response, list[str]]:
-        """Send large files, edited plans and notes, then the frame; return its answer and notices.
+        """Send large files, edits, then the frame; return its answer and notices.
 
         Raises:
-            Unreadable: the agent cannot open one of the caller's files; nothing was sent.
+            Unreadable: the agent cannot open a caller's file; nothing was sent.
         """
         connection = self._pool.writing(token)
         notices: list[str] = []
@@ -485,7 +480,6 @@ class Service:
         return answer, [*notices, *self._notices()]
 
     async def _ask_once(self, frame: Run | Call, connection: Connection, request: dict[str, Any]) -> Response:
-        """Send the request and return its answer; ``own_connection`` gives it a connection of its own."""
         first_sent_at = request.get("first_sent_at")
         self._replicator.own_requests.append(frame.id)
         if not request.get("own_connection"):
@@ -501,7 +495,7 @@ class Service:
     async def _ask_unless_held(
         self, frame: Run | Call, connection: Connection, first_sent_at: float | None
     ) -> Response | None:
-        """Return the answer; None if another process locks the cache and so blocks the following connection."""
+        """Return the answer; None if another process locks the cache."""
         asking = asyncio.ensure_future(connection.send_request(frame, first_sent_at=first_sent_at))
         try:
             while not (await asyncio.wait([asking], timeout=_HELD_POLL_S))[0]:
@@ -532,9 +526,9 @@ class Service:
         return await read_version(self._pool.writing(token), request["task"], request["text"], str(request["version"]))
 
     async def _restore(self, request: dict[str, Any], token: str | None) -> dict[str, Any]:
-        """Make an earlier version of a plan or notes the newest one, as an edit of the server's current text.
+        """Make an earlier version of a plan or notes the newest one, as an edit.
 
-        A pending edit of the file is sent first, so that it stays in the history.
+        A pending edit is sent first, so that it stays in the history.
         """
         version = await self._version(request, token)
         await self._must_be_current()
@@ -558,7 +552,7 @@ class Service:
     # --- comparing ---
 
     async def _compare(self, *, repair: bool) -> dict[str, Any]:
-        """Compare every file with the server's; with ``repair``, return once the differing files are fetched."""
+        """Compare every file with the server's; with ``repair``, wait for the differing ones."""
         comparison = await self._compared(repair=repair)
         if repair and not comparison.is_clean:
             await self._fill(self._connection.failed_attempts)
@@ -581,7 +575,7 @@ class Service:
     async def _with_progress(
         self, work: Coroutine[Any, Any, dict[str, Any]], report: ProgressCallback
     ) -> dict[str, Any]:
-        """Await ``work`` and report how many missing files have arrived."""
+        """Await ``work`` and report the number of files that have arrived."""
         task = asyncio.ensure_future(work)
         shown = False
         try:
@@ -646,7 +640,7 @@ class Service:
         }
 
     def _edits_wait_for(self) -> str | None:
-        """Return the condition that edits wait for; None if they are sent automatically."""
+        """Return the condition that edits wait for, if any."""
         if self._edit_watcher is None:
             return "the next command, as no agent runs"
         if self._pool.has_several_names():
@@ -657,7 +651,7 @@ class Service:
         return None if connection.is_open and self._replicator.is_following else "the server"
 
     async def _status(self, token: str | None) -> dict[str, Any]:
-        """Return the status, each statement with its evidence. Claims nothing beyond recent messages."""
+        """Return the status. Claims nothing beyond recent messages."""
         failed_before = self._connection.failed_attempts
         if not self._connection.is_open:
             self._connection.kick()
@@ -697,7 +691,7 @@ class Service:
         }
 
     async def _welcomed(self, token: str | None) -> tuple[Welcome | None, RemoteError | None]:
-        """Return the server's welcome to the caller's token, which may differ from the following connection's."""
+        """Return the server's welcome to the caller's token."""
         try:
             connection = self._pool.writing(token)
         except RemoteError as error:
@@ -713,11 +707,11 @@ class Service:
 
 
 def _ignore(_ignored: object) -> None:
-    """Ignore progress, or edits, which the next command sends if no agent runs."""
+    pass
 
 
 def _versions(welcome: Welcome | None) -> dict[str, Any]:
-    """Return the versions of both sides, and under ``differences`` the advice where they differ."""
+    """Return both sides' versions, and advice under ``differences``."""
     here = {"lattice-remote": __version__, "lattice-tracker": version("lattice-tracker")}
     if welcome is None:
         return {"here": here, "server": None, "differences": None}
@@ -743,7 +737,7 @@ def _comparison_fields(comparison: CacheComparison) -> dict[str, Any]:
 
 
 def serve_once(request: dict[str, Any], on_progress: ProgressCallback | None) -> dict[str, Any]:
-    """Run one request without an agent: open the cache, then close it. A ``RemoteError`` becomes an answer."""
+    """Run one request without an agent. A ``RemoteError`` becomes an answer."""
     return asyncio.run(answered(_serve_once(request, on_progress or _ignore)))
 
 

@@ -33,7 +33,7 @@ _MAX_MISFITS = 5
 
 
 class Files:
-    """Performs a replica's effects on the files. The caller holds the cache's lock."""
+    """Performs a replica's effects on the files, under the cache's lock."""
 
     def __init__(self, cache: Cache, edits: Edits, rescue_policy: RescuePolicy, repairs: RepairSchedule) -> None:
         self._cache = cache
@@ -48,7 +48,7 @@ class Files:
         """path -> failed assemblies of its parts on this connection."""
 
     def is_strange(self, path: str) -> bool:
-        """Return whether another program changed the file; edits of plans and notes do not count."""
+        """Return whether another program changed the file, except plans and notes."""
         found = self._cache.signature(path)
         if self._cache.known.agrees(path, found):
             return False
@@ -59,7 +59,7 @@ class Files:
         return is_rewritten and not self._edits.is_in_use(path)
 
     def is_orphan(self, path: str) -> bool:
-        """Return whether a plan or notes belongs to no task of the server, as far as is known."""
+        """Return whether a plan or notes belongs to no known task."""
         return self._cache.known.is_complete and self._edits.is_orphan(path, self._cache.known)
 
     def apply(self, operations: Iterable[Operation], replica: Replica) -> list[Effect]:
@@ -94,7 +94,7 @@ class Files:
         return replica.drifted(drifted) if drifted else []
 
     def _hold(self, operation: Operation, edited: list[str], replica: Replica) -> set[str]:
-        """Hold edited files; return the other file of a move, which must be fetched."""
+        """Block edited files; return the other file of a move, which must be fetched."""
         for path in edited:
             replica.block(path)
         self.on_edits(edited)
@@ -106,10 +106,10 @@ class Files:
         return set()
 
     def write_part(self, part: Part, replica: Replica) -> list[Effect]:
-        """Write a part of a file; the last one replaces the file.
+        """Write a part; the last one replaces the file.
 
         Raises:
-            ProtocolError: the parts of this file repeatedly did not add up.
+            ProtocolError: the parts repeatedly did not add up.
         """
         if self.first_fill is not None and self.first_fill.write(part):
             return []
@@ -123,7 +123,7 @@ class Files:
         return self._written(part, replica, self._cache.write_part(part))
 
     def _write_text(self, part: Part, replica: Replica) -> list[Effect]:
-        """Write a part of a plan or notes; never replace a text being edited, up to the last moment."""
+        """Write a part of a text, unless it is being edited at the last moment."""
         placed: bool | None = False
         self._warn_of_link(part.path)
         if not self._edits.is_in_use(part.path):
@@ -135,7 +135,7 @@ class Files:
         return self._written(part, replica, placed, is_text=True)
 
     def _warn_of_link(self, path: str) -> None:
-        """Add a notice that a link instead of a plan or notes will be replaced: it may lead to any file."""
+        """Add a notice that a link will be replaced: it may lead to any file."""
         place = self._cache.absolute(path)
         if os.path.islink(place):
             notice = f"{path} was a link, and only plain files are sent: the server's text was restored, "
@@ -156,7 +156,7 @@ class Files:
         return []
 
     def remove(self, path: str, replica: Replica) -> None:
-        """Remove a file that the server lacks, unless it is being edited."""
+        """Remove a file that the server lacks, unless edited."""
         if is_editable(path) and self._edits.is_in_use(path):
             if not self.is_orphan(path):
                 replica.block(path)
@@ -168,12 +168,12 @@ class Files:
         self.are_the_servers([path])
 
     def _is_only_touched(self, part: Part) -> bool:
-        """Return whether a suspect file equals the server's, so that only its times were changed."""
+        """Return whether only a suspect file's times changed."""
         found = self._repairs.strange.get(part.path)
         return found is not None and found[1] == part.digest and found[0] == self._cache.signature(part.path)
 
     def keep(self, paths: Iterable[str], after: bytes | None = None) -> None:
-        """Rescue foreign content from files that are about to be replaced, by ``after`` if known."""
+        """Rescue foreign content from files about to be replaced, by ``after`` if known."""
         known = self._cache.known
         for path in paths:
             strange = known.is_complete or path in self._repairs.strange
@@ -185,7 +185,6 @@ class Files:
                 self._rescue_policy.keep(path, is_strange=strange, after=after, is_ours=is_ours)
 
     def are_the_servers(self, paths: Iterable[str]) -> None:
-        """Record that these files are the server's, or removed like there."""
         for path in paths:
             if is_editable(path):
                 self._edits.rebase(path)

@@ -98,9 +98,8 @@ def _decode_deferred(data: bytes) -> dict[str, Content | None]:
 def decode_state(data: bytes, contents: bytes, remote: Remote, inode: int = 0) -> CacheState:
     """Return the stored state as far as it is reliable.
 
-    State of another project is ignored. After a reboot unsynced files may lag behind the number: the position is then
-    ``NOWHERE``, and all files are compared. The same for the state of another directory, which git or a copy tool
-    brought (I5).
+    State of another project is ignored. After a reboot, and in a directory that git or a copy tool brought, files may
+    lag behind the number: the position is ``NOWHERE``, and all files are compared (I5).
     """
     try:
         found = json.loads(data)
@@ -190,7 +189,7 @@ class Cache:
     # --- the directory ---
 
     def prepare(self) -> None:
-        """Create the layout that lattice expects, and the ``.gitignore`` that keeps the cache out of git."""
+        """Create lattice's layout, and the ``.gitignore`` that keeps the cache out of git."""
         with explained(self.directory):
             for directory in _LAYOUT:
                 self._files.make(directory)
@@ -212,9 +211,9 @@ class Cache:
                 self._files.make(directory)
 
     def _block_plain_writes(self) -> None:
-        """Put a file in the place of lattice's lock directory, so that writes without the plugin fail at once (I4).
+        """Replace lattice's lock directory by a file, so that writes without the plugin fail at once (I4).
 
-        Skipped in a project that still waits to be pushed.
+        Skipped in a project that waits to be pushed.
         """
         if self._blocks_plain_writes() or not os.path.lexists(os.path.join(self.directory, REMOTE_FILE)):
             return
@@ -238,16 +237,16 @@ class Cache:
 
     @property
     def is_held_by_others(self) -> bool:
-        """Return whether another process holds the lock that this one waits for."""
+        """Return whether another process holds the lock."""
         return self.held_since is not None
 
     def is_whole(self) -> bool:
-        """Return whether the layout and the block on plain writes are complete."""
+        """Return whether layout and write block are complete."""
         directories = all(os.path.isdir(os.path.join(self.directory, directory)) for directory in _DIRECTORIES)
         return directories and self._blocks_plain_writes()
 
     def is_there(self) -> bool:
-        """Return whether this is still the opened directory, not removed or recreated."""
+        """Return whether this is still the opened directory."""
         try:
             here = self._stat_directory() == self.identity
             return here and os.path.lexists(os.path.join(self.directory, REMOTE_FILE))
@@ -291,7 +290,7 @@ class Cache:
         return CacheLock(self.absolute(path), make)
 
     async def _until_quiet(self, deadline: float) -> None:
-        """Wait while another program seems to remove the whole directory, as new files would obstruct it."""
+        """Wait while another program removes the directory."""
         while self._files.is_being_removed() and time.monotonic() < deadline:
             await asyncio.sleep(_LOCK_POLL_S)
             self._check_there()
@@ -335,7 +334,7 @@ class Cache:
         return self.signature(STATE_FILE)
 
     def load_known(self) -> None:
-        """Load the stored fingerprints and those that other processes shared since."""
+        """Load the stored fingerprints and those shared since."""
         if not self.known.is_complete and self.size(STORED) is not None:
             self.known.restore(self.read(STORED), boot_id())
         self.known.learn()
@@ -347,7 +346,7 @@ class Cache:
             self.replace(STORED, data)
 
     def signature(self, path: str) -> Signature | None:
-        """Return a stat signature that changes with every write; None if there is no plain file."""
+        """Return a stat signature that changes with every write; None without a plain file."""
         try:
             found = os.lstat(os.path.join(self.directory, path))
         except OSError:
@@ -363,7 +362,7 @@ class Cache:
     # --- the tree (operations.Tree) ---
 
     def size(self, path: str) -> int | None:
-        """Return the file's size in bytes; None if there is no plain file."""
+        """Return the size in bytes; None without a plain file."""
         found = self.signature(path)
         return None if found is None else found[1]
 
@@ -373,7 +372,7 @@ class Cache:
             return self._files.read(path, offset)
 
     def digest(self, path: str) -> bytes | None:
-        """Return the SHA-256 of the content; None if there is no plain file."""
+        """Return the SHA-256; None without a plain file."""
         with explained(path), contextlib.suppress(FileNotFoundError):
             return None if self.signature(path) is None else self._files.digest(path)
         return None
@@ -404,7 +403,7 @@ class Cache:
             return done
 
     def append(self, path: str, data: bytes) -> None:
-        """Append ``data`` in one write; create the file, also if there is a link."""
+        """Append in one write; create the file, also instead of a link."""
         found = self.signature(path)
         if found is None:
             self.replace(path, data)
@@ -423,28 +422,27 @@ class Cache:
             self.note(to)
 
     def delete(self, path: str) -> None:
-        """Remove the file or link; do nothing if there is none, or a directory."""
+        """Remove a file or link; ignore a directory."""
         with explained(path), contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
             self._files.remove(path)
         self.note(path)
 
     def note(self, path: str) -> None:
-        """Record the file's signature: later differences are other programs' modifications."""
+        """Record the signature: later differences are foreign."""
         if not path.startswith("."):
             self.known.note(path, self.signature(path))
 
     # --- files received in parts ---
 
     def write_part(self, part: Part, place: Callable[[str, bytes], bool] | None = None) -> bool | None:
-        """Write a part of a file to a temporary file; the last part puts it in place.
+        """Write a part to a temporary file; the last part puts it in place.
 
         Args:
             part: the part.
-            place: puts the whole content in place and returns whether it did; None for a plain rename.
+            place: puts the whole content in place and returns whether it did; None for a rename.
 
         Returns:
-            True once the file is in place, None while parts are missing, False if the parts do not fit together, the
-            digest differs or ``place`` failed: the file must be fetched again.
+            True once in place, None while parts are missing, False if the file must be fetched again.
         """
         if part.offset == 0 and len(part.data) == part.size:
             return self._put_whole(part, place)
@@ -496,7 +494,7 @@ class Cache:
     # --- background downloads ---
 
     def partial(self, digest: bytes) -> str:
-        """Return the file that collects a content's parts; it survives the process."""
+        """Return the file that collects a content's parts, also across processes."""
         return f"{_DOWNLOADS}/{digest.hex()}"
 
     def add(self, partial: str, data: bytes) -> None:
@@ -542,7 +540,7 @@ class Cache:
 
 
 class CacheLock:
-    """Advisory file lock between processes; nested use within one process is counted. ``make`` creates the file."""
+    """Lock between processes; nested use is counted. ``make`` creates the file."""
 
     def __init__(self, place: str, make: Callable[[], None]) -> None:
         self._place = place

@@ -64,7 +64,7 @@ class StaleEditDetector:
         self._cache = cache
 
     def remember(self, path: str, text: bytes | None) -> None:
-        """Record a server's text that another client's change is about to replace."""
+        """Record a server's text that another client's change will replace."""
         if text is None or len(text) > _MAX_BYTES:
             return
         self._cache.replace(f"{_directory(path)}/{time.time_ns():020d}", text)
@@ -76,8 +76,7 @@ class StaleEditDetector:
     ) -> bytes | None:
         """Return the base of a saved text: ``current``, or an older one.
 
-        ``is_known`` recognises the older text that the file held before it was saved. A text that equals an older one
-        is withheld before (see ``evidence``); if the user confirms it, it replaces ``current``.
+        ``is_known`` recognises the older text that the file held before the save.
         """
         if current is None:
             return None
@@ -86,7 +85,7 @@ class StaleEditDetector:
         return current if base == text else base
 
     def forget(self, path: str) -> None:
-        """Forget the older texts: no editor can hold them any longer."""
+        """Forget the older texts."""
         for name in self._names(path, all_ages=True):
             self._cache.delete(f"{_directory(path)}/{name}")
 
@@ -113,15 +112,14 @@ def base_of(text: bytes, current: bytes, older: Iterable[bytes]) -> bytes:
 
 
 def _distance(one: bytes, other: bytes) -> int:
-    """Return the number of lines in only one of two texts."""
     a, b = _lines(one), _lines(other)
     return (a - b).total() + (b - a).total()
 
 
 def _shows_nothing_of(text: bytes, before: bytes, after: bytes) -> bool:
-    """Return whether a text has no line that a change added, and most lines that it removed.
+    """Return whether a text has no added line, and most removed lines, of a change.
 
-    False for one that has little in common with either, or rewords added lines.
+    False if it has little in common with either, or rewords added lines.
     """
     has, had, has_now = _lines(text), _lines(before), _lines(after)
     added, removed = has_now - had, had - has_now
@@ -135,10 +133,7 @@ def _shows_nothing_of(text: bytes, before: bytes, after: bytes) -> bool:
 
 
 def _are_reworded(added: Counter[bytes], own: Counter[bytes], removed: Counter[bytes]) -> bool:
-    """Return whether half of the added lines have a rewording that does not reword a removed line.
-
-    Assumed for very many lines.
-    """
+    """Return whether half of the added lines are reworded. Assumed for very many lines."""
     if len(own) * (len(added) + len(removed)) > _MAX_PAIRS:
         return True
     likest = {line: max((_likeness(line, other) for other in removed), default=0.0) for line in own}
@@ -152,7 +147,7 @@ def _likeness(one: bytes, other: bytes) -> float:
 
 
 def _lines(text: bytes) -> Counter[bytes]:
-    """Count a text's lines regardless of line endings, without blank ones."""
+    """Count a text's non-blank lines regardless of line endings."""
     return Counter(line for line in (line.strip() for line in text.splitlines()) if line)
 
 
@@ -173,7 +168,7 @@ class Sent(msgspec.Struct, frozen=True):
     """Time of sending (seconds since 1970)."""
 
     def first_sent_at(self) -> float:
-        """Return the time of sending on the clock for the age of requests (``boot_time()``)."""
+        """Return the time of sending (``boot_time()``)."""
         return boot_time() - max(0.0, time.time() - self.at)
 
 
@@ -181,7 +176,7 @@ _decoder = msgspec.msgpack.Decoder(Sent)
 
 
 class PendingEdits:
-    """The edits of one cache that were sent and not answered, at most one a file."""
+    """One cache's edits without an answer, at most one a file."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
@@ -200,12 +195,12 @@ class PendingEdits:
         self._cache.delete(_place(path))
 
     def may_replace(self, path: str, base: bytes | None) -> bool:
-        """Return whether the server may have replaced ``base``, a file's local base, by a pending edit."""
+        """Return whether a pending edit may have replaced ``base`` on the server."""
         sent = self.get(path)
         return sent is not None and sent.base == base
 
     def get(self, path: str) -> Sent | None:
-        """Return a file's unanswered edit, sent by this process or an earlier one."""
+        """Return a file's unanswered edit, also an earlier process's."""
         if path not in self._sent and os.path.exists(self._cache.absolute(_place(path))):
             try:
                 sent = _decoder.decode(self._cache.read(_place(path)))
@@ -221,7 +216,7 @@ def _place(path: str) -> str:
 
 
 def is_being_written(place: str) -> bool:
-    """Return whether this file is open for writing; False where unknown. About 20 microseconds."""
+    """Return whether the file is open for writing; False where unknown. About 20 microseconds."""
     if not hasattr(fcntl, "F_SETLEASE"):
         return False
     try:
@@ -261,12 +256,11 @@ class Edits:
         self._given_up: set[str] = set()  # files whose base is not the server's text, until they are replaced
 
     def scan(self) -> list[str]:
-        """Return the paths of all edited files. Costs one ``stat`` for each plan and notes."""
+        """Return the paths of all edited files, at one ``stat`` each."""
         return sorted(path for path in self._unsettled() if is_editable(path) and self.is_edited(path))
 
     def is_edited(self, path: str) -> bool:
-        """Return whether a file differs from its base, or may once the server has answered. A removed file is no
-        edit."""
+        """Return whether a file differs from its base, or may. A removed file is no edit."""
         signature = self._cache.signature(path)
         if signature is None or self._cache.known.is_settled(path, signature):
             return False
@@ -278,26 +272,23 @@ class Edits:
         return False
 
     def is_in_use(self, path: str) -> bool:
-        """Return whether the file must not be replaced now: edited, or open for writing.
-
-        A program with the replaced file still open would write into nothing.
-        """
+        """Return whether the file is edited or open for writing, so that it must not be replaced."""
         return self.is_edited(path) or is_being_written(self._cache.absolute(path))
 
     def base(self, path: str) -> bytes | None:
-        """Return the server's text on which the local file is based; None if the server had none."""
+        """Return the server's text that the file is based on, if any."""
         place = _base_path(path)
         return None if self._cache.size(place) is None else self._cache.read(place)
 
     def is_orphan(self, path: str, files: Container[str]) -> bool:
-        """Return whether a plan or notes belongs to no task among the server's ``files``, so that it is no edit."""
+        """Return whether a plan or notes belongs to no task among ``files``."""
         if path in files or self.base(path) is not None:
             return False
         task = path.rpartition("/")[2].removesuffix(".md")
         return f"tasks/{task}.json" not in files and f"archive/tasks/{task}.json" not in files
 
     def base_entry(self, path: str) -> tuple[int, bytes] | None:
-        """Return size and digest of a file's base, as in the manifest."""
+        """Return size and digest of the base."""
         base = self.base(path)
         return None if base is None else (len(base), digest_of(base))
 
@@ -312,12 +303,12 @@ class Edits:
             self._replace_base(path, text)
 
     def sent(self, path: str, text: bytes) -> None:
-        """Record that the server has ``text``: further differences are the next edit."""
+        """Record that the server has ``text``."""
         self._cache.known.settle_text(path, None)
         self._cache.replace(_base_path(path), text)
 
     def give_up(self, path: str, text: bytes) -> None:
-        """Give up the edit ``text``: it counts as the base until the server's text replaces both."""
+        """Count ``text`` as the base until the server's text replaces both."""
         self.sent(path, text)
         self._given_up.add(path)
 
@@ -331,7 +322,7 @@ class Edits:
         self.sent(path, text)
 
     def base_of(self, path: str, text: bytes) -> bytes | None:
-        """Return the server's text that a saved text was made from: the file's base, or an older one."""
+        """Return the server's text that a saved text was made from."""
 
         def was_withheld(older: bytes) -> bool:
             return self.evidence.is_last_withheld(path, older)
@@ -344,8 +335,7 @@ class Edits:
         return self.evidence.judge(path, text, self.base(path), found, is_watched=is_watched, blobs=blobs)
 
     def take(self, path: str, text: bytes) -> bool:
-        """Put the server's text in place unless the file is edited, up to the last moment; return whether it was
-        put."""
+        """Put the server's text in place unless the file is edited; return whether it was put."""
         found = self._cache.signature(path)
         if self.is_in_use(path) or not self._cache.replace_if(path, text, found):
             return False
@@ -354,7 +344,7 @@ class Edits:
         return True
 
     def absorb(self, operation: Operation) -> bool:
-        """Return whether an operation only confirms an edited file: our own edit came back."""
+        """Return whether an operation only brings our own edit back."""
         after = self.text_after(operation)
         if after is None:
             return isinstance(operation, AnnounceFile) and self._absorb_announced(operation)
@@ -365,7 +355,7 @@ class Edits:
         return True
 
     def _absorb_announced(self, operation: AnnounceFile) -> bool:
-        """Do the same for a text that is too large to travel with its change."""
+        """Do the same for a text too large for its change."""
         if not is_editable(operation.path) or self._cache.size(operation.path) != operation.size:
             return False
         text = self._cache.read(operation.path)
@@ -376,7 +366,7 @@ class Edits:
         return True
 
     def text_after(self, operation: Operation) -> bytes | None:
-        """Return the server's text of a plan or notes after an operation; None if unknown here."""
+        """Return the server's text after an operation, if known here."""
         if not is_editable(operation.path):
             return None
         match operation:
@@ -388,12 +378,11 @@ class Edits:
                 return None
 
     def edited_by(self, operation: Operation) -> list[str]:
-        """Return those of an operation's files that are edited here, or being edited."""
+        """Return those of an operation's files that are edited here."""
         paths = (operation.path, operation.to) if isinstance(operation, MoveFile) else (operation.path,)
         return [path for path in paths if is_editable(path) and self.is_in_use(path)]
 
     def _unsettled(self) -> Iterator[str]:
-        """Yield the files that changed since they were known to equal their base."""
         for directory in _EDITED_DIRECTORIES:
             with contextlib.suppress(OSError), os.scandir(os.path.join(self._cache.directory, directory)) as entries:
                 for entry in entries:
@@ -439,7 +428,7 @@ class TextConflict:
         return "plan" if self.path.startswith("plans/") else "notes"
 
     def is_called(self, name: str) -> bool:
-        """Return whether ``name`` is its task's id, short id, or a path of it."""
+        """Return whether ``name`` is its task's id, short id, or path."""
         path = name.replace(os.sep, "/").removeprefix("./")
         return name.upper() in (self.task.upper(), self.short_id.upper()) or any(
             path == known or path.endswith("/" + known) for known in (self.path, *self.copies)
@@ -458,7 +447,7 @@ class TextConflicts:
         self._edits = edits
 
     def set_aside(self, path: str) -> str:
-        """Save a conflicting edit, once, and return the copy's path."""
+        """Save a conflicting edit once; return the copy's path."""
         text, stem = self._cache.read(path), f"{CONFLICTS_DIRECTORY}/{path.removesuffix('.md')}"
         for number in itertools.count(1):
             copy = f"{stem}.md" if number == 1 else f"{stem}.{number}.md"
@@ -469,13 +458,13 @@ class TextConflicts:
         return copy
 
     def end(self, conflict: TextConflict) -> None:
-        """Remove the copies of a conflict; one that was saved again since remains a conflict."""
+        """Remove a conflict's copies, except one saved again since."""
         for copy, found in zip(conflict.copies, conflict.found, strict=True):
             if self._cache.signature(copy) == found:
                 self._cache.delete(copy)
 
     def copies(self) -> list[str]:
-        """Return the existing copies; the user may remove one by hand."""
+        """Return the existing copies."""
         found: list[str] = []
         for folder in _FOLDERS:
             with contextlib.suppress(OSError):
@@ -493,7 +482,7 @@ class TextConflicts:
         return [self._conflict(path, copies) for path, copies in files.items()]
 
     def notice(self) -> str | None:
-        """Return the one-line notice for every command while there are conflicts."""
+        """Return the notice for every command while there are conflicts."""
         if not self.copies():
             return None
         found = self.all()
@@ -510,11 +499,10 @@ class TextConflicts:
         return f"{len(found)} conflicts: your texts for {named} were not sent; see: lattice remote resolve"
 
     def name_of(self, path: str) -> str:
-        """Return the short id of a plan's or notes' task."""
         return self.waiting(path).short_id
 
     def waiting(self, path: str) -> TextConflict:
-        """Return a withheld edit as a conflict without a copy: the file itself holds the text."""
+        """Return a withheld edit as a conflict without a copy."""
         return self._conflict(path, [])
 
     def _conflict(self, path: str, copies: list[str]) -> TextConflict:

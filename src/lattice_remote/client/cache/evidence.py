@@ -62,14 +62,14 @@ _ENVIRONMENT = {
 
 @dataclass(slots=True)
 class Blobs:
-    """A repository's content for one path: object names in the index (every stage) and in HEAD."""
+    """Object names for one path: in the index (every stage) and in HEAD."""
 
     names: set[str] = field(default_factory=set)
     is_unmerged: bool = False
     """Whether a merge of this file waits for the user."""
 
     def have(self, text: bytes) -> bool:
-        """Return whether one of them is this text, also after git's conversion of CR LF to LF."""
+        """Return whether one is this text, also after conversion of CR LF."""
         algorithms = {"sha256" if len(name) == 64 else "sha1" for name in self.names}
         forms = {text, text.replace(b"\r\n", b"\n")}
         return any(_object_name(form, algorithm) in self.names for form in forms for algorithm in algorithms)
@@ -87,7 +87,7 @@ class Repository:
         self._directory = directory
 
     def is_there(self) -> bool:
-        """Return whether a directory above has a ``.git``: a directory, or a file in a worktree or submodule."""
+        """Return whether a directory above has a ``.git``, also as a file."""
         place = self._directory
         while True:
             place, before = os.path.dirname(place), place
@@ -97,11 +97,10 @@ class Repository:
                 return True
 
     def tracked(self) -> list[str]:
-        """Return the tracked paths in the directory, relative to it."""
         return [path for _, _, path in self._index(["."])] if self.is_there() else []
 
     def blobs(self, paths: Collection[str]) -> dict[str, Blobs]:
-        """Return the repository's content for the tracked ones of ``paths``, relative to the directory."""
+        """Return the content for the tracked ones of ``paths``."""
         found: dict[str, Blobs] = {}
         if not paths or not self.is_there():
             return found
@@ -119,7 +118,6 @@ class Repository:
         return found
 
     def _index(self, paths: Collection[str]) -> list[tuple[str, str, str]]:
-        """Return object name, stage and path of each matching entry of the index."""
         entries = []
         for entry in self._run(["ls-files", "-s", "-z", "--", *paths]).split(b"\0"):
             fields, _, path = entry.decode(errors="surrogateescape").partition("\t")
@@ -166,7 +164,7 @@ _LONG_TEXT_BYTES = 512
 
 
 class Judgement(NamedTuple):
-    """Outcome for one file, and its reason, as a clause about the file, unless it is an edit."""
+    """Outcome for one file, with a reason (a clause about the file) unless it is an edit."""
 
     outcome: Literal["edit", "restored", "withheld"]
     reason: str = ""
@@ -199,10 +197,10 @@ class Evidence:
         """Classify a file that differs from its base.
 
         Args:
-            path, text, base: the file, its content, and the server's text on which it is based.
-            found: the file's signature when the text was read.
+            path, text, base: the file, its content, and the server's text.
+            found: the signature when the text was read.
             is_watched: whether this process has seen the file equal to its base.
-            blobs: git's content for it, None if git does not track it.
+            blobs: git's content for it, None if not tracked.
         """
         if self.is_saved(path, text):
             return EDIT
@@ -220,7 +218,6 @@ class Evidence:
         return EDIT
 
     def _damage(self, text: bytes, base: bytes | None, blobs: Blobs | None, *, is_partial: bool) -> str | None:
-        """Return the reason why a text is not an edit."""
         if _NULS in text or (text and not text.strip(b"\0")):
             return "it held NUL bytes instead of text, as after a power cut"
         if blobs is not None and blobs.have(text):
@@ -232,7 +229,6 @@ class Evidence:
     def _doubt(
         self, path: str, text: bytes, base: bytes | None, blobs: Blobs | None, *, is_from_before: bool
     ) -> str | None:
-        """Return the reason why a text waits for the user's decision."""
         if blobs is not None and blobs.is_unmerged:
             return "git has not finished merging it"
         if is_from_before:
@@ -248,7 +244,7 @@ class Evidence:
     def begin_watch(self) -> None:
         """Start to watch the files, and find out whether an earlier agent was killed.
 
-        Each agent keeps a locked file; an unlocked one was left by a killed process.
+        Each agent keeps a locked file; a killed process leaves an unlocked one.
         """
         place = self._cache.absolute(WATCHES_DIRECTORY)
         with contextlib.suppress(OSError):  # no room, or a read-only mount: the files count as unwatched
@@ -273,7 +269,7 @@ class Evidence:
     # --- unsent saves ---
 
     def is_saved(self, path: str, text: bytes) -> bool:
-        """Return whether this very text was recorded as a person's save."""
+        """Return whether this text was recorded as a save."""
         self._load()
         return _digest(text) in self._saves.get(path, ())
 
@@ -289,7 +285,7 @@ class Evidence:
             self._store()
 
     def settled(self, path: str, text: bytes) -> None:
-        """Forget this save and earlier ones: the server has it, or the user dropped it."""
+        """Forget this save and earlier ones."""
         self._load()
         self.cramped.pop(path, None)
         digest, saves = _digest(text), self._saves.get(path, [])
@@ -305,7 +301,7 @@ class Evidence:
     # --- withheld texts ---
 
     def withhold(self, texts: Iterable[tuple[str, bytes, str]]) -> None:
-        """Withhold these texts, each with its path and reason, until the user decides."""
+        """Withhold these texts, each with path and reason."""
         self._load()
         before = self._withheld
         self._withheld = {**before, **{path: (_digest(text), reason) for path, text, reason in texts}}
@@ -314,17 +310,17 @@ class Evidence:
             self._store()
 
     def withheld(self) -> dict[str, str]:
-        """Return the reason for each file that still holds the withheld text."""
+        """Return the reason for each file that still holds a withheld text."""
         self._load()
         return {path: reason for path, (digest, reason) in self._withheld.items() if self._holds(path, digest)}
 
     def is_last_withheld(self, path: str, text: bytes) -> bool:
-        """Return whether this text was withheld in the file, so that the file's next save builds on it."""
+        """Return whether this text was withheld last: the file's next save builds on it."""
         self._load()
         return self._last_withheld.get(path) == _digest(text)
 
     def withheld_reason(self, path: str, text: bytes) -> str | None:
-        """Return why this text is withheld; None if it is not."""
+        """Return why this text is withheld, if it is."""
         self._load()
         digest, reason = self._withheld.get(path, ("", ""))
         return reason if digest == _digest(text) else None
@@ -344,7 +340,7 @@ class Evidence:
     # --- earlier versions ---
 
     def replaced(self, path: str, text: bytes) -> None:
-        """Record a text that others have replaced: a file that holds it again is an earlier version."""
+        """Record a text that others have replaced."""
         digest = digest_of(text)[:_DIGEST_BYTES]
         before = self._versions(path)
         if digest not in before:
@@ -388,12 +384,12 @@ class Evidence:
 
 
 def takes_away(base: bytes | None, text: bytes) -> bool:
-    """Return whether the server's text has a line that this one lacks."""
+    """Return whether the base has a line that the text lacks."""
     return base is not None and bool(Counter(base.splitlines()) - Counter(text.splitlines()))
 
 
 def _locked(place: str, flags: int) -> int | None:
-    """Open and lock a file; return its descriptor, None if it is locked by another process or missing."""
+    """Open and lock a file; return its descriptor, None if locked or missing."""
     try:
         handle = os.open(place, flags | SAFE, 0o600)
     except FileNotFoundError:

@@ -58,7 +58,7 @@ class Fingerprints:
         return self._marks.get(path) == (None if found is None else _mark(found))
 
     def was_written(self, path: str, found: Signature | None) -> bool:
-        """Return whether another program changed a file's content, not only its mode, owner or links."""
+        """Return whether another program changed content, not only mode, owner or links."""
         mark = self._marks.get(path)
         return not self.agrees(path, found) and (mark is None or found is None or mark >> 64 != _mark(found) >> 64)
 
@@ -82,12 +82,12 @@ class Fingerprints:
             self._settled[path] = _mark(found)
 
     def note(self, path: str, found: Signature | None) -> None:
-        """Record a file just written or removed by this process."""
+        """Record a file just written or removed by us."""
         self._unshared[path] = found
         self._remember(path, found)
 
     def settle(self, files: Iterable[tuple[str, Signature]]) -> None:
-        """Record exactly these files as equal to the server's; the others follow as they are repaired."""
+        """Record exactly these files as the server's."""
         self._marks = {path: _mark(found) for path, found in files}
         self.is_complete = True
 
@@ -100,7 +100,7 @@ class Fingerprints:
     # --- storage ---
 
     def stored(self, boot_id: str) -> bytes | None:
-        """Return the input of ``restore()``, None if not every file is known."""
+        """Return the input of ``restore()``, if every file is known."""
         if not self.is_complete or self._read_up_to is None or not boot_id:
             return None
         known = {**self._settled_before, **self._settled}
@@ -109,7 +109,7 @@ class Fingerprints:
         return json.dumps(fields).encode()
 
     def restore(self, data: bytes, boot_id: str) -> None:
-        """Load another process's fingerprints, if they are from this boot."""
+        """Load another process's fingerprints of this boot."""
         try:
             found = json.loads(data)
             inode, offset = found["log"]
@@ -125,10 +125,7 @@ class Fingerprints:
     # --- other processes of ours; under the cache's lock ---
 
     def learn(self) -> None:
-        """Load the entries that others have added since; at first only note the log's end.
-
-        After ``restore()``, load everything since that was stored.
-        """
+        """Load others' new entries; at first only note the log's end, after ``restore()`` all since then."""
         with contextlib.suppress(OSError), open(self._log, "rb") as log:
             status = os.fstat(log.fileno())
             if self._read_up_to is not None:
@@ -161,7 +158,7 @@ class Fingerprints:
 
 
 def _mark(found: Signature) -> int:
-    """Return two hashes in one number: of the fields that a write changes, then of all."""
+    """Return two hashes in one number: of the fields that a write changes, and of all."""
     return (hash(found[:3]) << 64) | (hash(found) & (2**64 - 1))
 
 

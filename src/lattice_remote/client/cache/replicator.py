@@ -48,7 +48,7 @@ _STORE_AGE_TIMEOUT_S = 1.0
 
 @dataclass(slots=True)
 class ReceiveOutcome:
-    """Result of a batch of frames: frames to send and answers to requests."""
+    """Frames to send and answers to requests."""
 
     to_send: list[ClientFrame] = field(default_factory=list)
     answers: list[Response] = field(default_factory=list)
@@ -57,7 +57,7 @@ class ReceiveOutcome:
 
 
 class RequestOnlySession:
-    """Session that only sends requests, for a further token of a cache that is already followed."""
+    """Session that only sends requests, for a further token."""
 
     def __init__(self) -> None:
         self.replica = Replica(follow=False)
@@ -136,11 +136,11 @@ class Replicator:
 
     @property
     def is_busy(self) -> bool:
-        """Return whether it is busy with the files: slow here, not stalled at the server."""
+        """Return whether it is busy with the files: slow here, not stalled."""
         return self._mutex.locked()
 
     def progress(self) -> tuple[int, int] | None:
-        """Return fetched and total files of a fill; None if there is none."""
+        """Return fetched and total files of a fill, if there is one."""
         missing = len(self.replica.missing) - len(self.replica.blocked)
         if self.replica.state is not State.FOLLOWING or not missing or not self._to_fetch:
             return None
@@ -215,12 +215,12 @@ class Replicator:
                 self.cache.store_known()
 
     def heard(self) -> None:
-        """Note that the server is reachable: current files are still current."""
+        """Note that the server is reachable."""
         if self.replica.is_current:
             self.current_at = time.time()
 
     async def store_age(self) -> None:
-        """Store when the files were last current, for a process that later finds the server unreachable."""
+        """Store when the files were last current, for a later process without a server."""
         if self._changed_by_others():
             return  # another process is using it, or it is being removed and must not be written to
         async with self._mutex, self.cache.locked(_STORE_AGE_TIMEOUT_S):
@@ -238,8 +238,8 @@ class Replicator:
     async def settle(self, put: Put, outcome: str, base: bytes | None) -> tuple[ReceiveOutcome, str | None]:
         """Settle an edit that the server has answered.
 
-        ``base`` is the server's text that the file was based on when the edit was sent; the base that was sent may be
-        older (see ``stale_edits``). If the base has changed since, the edit's own change has already arrived.
+        ``base`` is the file's base when the edit was sent; the base sent may be older. If it has changed since, the
+        edit's own change has arrived.
 
         Returns:
             What to send, and for a conflict the place of the local text.
@@ -266,12 +266,12 @@ class Replicator:
         return result, copy
 
     async def record(self, saves: list[tuple[str, bytes]]) -> None:
-        """Record texts, by path, as a person's saves that cannot be sent now. Durable on return."""
+        """Record these texts, by path, as a person's saves. Durable on return."""
         async with self._mutex, self.cache.locked():
             await _uninterrupted(asyncio.to_thread(self.edits.evidence.record, saves))
 
     async def withhold(self, edits: list[tuple[str, str]]) -> None:
-        """Withhold these files' texts, each with a reason, until the user decides. Durable on return."""
+        """Withhold these files' texts, each with a reason. Durable on return."""
         async with self._mutex, self.cache.locked():
             texts = [(path, self.cache.read(path), why) for path, why in edits if self.cache.size(path) is not None]
             await _uninterrupted(asyncio.to_thread(self.edits.evidence.withhold, texts))
@@ -280,11 +280,11 @@ class Replicator:
         """Replace a plan or notes that is not to be sent with the server's text.
 
         Args:
-            path, found: the file and its signature at the time of the decision.
-            reason: reason to rescue the local text under; None to drop it.
+            path, found: the file and its signature at the decision.
+            reason: rescue the local text for this; None to drop it.
 
         Returns:
-            What to send, and whether a text was rescued; None if the file has changed since or cannot be fetched.
+            What to send, and whether a text was rescued; None if the file has changed or cannot be fetched.
         """
         result, is_kept = ReceiveOutcome(), False
         async with self._mutex, self.cache.locked():
@@ -303,7 +303,7 @@ class Replicator:
         return result, is_kept
 
     async def look_at_edits(self) -> ReceiveOutcome:
-        """Fetch files whose pending edit is gone: undone by the user, or sent by another process."""
+        """Fetch files whose edit is gone: undone, or sent by another process."""
         result = ReceiveOutcome()
         if self.replica.blocked:
             async with self._mutex, self.cache.locked():
@@ -311,7 +311,7 @@ class Replicator:
         return result
 
     async def heal(self, paths: Iterable[str]) -> ReceiveOutcome:
-        """Fetch the server's content of those files that another program modified (I4)."""
+        """Fetch those of these files that another program modified (I4)."""
         result = ReceiveOutcome()
         async with self._mutex, self.cache.locked():
             self.cache.prepare()
@@ -343,7 +343,7 @@ class Replicator:
     async def compare(
         self, *, repair: bool, earlier: Mapping[str, Reading] | None = None
     ) -> tuple[ReceiveOutcome, "asyncio.Future[CacheComparison]"]:
-        """Request the manifest; the future returns the differences, and those repaired with ``repair``.
+        """Request the manifest; the future returns the differences, with ``repair`` those repaired.
 
         Args:
             repair: whether to fetch what differs.
@@ -365,15 +365,14 @@ class Replicator:
     # --- deferred contents ---
 
     async def learned(self, path: str, content: Content, seq: int) -> None:
-        """Record the server's content of a deferred file at ``seq``, which the cache has reached."""
+        """Record a deferred file's content on the server at ``seq``."""
         async with self._mutex, self.cache.locked():
             await self._go_on(ReceiveOutcome())
             if self.is_following and self.replica.learned(path, content, seq):
                 self._save()
 
     async def arrived(self, path: str, content: Content, partial: str | None) -> bool:
-        """Put a complete content in place from ``partial`` (None: already there); return whether it was still
-        missing."""
+        """Put a complete content in place from ``partial`` (None: already there); return whether it was missing."""
         async with self._mutex, self.cache.locked():
             await self._go_on(ReceiveOutcome())
             if not self.is_following or self.replica.deferred.get(path) != content:
@@ -390,7 +389,7 @@ class Replicator:
             return True
 
     async def vacate(self, path: str, content: Content) -> None:
-        """Remove the old content of a file whose new content is not fetched."""
+        """Remove the old content of a file whose new one is not fetched."""
         if self.cache.size(path) is None:
             return
         async with self._mutex, self.cache.locked():
@@ -401,7 +400,7 @@ class Replicator:
                 self.cache.known.share()
 
     async def bring(self, path: str) -> ReceiveOutcome:
-        """Resolve a deferred file that the server does not know, like any other differing file."""
+        """Resolve a deferred file that the server does not know."""
         result = ReceiveOutcome()
         async with self._mutex, self.cache.locked():
             await self._go_on(result)
@@ -413,7 +412,7 @@ class Replicator:
     # --- effects ---
 
     async def _perform(self, effects: Iterable[Effect], outcome: ReceiveOutcome) -> bool:
-        """Perform effects in order; return whether the state must be stored."""
+        """Perform effects in order; return whether to store the state."""
         queue = deque(effects)
         save = False
         while queue:
@@ -533,7 +532,7 @@ class Replicator:
         self._stored = self.cache.save_state(state)
 
     async def _keep_others_out_while_resyncing(self) -> None:
-        """Hold the lock from a resync's start until its last file has arrived, so that others find it done."""
+        """Hold the lock during a resync, so that others find it done."""
         if (
             self._resyncing
             and self.replica.state is State.FOLLOWING
@@ -549,7 +548,7 @@ class Replicator:
 
 
 async def _uninterrupted(work: Coroutine[Any, Any, None]) -> None:
-    """Await work in a thread to its end even if cancelled: the thread goes on, so its lock must not be released."""
+    """Await work in a thread to its end even if cancelled: the thread goes on, so its lock must stay."""
     task = asyncio.ensure_future(work)
     try:
         await asyncio.shield(task)

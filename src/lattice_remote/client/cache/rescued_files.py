@@ -50,7 +50,7 @@ class RescuedEntry:
 
 
 class RescuedFiles:
-    """The rescued files of one cache. Call writing methods under the cache's lock."""
+    """One cache's rescued files. Call writing methods under the cache's lock."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
@@ -63,7 +63,7 @@ class RescuedFiles:
     def rescue(self, contents: Mapping[str, bytes], reason: str) -> int | None:
         """Keep contents by path as one new entry. Durable on return.
 
-        Returns its number; None if everything is kept already or the store is full, which ``notice()`` reports.
+        Returns its number; None if everything is kept already, or the store is full.
         """
         self._open = (0, "", 0.0)
         for path, content in contents.items():
@@ -75,10 +75,10 @@ class RescuedFiles:
 
         Args:
             path: relative to ``.lattice``.
-            content: None to move the file itself, if it is too large to be read.
+            content: None to move the file itself.
             reason: why it is no longer in its place, in words that follow "N files: ".
 
-        Returns whether it was kept now: False if it was kept before, or the store is full.
+        Returns False if it was kept before, or the store is full.
         """
         size = self._cache.size(path) if content is None else len(content)
         if size is None or (content is not None and self._has(path, content)):
@@ -97,7 +97,7 @@ class RescuedFiles:
         return True
 
     def _entry_for(self, path: str, reason: str) -> int:
-        """Return the number of the entry for a file, creating it if needed."""
+        """Return the number of a file's entry, creating it if needed."""
         number, last_reason, at = self._open
         now = time.monotonic()
         found = next((entry for entry in self.entries() if entry.number == number), None)
@@ -116,7 +116,7 @@ class RescuedFiles:
         )
 
     def entries(self) -> list[RescuedEntry]:
-        """Return all entries, oldest first. Lists the directory only after a change."""
+        """Return all entries, oldest first."""
         top = self._cache.absolute(RESCUED_DIRECTORY)
         try:
             changed_ns = os.stat(top).st_mtime_ns
@@ -153,7 +153,7 @@ class RescuedFiles:
         return self._cache.read(self.place(number, path))
 
     def drop(self, number: int) -> None:
-        """Remove an entry with its files, if it exists. Raises ``StorageError``."""
+        """Remove an entry, if it exists. Raises ``StorageError``."""
         try:
             shutil.rmtree(self._cache.absolute(_folder(number)))
         except FileNotFoundError:
@@ -163,7 +163,7 @@ class RescuedFiles:
         self._seen_ns, self.refused = -1, 0
 
     def notice(self) -> str | None:
-        """Return the one-line notice for every command while there are entries."""
+        """Return the notice for every command while there are entries."""
         entries = self.entries()
         full = f"; the store is full, and {self.refused} later files were not kept" if self.refused else ""
         if not entries:
@@ -194,7 +194,7 @@ def is_event_log(path: str) -> bool:
 
 
 def may_be_by_hand(path: str) -> bool:
-    """Return whether a person may have written this file, though it is no task's plan or notes."""
+    """Return whether a person may have written this file of no task."""
     top, _, rest = path.partition("/")
     if top == "archive":
         return rest.startswith(("plans/", "notes/"))
@@ -202,7 +202,7 @@ def may_be_by_hand(path: str) -> bool:
 
 
 class RescuePolicy:
-    """Selection of contents to rescue in one cache. Call methods under the cache's lock."""
+    """Selection of contents to rescue. Call methods under the cache's lock."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
@@ -213,7 +213,7 @@ class RescuePolicy:
         """Notices for the next command."""
 
     def remember(self, path: str) -> None:
-        """Record the file as the server's: a later difference is a person's text, even if unobserved."""
+        """Record the file as the server's: a later difference is a person's text."""
         if "/" in path or not may_be_by_hand(path):
             return
         if self._cache.size(path) is None:
@@ -245,7 +245,7 @@ class RescuePolicy:
         self.rescued.add(path, content, LOST if has_events and is_ours else self.reason)
 
     def keep_text(self, path: str, reason: str) -> bool:
-        """Rescue the text of a plan or notes that is not to be sent; return whether it is not empty."""
+        """Rescue a plan or notes that is not to be sent; return whether it is not empty."""
         size = self._cache.size(path)
         content = self._cache.read(path) if size is not None and size <= _MAX_READ_BYTES else None
         if size is None or (content is not None and not content.strip(_BLANK)):
@@ -254,13 +254,13 @@ class RescuePolicy:
         return True
 
     def keep_lost(self, differing: Iterable[str], surplus: Iterable[str], entries: Mapping[str, Content]) -> None:
-        """Rescue contents that the server had before, and lacks since it was restored (I7).
+        """Rescue contents that the server lacks since it was restored (I7).
 
-        Files that lattice derives from events are skipped if the server has the events. Of an event log only the
-        server's digest is known here: a log with another continuation is compared when it arrives.
+        Files derived from events are skipped if the server has the events. An event log with another continuation is
+        compared when it arrives.
 
         Args:
-            differing, surplus: files that the server has with another content, and those that it lacks.
+            differing, surplus: files with another content there, and those that it lacks.
             entries: the server's files.
         """
         self.reason = LOST
@@ -288,7 +288,6 @@ class RescuePolicy:
 
 
 def _lacks_nothing(log: bytes, other: bytes) -> bool:
-    """Return whether an event log has every event of another one."""
     return log.startswith(other) or not set(other.splitlines()) - set(log.splitlines())
 
 

@@ -47,7 +47,7 @@ _STEP_BYTES = 64 * _MIB
 
 
 class Quota:
-    """Size limit of a cache. Call ``take`` before each write; the directory is measured once enough was written."""
+    """Size limit of a cache. Call ``take`` before each write."""
 
     def __init__(self, root: str, limit: Callable[[], int], whose: str) -> None:
         self._root = root
@@ -56,7 +56,7 @@ class Quota:
         self._unseen = 0  # bytes written since the last measurement
 
     def require(self, size: int) -> None:
-        """Require that a total of ``size`` bytes is within the limit. Raises StorageError."""
+        """Require a total of ``size`` bytes to be within the limit. Raises StorageError."""
         if size > (limit := self._limit()):
             raise StorageError(
                 f"this cache would exceed the {limit // _MIB} MiB allowed for {self._whose}; allow more "
@@ -68,7 +68,7 @@ class Quota:
         self.require(_bytes_below(self._root) + size)
 
     def take(self, size: int) -> None:
-        """Require room for ``size`` more bytes, to the precision of one step. Raises StorageError."""
+        """Require room to the precision of one step. Raises StorageError."""
         self._unseen += size
         if self._unseen > _MIB and self._unseen > min(_STEP_BYTES, self._limit()):
             self.require(_bytes_below(self._root) + size)
@@ -92,7 +92,7 @@ def _bytes_below(root: str) -> int:
 
 
 class Directory:
-    """Directory tree below the absolute path ``root``. Paths are relative, with ``/``, and already checked.
+    """Directory tree below ``root``. Paths are relative, with ``/``, and checked already.
 
     Raises ``StorageError`` if something is in the way or the quota is exceeded, else ``OSError``.
     """
@@ -124,7 +124,7 @@ class Directory:
             return hash_descriptor(handle)[1].digest()
 
     def top_level(self) -> list[tuple[str, bool]]:
-        """Return the names in the root, and whether each is a directory."""
+        """Return each name in the root, and whether it is a directory."""
         with _readable(self._root_handle) as handle, os.scandir(handle) as entries:
             return [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
 
@@ -140,9 +140,9 @@ class Directory:
     def replace(
         self, path: str, data: bytes, is_wanted: Callable[[], bool] = lambda: True, *, is_synced: bool = False
     ) -> bool:
-        """Write a file atomically, with its parent directories, if ``is_wanted`` still holds at the last moment.
+        """Write a file atomically if ``is_wanted`` holds at the last moment; return whether it did.
 
-        Returns whether it did. With ``is_synced``, durable on return.
+        With ``is_synced``, durable on return.
         """
         temporary = self.new_temporary()
         try:
@@ -204,7 +204,7 @@ class Directory:
     # --- directories that are being removed ---
 
     def is_being_removed(self) -> bool:
-        """Return whether another program seems to remove the directory, or may be about to."""
+        """Return whether another program removes the directory, or may be about to."""
         if self._is_listed():
             return True
         times = self._times()
@@ -214,7 +214,7 @@ class Directory:
         return self._is_shrinking
 
     def _is_listed(self) -> bool:
-        """Return whether another program has just opened the directory, and may be about to remove it."""
+        """Return whether another program has just opened the directory."""
         openings = _inotify.update(self._openings)
         if self._listed_at is None and not openings.now:
             return False
@@ -230,7 +230,7 @@ class Directory:
         return False
 
     def _times(self) -> list[int]:
-        """Return when each directory of the layout was last changed, in ns; 0 for a missing one."""
+        """Return each layout directory's modification time (ns); 0 if missing."""
         found = []
         for each in (".", *self._layout):
             try:
@@ -240,7 +240,7 @@ class Directory:
         return found
 
     def _add(self, add: Callable[[], object], undo: Callable[[], object]) -> None:
-        """Add a name; undo it if another program may have listed the names just before, and add it again later.
+        """Add a name; if another program opened the root during that, undo it and try again.
 
         Blocks the thread for up to ``_LISTING_S`` per opening.
 
@@ -280,7 +280,7 @@ class Directory:
             self.remove(temporary)
 
     def remove_stale_temporaries(self) -> None:
-        """Remove temporary files of killed processes; those of living ones are younger than an hour."""
+        """Remove killed processes' temporary files: those older than an hour."""
         for entry in os.scandir(os.path.join(self._root, TEMPORARY)):
             with contextlib.suppress(OSError):
                 if time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE_TEMPORARY_S:
@@ -316,7 +316,7 @@ class Directory:
 
     @contextlib.contextmanager
     def _parent(self, path: str, *, make: bool = True) -> Iterator[tuple[int, str]]:
-        """Open the parent directory; yield its descriptor and the last component."""
+        """Yield the parent's descriptor and the last component."""
         *parents, name = path.split("/")
         handle = self._root_handle
         try:
@@ -357,7 +357,7 @@ class Directory:
 
 
 def remove_tree(directory: str) -> None:
-    """Remove one of our directories with its content; links are removed, not followed."""
+    """Remove a directory of ours; links are not followed."""
     shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -407,11 +407,7 @@ _EVENTS_BYTES = 65536
 
 
 def _exchange(source: int, name: str, target: int, new_name: str) -> bool:
-    """Exchange two existing names atomically; return whether system and file system can.
-
-    Raises:
-        FileNotFoundError: one of the names does not exist.
-    """
+    """Exchange two existing names atomically; return whether the system can. Raises FileNotFoundError."""
     if not hasattr(_libc, "renameat2"):
         return False
     if not _libc.renameat2(source, os.fsencode(name), target, os.fsencode(new_name), _RENAME_EXCHANGE):
@@ -422,7 +418,7 @@ def _exchange(source: int, name: str, target: int, new_name: str) -> bool:
 
 
 class _Openings:
-    """Openings of a directory by other programs. Both counts stay 0 where the system does not report them."""
+    """Openings of a directory by other programs; 0 where not reported."""
 
     __slots__ = ("now", "total", "users", "watch")
 
@@ -435,13 +431,13 @@ class _Openings:
 
 
 class _Inotify:
-    """Counts of the openings of this process's directories, from one descriptor: a user may have only 128."""
+    """Counts of directories' openings, from one descriptor: a user may have only 128."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Begin without directories. In a child process the events are the parent's."""
+        """Forget all: in a child process the events are the parent's."""
         self._lock = threading.RLock()  # a finalizer may run at any moment
         self._handle = -1
         self._watched: dict[int, _Openings] = {}
@@ -467,7 +463,7 @@ class _Inotify:
                 _libc.inotify_rm_watch(self._handle, openings.watch)
 
     def update(self, openings: _Openings) -> _Openings:
-        """Return the counts, up to date: an opening is reported before it returns to the program."""
+        """Return current counts: an opening is reported before it returns to the program."""
         if openings.watch >= 0:
             with self._lock, contextlib.suppress(BlockingIOError):
                 while True:

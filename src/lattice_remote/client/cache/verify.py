@@ -43,15 +43,14 @@ class Reading(NamedTuple):
 
 
 def read_all(cache: Cache, earlier: Mapping[str, Reading] | None = None) -> dict[str, Reading]:
-    """Return the content digests of all replicated files. Reuses unchanged ``earlier`` readings; call it in a
-    thread."""
+    """Return the digests of all replicated files; reuses unchanged ``earlier`` readings. Call it in a thread."""
     return _read(cache, cache.paths(), earlier or {})
 
 
 async def read_gently(cache: Cache, is_urgent: Callable[[], bool]) -> dict[str, Reading]:
-    """Like ``read_all``, without the cache's lock, and with pauses for other work unless urgent.
+    """Like ``read_all``, without the cache's lock, and with pauses unless urgent.
 
-    Files changed since are found by ``read_all`` given this ``earlier``, at the cost of a ``stat`` each.
+    Pass the result to ``read_all`` as ``earlier``, to find later changes at one ``stat`` each.
     """
     found: dict[str, Reading] = {}
     paths = cache.paths()
@@ -62,9 +61,9 @@ async def read_gently(cache: Cache, is_urgent: Callable[[], bool]) -> dict[str, 
 
 
 def foreign(cache: Cache) -> list[str]:
-    """Return the files that another program changed, judged by their times only. May be called in a thread.
+    """Return the files that another program changed, by their times only. Thread-safe.
 
-    Files being written at that moment may be included: check again under the cache's lock.
+    May include files being written: check again under the cache's lock.
     """
     present = set(cache.paths())
     changed = [path for path in present if not cache.known.agrees(path, cache.signature(path))]
@@ -123,7 +122,7 @@ class Compared:
     readings: Mapping[str, Reading]
 
     def equal(self) -> list[str]:
-        """Return the files that need no repair: equal to the server's, or edited here."""
+        """Return the files that need no repair."""
         differing = {*self.comparison.differing, *self.comparison.surplus}
         return [path for path in self.readings if path not in differing]
 
@@ -187,7 +186,7 @@ _CONFIRM_S = 1.0
 
 
 class RepairSchedule:
-    """Repairs of one cache: due files, backoff and counts. Pure, without file access."""
+    """Repairs of one cache: due files, backoff and counts. No file access."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -205,14 +204,14 @@ class RepairSchedule:
     # --- due files ---
 
     def suspect(self, paths: Iterable[str], *, delay_s: float = 0.0) -> None:
-        """Check these files, at once unless they were repaired too often recently."""
+        """Check these files, at once unless repaired too often recently."""
         now = time.monotonic()
         for path in paths:
             if path not in self._due:
                 self._due[path] = max(now + delay_s, self._not_before(path, now))
 
     def suspect_missing(self, paths: Iterable[str]) -> None:
-        """Check these files in a moment: an editor may be about to write them again."""
+        """Check these files in a moment: an editor may write them again."""
         self.suspect(paths, delay_s=_CONFIRM_S)
 
     def take_due(self, limit: int) -> list[str]:
@@ -229,7 +228,7 @@ class RepairSchedule:
         return sum(at <= now for at in self._due.values())
 
     def next_due_s(self) -> float | None:
-        """Return the seconds until a file must be checked; None if there is none."""
+        """Return the seconds until the next check, if any."""
         return max(0.0, min(self._due.values()) - time.monotonic()) if self._due else None
 
     # --- results ---

@@ -126,7 +126,7 @@ def clone(
 
 
 def _named_server(url: str, project: str | None, *, ca_file: str | None, insecure: bool) -> tuple[Server, str]:
-    """Return the server and project of a command line; the token may be sent there."""
+    """Return server and project of a command line."""
     server_url, slug = parse_url(url, project)
     if slug is None:
         raise Misuse(_which_project(server_url))
@@ -162,7 +162,7 @@ def _warn(directory: str, token: str | None) -> None:
 
 @contextlib.contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """Handle a closing terminal or ``kill`` like Ctrl-C while a directory is filled, so that nothing is left behind.
+    """Handle a closing terminal or ``kill`` like Ctrl-C, so that nothing is left behind.
 
     Ignored signals (``nohup``) stay ignored. Outside the main thread nothing changes.
     """
@@ -212,7 +212,7 @@ def _print(added: _Added, what: str, *, as_json: bool) -> None:
 async def _add(
     target: str, name: str, server: Server, *, project: str, token: str | None, show: Progress | None
 ) -> _Added:
-    """Fill a new ``.lattice`` from a project. Trusts the server, and stores the token if one is given.
+    """Fill a new ``.lattice`` from a project. Trusts the server, and stores a token.
 
     Raises:
         Misuse: the directory has its own tasks or a remote.
@@ -251,7 +251,7 @@ async def _fill(directory: str, *, token: str | None, server: Server, show: Prog
 
 
 def _attach_again(target: str, remote: Remote, *, token: str | None, server: Server) -> _Added:
-    """Restore a cache's ``remote.json``; its files and edits are compared with the server at the next use.
+    """Restore a cache's ``remote.json``; its files are compared at the next use.
 
     Raises:
         Misuse: it is a cache of another project.
@@ -281,7 +281,7 @@ def _described(target: str, cache: Cache, seq: int) -> _Added:
 
 
 def _put_in_place(staging: str, target: str) -> None:
-    """Rename the cache into place; an empty project there is moved away, and restored if that fails."""
+    """Rename the cache into place; an empty project there is restored if that fails."""
     if not os.path.lexists(target):
         os.rename(staging, target)
         return
@@ -297,7 +297,7 @@ def _put_in_place(staging: str, target: str) -> None:
 
 @contextlib.contextmanager
 def _new_directory(directory: str) -> Iterator[str]:
-    """Create a directory and its parents, or take an empty one; after an error those created are removed.
+    """Create a directory and its parents, or take an empty one; after an error remove those created.
 
     Raises:
         Misuse: it exists and is not empty.
@@ -332,7 +332,7 @@ _ASKED_BY_INIT |= {"model", "heartbeat"}
 
 
 def _own_project(target: str) -> str | None:
-    """Return the evidence, in words, that a ``.lattice`` is a project in use; None if it is new.
+    """Return the evidence, in words, that a ``.lattice`` is in use; None if new.
 
     Raises:
         Misuse: it is not a directory, or has a remote already.

@@ -130,7 +130,6 @@ def _plan_project(directory: str, *, as_json: bool) -> None:
 
 
 async def _trouble(remote: Remote) -> str | None:
-    """Return the reason why the server would refuse a push."""
     try:
         async with connected(remote, credentials.from_environment()) as (_, welcome):
             _require_empty(welcome)
@@ -174,7 +173,7 @@ class _Attempt(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class PushResult:
-    """Result of a push. ``kept`` are files that changed after they were sent, and were rescued."""
+    """Result of a push. ``kept`` are files that changed since, and were rescued."""
 
     remote: Remote
     answer: Pushed
@@ -182,7 +181,7 @@ class PushResult:
 
 
 async def await_push(directory: str, name: str, server: Server, project: str, token: str | None, *, own: str) -> Remote:
-    """Prepare a local project (``own`` is the evidence) for a push into an empty project on a server.
+    """Prepare a local project (``own`` is the evidence) for a push into an empty project.
 
     Raises:
         Misuse: the server's project is not empty; nothing was changed on either side.
@@ -200,7 +199,7 @@ async def await_push(directory: str, name: str, server: Server, project: str, to
 
 
 def stay_local(directory: str) -> None:
-    """Cancel a prepared push; the project was not otherwise changed. Raises Misuse if the push is running."""
+    """Cancel a prepared push. Raises Misuse while it runs."""
     with _alone(directory):
         _forget(directory, _ATTEMPT_FILE, UNPUSHED_FILE)
     _forget(directory, LOCK_FILE)
@@ -227,7 +226,7 @@ def _require_empty(welcome: Welcome, own: str = "") -> None:
 async def connected(
     remote: Remote, token: str | None, named: Server | None = None
 ) -> AsyncIterator[tuple["Connection", Welcome]]:
-    """Yield an open connection for requests only. Raises ConnectionFailed, or Rejected if the server refuses."""
+    """Yield an open connection for requests only. Raises ConnectionFailed, Rejected."""
     token = token or credentials.stored(remote.url, remote.project)
     if token is None:
         raise Rejected(
@@ -255,12 +254,12 @@ async def connected(
 async def push_project(directory: str, show: Progress | None) -> PushResult:
     """Push the prepared project in ``directory``, a ``.lattice``; afterwards it is a cache.
 
-    Atomic: after an interruption either nothing has changed here or everything is done. Calling it again resumes.
+    Atomic: after an interruption nothing or everything is done here. Another call resumes.
 
     Raises:
-        Misuse: the server's project is no longer empty, or files are being changed here; nothing has changed.
+        Misuse: the server's project is no longer empty, or files are being changed; nothing has changed.
         Rejected: the server refuses this project; nothing has changed.
-        ConnectionFailed: unreachable; ``sent`` says that it may have taken effect: call again.
+        ConnectionFailed: unreachable; ``sent`` says that it may have taken effect.
         StorageError: a file cannot be read or written.
     """
     with _alone(directory):
@@ -269,7 +268,7 @@ async def push_project(directory: str, show: Progress | None) -> PushResult:
 
 @contextlib.contextmanager
 def _alone(directory: str) -> Iterator[None]:
-    """Hold the lock of the future cache, against another push or an agent. Raises Misuse if another process has it."""
+    """Hold the future cache's lock, against another push or an agent. Raises Misuse."""
     _require_waiting(directory)
     lock = FileLock(os.path.join(directory, LOCK_FILE), thread_local=False, mode=0o600)
     try:
@@ -359,7 +358,7 @@ def _reporter(report: Progress, what: str) -> Any:
 
 
 def _keep_hooks(directory: str, remote: Remote, answer: Pushed) -> None:
-    """Rescue a ``config.json`` whose hooks the server omitted, before the server's replaces it."""
+    """Rescue a ``config.json`` whose hooks the server omitted."""
     if any("hooks" in note for note in answer.notes):
         cache = Cache(directory, remote)
         cache.prepare()
@@ -370,10 +369,10 @@ def _keep_hooks(directory: str, remote: Remote, answer: Pushed) -> None:
 def _become_cache(
     directory: str, remote: Remote, entries: Mapping[str, bytes], texts: Mapping[str, bytes]
 ) -> list[str]:
-    """Turn the directory into a cache of the pushed project; return the files that changed since, which are rescued.
+    """Turn the directory into a cache; return the files that changed since, which are rescued.
 
-    ``remote.json`` is written last: until then the directory is an unpushed project and this can be repeated.
-    ``entries`` has the digest of each pushed file; a plan or notes not in ``texts`` is taken from disk if unchanged.
+    ``remote.json`` is written last: until then this can be repeated. ``entries`` has the digest of each pushed file; a
+    plan or notes not in ``texts`` is taken from disk if unchanged.
     """
     cache = Cache(directory, remote)
     cache.prepare()

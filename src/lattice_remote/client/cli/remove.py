@@ -61,7 +61,7 @@ def remove(
 
 
 def _require_only_the_servers(directory: str) -> None:
-    """Raise ``Misuse`` if a reachable server has different texts, or lacks those here."""
+    """Raise ``Misuse`` if a reachable server lacks texts, or has others."""
     try:
         answer = send_request("verify", directory)
     except RemoteError:
@@ -71,7 +71,7 @@ def _require_only_the_servers(directory: str) -> None:
 
 
 def _keep_local(directory: str, found: Remote, *, hooks: bool | None) -> None:
-    """Complete the project's files, update them if the server is reachable, and make the directory a local project."""
+    """Complete and update the files, and make the directory a local project."""
     try:
         number = f"change {send_request('pull', directory)['seq']}"
     except RemoteError as error:
@@ -91,7 +91,7 @@ def _remove(directory: str, remote: Remote) -> None:
     """Remove a cache with its bookkeeping.
 
     Raises:
-        Misuse: unsent edits or own files of the user would be lost; nothing was touched.
+        Misuse: unsent edits or own files would be lost; nothing was touched.
     """
     cache = Cache(directory, remote)
     _require_nothing_unsent(cache)
@@ -112,10 +112,10 @@ def _remove(directory: str, remote: Remote) -> None:
 
 
 async def _convert(directory: str, remote: Remote, *, hooks: bool | None) -> list[str]:
-    """Convert a cache to a local project with all its files; return the names of other files in it.
+    """Convert a cache to a local project; return the names of other files in it.
 
     The removal of ``remote.json`` is the commit. After a crash before it, the directory is a cache without a state,
-    which the next command completes; after it, a local project.
+    which the next command completes.
 
     Args:
         directory: the ``.lattice``.
@@ -145,7 +145,7 @@ async def _convert(directory: str, remote: Remote, *, hooks: bool | None) -> lis
 
 
 def _remove_bookkeeping(directory: str, others: list[str]) -> None:
-    """Remove all files of ours except the directories with the user's ``others``."""
+    """Remove our files except directories with ``others``."""
     if _is_ours(os.path.join(directory, ".gitignore")):
         os.unlink(os.path.join(directory, ".gitignore"))
     private = os.path.join(directory, PRIVATE_DIRECTORY)
@@ -167,7 +167,7 @@ def _is_ours(gitignore: str) -> bool:
 
 
 def _require_whole(cache: Cache) -> None:
-    """Raise ``Misuse`` unless the files are complete as of the server's last report, without others."""
+    """Raise ``Misuse`` unless the files are complete as of the server's last report."""
     _require_sent(cache)
     state = cache.load_state()
     if not state.is_filled or not state.position.epoch:
@@ -214,7 +214,7 @@ def _config_without_hooks(cache: Cache, *, hooks: bool | None) -> bytes | None:
 
 
 def _own_files(cache: Cache) -> list[str]:
-    """Return files that are neither the server's nor bookkeeping, such as an editor's backups."""
+    """Return files that are neither the server's nor bookkeeping."""
     replicated = set(cache.paths())
     ours = {REMOTE_FILE, STATE_FILE, LOCKS_FILE, ".gitignore"}
     found: list[str] = []

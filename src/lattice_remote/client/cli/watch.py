@@ -72,8 +72,7 @@ _LEAVE_S = 2.0
 def run_for(command: str, record: dict[str, Any], line: str, timeout_s: float) -> str | None:
     """Run ``command`` in a shell with ``line`` on stdin; return an error message, None on success.
 
-    It runs in its own process group, which is ended after ``timeout_s`` or on Ctrl-C; ``KeyboardInterrupt`` then passes
-    through.
+    Its process group is ended after ``timeout_s`` or on Ctrl-C, which then passes through.
     """
     environment = {
         **os.environ,
@@ -106,7 +105,7 @@ def run_for(command: str, record: dict[str, Any], line: str, timeout_s: float) -
 
 
 def _end(process: "subprocess.Popen[bytes]", sign: signal.Signals) -> None:
-    """End a command and its descendants; kill those that ignore the signal."""
+    """End a command and its descendants."""
     for each in (sign, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, each)
@@ -117,7 +116,7 @@ def _end(process: "subprocess.Popen[bytes]", sign: signal.Signals) -> None:
 
 @contextlib.contextmanager
 def _ctrl_c_held_back() -> Iterator[None]:
-    """Delay Ctrl-C until a starting process is known, so that it can be ended."""
+    """Delay Ctrl-C until a starting process can be ended."""
     pressed: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
     try:
@@ -278,7 +277,7 @@ class _Watch:
                 self._show.note(f"watched up to change {last.seq}: resume with --since {last}")
 
     def _fail(self, error: RemoteError) -> None:
-        """Report the final error; with ``--json`` as one more line, in lattice's envelope."""
+        """Report the final error; with ``--json`` in lattice's envelope."""
         if self._handler.as_json:
             envelope = {"ok": False, "error": {"code": error.code, "message": error.message}}
             typer.echo(json.dumps(envelope, sort_keys=True))

@@ -106,7 +106,7 @@ class Condition:
 
 @dataclass(slots=True)
 class Connection:
-    """Reconnecting connection to one project. ``start()`` it once and ``close()`` it at the end."""
+    """Reconnecting connection to one project. ``start()`` and ``close()`` it once."""
 
     remote: Remote
     session: Session
@@ -176,14 +176,14 @@ class Connection:
         self._kicked.set()
 
     def abort(self, why: RemoteError | None = None) -> None:
-        """Abort the connection with error ``why`` and count it as failed; a new one follows."""
+        """Abort the connection with error ``why`` and count it as failed."""
         self._verdict = why
         if self._socket is not None:
             self._socket.transport.abort()
 
     @property
     def is_open(self) -> bool:
-        """Return whether the session is open and the server was heard within the keepalive's limit."""
+        """Return whether the session is open and the server was heard recently."""
         return self.welcome is not None and self.silence_s() <= ALIVE_S
 
     @property
@@ -192,16 +192,16 @@ class Connection:
 
     @property
     def is_refused(self) -> bool:
-        """Return whether the server refused: retries are pointless until something changes."""
+        """Return whether the server refused: retries are pointless for now."""
         return self.error is not None and self.error.code in REFUSALS
 
     @property
     def is_barred(self) -> bool:
-        """Return whether no attempt may be made yet, at the server's request or because of its failures."""
+        """Return whether no attempt may be made yet."""
         return self._backoff.barred_s(time.monotonic()) > 0
 
     def silence_s(self) -> float:
-        """Return the seconds since the last frame or pong; infinite before the first."""
+        """Return the seconds since the last frame or pong; infinite before."""
         return float("inf") if self.heard_at is None else boot_time() - self.heard_at
 
     # --- requests ---
@@ -209,7 +209,7 @@ class Connection:
     async def send_request(self, frame: Request, *, first_sent_at: float | None = None) -> Response:
         """Send a request and return its answer, across reconnects.
 
-        ``first_sent_at`` is when (``boot_time()``) an earlier sender may have sent it under the same id.
+        ``first_sent_at`` (``boot_time()``) is an earlier sender's time under the same id.
 
         Raises:
             Rejected: the server refuses this token, project or version.
@@ -228,7 +228,7 @@ class Connection:
             del self._pending[frame.id]
 
     async def _answered(self, pending: PendingRequest, failed_before: int) -> bool:
-        """Wait 0.1 s for the answer; raise if the connection has been lost for too long."""
+        """Wait 0.1 s for the answer; raise if the connection is lost for too long."""
         self._give_up(pending, failed_before)
         await asyncio.wait([pending.answer], timeout=0.1)
         return pending.answer.done()
@@ -281,7 +281,7 @@ class Connection:
                     await self._socket.send(encode(frame))
 
     async def carry_out(self, outcome: ReceiveOutcome) -> None:
-        """Send a batch's frames and hand answers to their requesters."""
+        """Send a batch's frames and hand over its answers."""
         for answer in outcome.answers:
             pending = self._pending.get(answer.id)
             if pending is not None and not pending.answer.done():
@@ -320,7 +320,7 @@ class Connection:
         return verdict is None and self._was_current and time.monotonic() - began > MIN_UPTIME_S
 
     def _ended(self, now: float, *, lasted: bool) -> float:
-        """Record a connection's end; return the delay before the next, in seconds."""
+        """Record a connection's end; return the delay in seconds."""
         if lasted:
             for pending in self._pending.values():
                 pending.sends = min(pending.sends, 1)
@@ -360,10 +360,7 @@ class Connection:
         await self.session.disconnected()
 
     async def _sit_out(self, delay_s: float) -> None:
-        """Wait before the next attempt, unless a command asks and no bar applies.
-
-        While a request waits, the delay stays below its patience.
-        """
+        """Wait before the next attempt, unless a command asks and no bar applies."""
         least_s = max(MIN_ATTEMPT_GAP_S, self._backoff.barred_s(time.monotonic()))
         if self._pending and not self.is_refused:
             delay_s = min(delay_s, least_s + ASKED_DELAY_S)
@@ -373,7 +370,7 @@ class Connection:
                 await self._kicked.wait()
 
     async def _converse(self) -> None:
-        """Connect, greet and run the session until it ends, always with an exception."""
+        """Connect, greet and run the session until an exception ends it."""
         self._socket = await open_socket(self.remote, self.token, self.named, self._accepted)
         inbox = ReceiveQueue()
         hello = await self.session.hello()
@@ -426,14 +423,14 @@ class Connection:
             raise cast("RemoteError", end)
 
     def _is_unasked(self, frame: ServerFrame) -> bool:
-        """Return whether this answers no pending request; such answers are dropped, as many would fill the memory.
+        """Return whether this answers no pending request: many would fill the memory.
 
         Before the Welcome it is a violation, which the session reports.
         """
         return isinstance(frame, Response) and frame.id not in self._pending and self.welcome is not None
 
     def _note_reset(self, welcome: Welcome) -> None:
-        """Count the server's resets of this cache; resuming an interrupted first fill is not one."""
+        """Count resets of this cache; resuming an interrupted first fill is none."""
         if welcome.resync and (self._offered or self._epoch not in ("", welcome.epoch)):
             self._backoff.was_reset(time.monotonic())
         self._epoch = welcome.epoch
@@ -451,7 +448,7 @@ class Connection:
         self.on_heard()
 
     async def _keep_alive(self, socket: ClientConnection, inbox: ReceiveQueue) -> None:
-        """Ping a silent server and give up if it does not answer. A full queue is local slowness and not counted."""
+        """Ping a silent server and give up without an answer. A full queue is local slowness."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PING_INTERVAL_S):

@@ -184,12 +184,9 @@ async def open_socket(
 
 
 def fetch_projects(url: str, token: str, named: Server | None) -> list[dict[str, Any]]:
-    """Return the projects of a server that a token may use, each with ``slug``, ``name`` and more. Blocks.
+    """Return a server's projects for a token, each with ``slug`` and ``name``. Blocks.
 
-    A redirect is not followed: the token stays with the named server.
-
-    Raises:
-        Rejected, RetryLater, ConnectionFailed, StorageError: as ``open_socket``.
+    Follows no redirect. Raises the errors of ``open_socket``.
     """
     remote = Remote("origin", url, "")
     server = admit(url, named, token)
@@ -233,10 +230,10 @@ def fetch_projects(url: str, token: str, named: Server | None) -> list[dict[str,
 
 
 def _proxy(remote: Remote) -> tuple[str | None, str]:
-    """Return the environment's proxy for a server, and its address without password for messages.
+    """Return the environment's proxy for a server, and its address without password.
 
-    ``ALL_PROXY`` applies unless a more specific variable is set. A server on this machine is reached directly: a proxy
-    would carry the token off it.
+    A specific variable precedes ``ALL_PROXY``. A server on this machine is reached directly: a proxy would carry the
+    token off it.
 
     Raises:
         ConnectionFailed: the variable holds no valid proxy.
@@ -343,7 +340,7 @@ async def _alert(remote: Remote, server: Server) -> str:
 
 
 async def _speaks_tls(remote: Remote) -> bool:
-    """Return whether a port on which plain HTTP failed speaks TLS; only a handshake is sent."""
+    """Return whether a port speaks TLS; only a handshake is sent."""
     host, _, port = remote.url.removeprefix("http://").partition("/")[0].rpartition(":")
     if not port.isdecimal():
         return False
@@ -362,7 +359,7 @@ async def _speaks_tls(remote: Remote) -> bool:
 
 
 def _refusal(status: int, headers: Mapping[str, str] | Message, body: bytes, remote: Remote) -> RemoteError:
-    """Return the error for an HTTP response that refuses a request or an upgrade."""
+    """Return the error for a refusal in HTTP."""
     retry_after_s = _seconds(headers.get("Retry-After"))
     said = _own_words(body)
     if said is None:
@@ -372,7 +369,7 @@ def _refusal(status: int, headers: Mapping[str, str] | Message, body: bytes, rem
 
 
 def _own_words(body: bytes) -> tuple[str, str] | None:
-    """Return code and message of a refusal in our server's form (SPEC section 2.2), None for any other body."""
+    """Return code and message of a refusal in our form (SPEC 2.2), else None."""
     try:
         answer = json.loads(body)
         ok, code, message = answer["ok"], answer["error"]["code"], answer["error"]["message"]
@@ -382,7 +379,7 @@ def _own_words(body: bytes) -> tuple[str, str] | None:
 
 
 def _foreign(status: int, location: str | None, remote: Remote, retry_after_s: float | None) -> ConnectionFailed:
-    """Return the error for a response of another program, which says nothing about token or project."""
+    """Return the error for another program's response, which says nothing about token or project."""
     if 300 <= status < 400:
         to = one_line(location or "elsewhere")[:200]
         return ConnectionFailed(
@@ -404,7 +401,7 @@ def _authenticate(remote: Remote) -> str:
 
 
 def error_of(code: str, message: str, remote: Remote, retry_after_s: float | None = None) -> RemoteError:
-    """Return the error for a reason from the server, in a goodbye or an HTTP response."""
+    """Return the error for a reason from the server."""
     if code == "REMOTE_UNAUTHORIZED":
         message += f"; log in with: lattice remote login {remote.place}"
     if code in REFUSALS:
@@ -417,12 +414,12 @@ def error_of(code: str, message: str, remote: Remote, retry_after_s: float | Non
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """Return the seconds of a Retry-After header; dates are ignored, as no peer of this protocol sends them."""
+    """Return the seconds of a Retry-After header; dates are ignored."""
     return float(retry_after) if retry_after is not None and re.fullmatch(r"[0-9]{1,9}", retry_after) else None
 
 
 def _describe(error: OSError) -> str:
-    """Return the system's reason for a failed connection, for example ``connection refused``."""
+    """Return the system's reason, for example ``connection refused``."""
     numbers = [error.errno] if error.errno else [int(n) for n in re.findall(r"\[Errno (\d+)\]", str(error))]
     reason = os.strerror(numbers[0]) if numbers and numbers[0] > 0 else error.strerror or str(error)
     return one_line(reason[:1].lower() + reason[1:])
@@ -440,7 +437,7 @@ MAX_RESETS, RESET_WINDOW_S, RESET_BAR_S = 10, 600.0, 30.0
 
 @dataclass(slots=True)
 class Backoff:
-    """Reconnect delays of one connection. All times are monotonic seconds, passed by the caller."""
+    """Reconnect delays of one connection. Times are monotonic seconds, passed by the caller."""
 
     uniform: Callable[[float, float], float] = random.uniform
     streak: int = 0
@@ -472,10 +469,10 @@ class Backoff:
         """Record the end of a connection or attempt; return the delay before the next, in seconds.
 
         Args:
-            lasted: whether it was useful; the next delays are then short again.
+            lasted: whether it was useful; the next delays are short again.
             is_refused: whether a retry is pointless until something changes.
-            retry_after_s: the delay the server asks for, None if it does not.
-            binds: whether that is a demand, not only an estimate of its return.
+            retry_after_s: the delay that the server asks for.
+            binds: whether that is a demand, not an estimate of its return.
         """
         self.streak = 0 if lasted else self.streak + 1
         excess = self.resets(now) - MAX_RESETS
@@ -487,7 +484,7 @@ class Backoff:
         return max(self._delay(is_refused, retry_after_s), self.barred_s(now) + self._jitter())
 
     def barred_s(self, now: float) -> float:
-        """Return for how many seconds no attempt may be made; 0 if one may."""
+        """Return for how many seconds no attempt may be made."""
         return max(0.0, self._barred_until - now)
 
     def lift(self) -> None:

@@ -46,7 +46,7 @@ class RecentTokens:
         self._noted: dict[str, float] = {}  # digest -> time of the last record
 
     def note(self, token: str) -> None:
-        """Record the use of a token; failures are ignored, as in a read-only cache."""
+        """Record the use of a token, ignoring failures."""
         digest, now = digest_of_token(token), time.monotonic()
         if now - self._noted.get(digest, -_NOTE_INTERVAL_S) < _NOTE_INTERVAL_S:
             return
@@ -59,13 +59,13 @@ class RecentTokens:
             self._noted[digest] = now
 
     def forget(self, token: str) -> None:
-        """Forget a token that the same user replaced by another."""
+        """Forget a token that the same user replaced."""
         self._noted.pop(digest_of_token(token), None)
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(self._directory, digest_of_token(token)))
 
     def digests(self) -> set[str]:
-        """Return the digests of recent tokens: each used at most ten minutes before the last use of any."""
+        """Return the digests of tokens used at most ten minutes before the last use of any."""
         uses: dict[str, float] = {}
         with contextlib.suppress(OSError):
             uses = {entry.name: entry.stat(follow_symlinks=False).st_mtime for entry in os.scandir(self._directory)}
@@ -74,12 +74,11 @@ class RecentTokens:
 
 
 def digest_of_token(token: str) -> str:
-    """Return a token's digest, which does not reveal the token."""
     return hashlib.sha256(b"lattice-remote token " + token.encode(errors="replace")).hexdigest()[:32]
 
 
 class ConnectionPool:
-    """Connections of one cache. ``start()`` it in a running loop and ``close()`` it at the end."""
+    """Connections of one cache. ``start()`` and ``close()`` it once."""
 
     def __init__(self, remote: Remote, replicator: Replicator) -> None:
         self._remote = remote
@@ -92,7 +91,7 @@ class ConnectionPool:
         self._watcher: asyncio.Task[None] | None = None
 
     def start(self, token: str | None, *, named: Server | None = None, prefer_given: bool = False) -> None:
-        """Start to follow. The user's stored token takes precedence over ``token`` unless ``prefer_given``."""
+        """Start to follow. A stored token precedes ``token`` unless ``prefer_given``."""
         self._last_stored = self.stored_token()
         connection = self.following
         connection.named = named
@@ -113,7 +112,7 @@ class ConnectionPool:
         return credentials.stored(self._remote.url, self._remote.project)
 
     def choose(self, given: str | None, named: Server | None = None) -> None:
-        """Follow with the user's stored token or with a command's, depending on which the server accepts."""
+        """Follow with the stored token or a command's: the one that the server accepts."""
         connection, stored = self.following, self.stored_token()
         if stored != self._last_stored and self._last_stored is not None:
             self._recent.forget(self._last_stored)
@@ -130,11 +129,7 @@ class ConnectionPool:
         self._last_stored = stored
 
     def writing(self, given: str | None) -> Connection:
-        """Return the connection that writes with a command's token: the following one, or a separate one.
-
-        Raises:
-            Rejected: there is no token.
-        """
+        """Return the connection for a command's token. Raises Rejected if there is none."""
         token = given or self.stored_token()
         if token is None:
             raise Rejected(
@@ -148,9 +143,9 @@ class ConnectionPool:
         return connection
 
     def refusal(self, named: Server | None, token: str | None) -> RemoteError | None:
-        """Return why a command may not use this server; None if it may.
+        """Return why a command may not use this server, if so.
 
-        A server named only in an earlier command's ``LATTICE_REMOTE_URL`` is not trusted for this one.
+        An earlier command's ``LATTICE_REMOTE_URL`` does not count.
         """
         if self.following.named is None or self.following.named == named:
             return None  # decided where the token is sent
@@ -170,7 +165,7 @@ class ConnectionPool:
     def live(self) -> Connection | None:
         """Return the connection for unrequested edits; None if their author is unknown.
 
-        A token that no command of this cache used is never chosen: it may be meant for another directory.
+        A token that no command of this cache used may be meant for another directory.
         """
         recent = self._recent.digests()
         self._given = {digest: given for digest, given in self._given.items() if digest in recent}
@@ -182,12 +177,12 @@ class ConnectionPool:
             return None  # the token is missing or its file unreadable: the next command reports it
 
     def has_several_names(self) -> bool:
-        """Return whether recent commands used several tokens, or one of another environment."""
+        """Return whether recent commands used several tokens or environments."""
         recent = self._recent.digests()
         return len(recent) > 1 or not recent <= self._given.keys()
 
     def new_writer(self, token: str) -> Connection:
-        """Return a separate connection, started; the caller must close it."""
+        """Return a separate, started connection; the caller closes it."""
         connection = Connection(self._remote, RequestOnlySession(), token, named=self.following.named)
         connection.start()
         return connection

@@ -27,7 +27,7 @@ _BUSY_ATTEMPTS, _BUSY_DELAY_S = 20, 0.5
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An open file to upload, as of now. Its opener closes it."""
+    """An open file to upload. Its opener closes it."""
 
     descriptor: int
     size: int
@@ -35,7 +35,7 @@ class Source:
 
     @classmethod
     async def of(cls, descriptor: int) -> "Source":
-        """Read a plain file from its beginning, in a thread, to compute its digest. Raises OSError."""
+        """Read a plain file, in a thread, for its digest. Raises OSError."""
         return await asyncio.to_thread(cls._read, descriptor)
 
     @classmethod
@@ -82,7 +82,7 @@ async def upload(
 
 
 class _Sender:
-    """One running upload, a few parts ahead of the server's acknowledgement."""
+    """One upload, a few parts ahead of the acknowledgement."""
 
     def __init__(self, connection: Requester, source: Source, purpose: str, report: Callable[[int, int], None]) -> None:
         self._connection = connection
@@ -128,7 +128,7 @@ class _Sender:
         return piece
 
     async def _ask(self, offset: int, data: bytes) -> int:
-        """Send a part or a query; return the number of bytes that the server has."""
+        """Send a part or query; return the number of bytes there."""
         source = self._source
         for attempts_left in reversed(range(_BUSY_ATTEMPTS)):
             frame = Upload(os.urandom(16).hex(), source.digest, source.size, offset, data, self._purpose)

@@ -72,8 +72,8 @@ def read(path: bytes) -> bytes:
 def world(environ: Environment, process: bytes = b"self") -> bytes:
     """Describe the environment that a warm process cannot take from a request (I13).
 
-    These are the namespaces, the root directory, the rights and the confinement of a process, and the variables that
-    its interpreter has read. Two processes with an equal description run a command alike.
+    These are namespaces, root directory, rights and confinement, and the variables that the interpreter has read. Equal
+    descriptions run a command alike.
 
     Raises:
         OSError: the process is gone, or belongs to another user or PID namespace.
@@ -89,7 +89,7 @@ def world(environ: Environment, process: bytes = b"self") -> bytes:
 
 
 def socket_path(environ: Environment, description: bytes) -> bytes | None:
-    """Return the path of the warm process's socket for an environment; None without a directory of this user's.
+    """Return the warm process's socket for an environment; None without a directory of this user's.
 
     The name need not be unforgeable: the warm process compares the whole description.
     """
@@ -112,11 +112,7 @@ def encode_request(argv: list[bytes], environ: Environment) -> bytes:
 
 
 def decode_request(data: bytes) -> tuple[list[bytes], Environment]:
-    """Return the command line and the variables of a request.
-
-    Raises:
-        ValueError: it is malformed.
-    """
+    """Return command line and variables of a request. Raises ValueError."""
     count, *rest = data.split(b"\0")
     number = int(count)
     if not 0 <= number <= len(rest):
@@ -156,7 +152,7 @@ def main(lattice: str, python: str) -> "NoReturn":
 
 
 def _may_be_warm(argv: list[bytes], environ: Environment) -> bool:
-    """Return whether to ask a warm process: a command in a cache, with all standard descriptors open."""
+    """Return whether this is a command in a cache, with all standard descriptors open."""
     if not argv or argv[0] in _OWN_PROCESS or b"_LATTICE_COMPLETE" in environ:
         return False
     if sys.stdin is None or sys.stdout is None or sys.stderr is None:
@@ -168,7 +164,7 @@ def _may_be_warm(argv: list[bytes], environ: Environment) -> bool:
 
 
 def _find_project(environ: Environment) -> bytes | None:
-    """Return the surrounding ``.lattice`` directory, found as lattice finds it."""
+    """Return the surrounding ``.lattice``, as lattice finds it."""
     root = environ.get(b"LATTICE_ROOT")
     if root is not None:
         return root + b"/.lattice" if root else None
@@ -197,7 +193,7 @@ def _exists(path: bytes) -> bool:
 
 
 def _run(argv: list[bytes], environ: Environment, python: str) -> None:
-    """Run the command in the warm process and exit as it did. Return if the real ``lattice`` must run it."""
+    """Run the command in the warm process and exit as it did; return if the real ``lattice`` must run it."""
     import _socket
 
     stream = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
@@ -236,7 +232,7 @@ def _run(argv: list[bytes], environ: Environment, python: str) -> None:
 
 
 def _connect(stream: "_socket.socket", path: bytes) -> bool:
-    """Connect to the warm process. Return False if there is none, or if another user may have made its socket."""
+    """Connect to the warm process; return False without one, or if another user may have made its socket."""
     try:
         found = posix.lstat(path)
         if not _is_own(path[: path.rindex(b"/")]) or found.st_mode & _S_IFMT != _S_IFSOCK:
@@ -248,7 +244,7 @@ def _connect(stream: "_socket.socket", path: bytes) -> bool:
 
 
 def _forward_signals(child: int) -> None:
-    """Forward this process's signals to the child: it is in another process group, without a terminal."""
+    """Forward signals to the child, which is in another process group."""
 
     def forward(number: int, _: object) -> None:
         try:
@@ -271,14 +267,14 @@ def _forward_signals(child: int) -> None:
 
 
 def _die_of(number: int) -> "NoReturn":
-    """End with the signal that ended the command, as a shell expects it."""
+    """End with the signal that ended the command."""
     _signal.signal(number, _signal.SIG_DFL) if number not in (_signal.SIGKILL, _signal.SIGSTOP) else None
     posix.kill(posix.getpid(), number)
     posix._exit(128 + number)
 
 
 def _start_warm(socket: bytes, environ: Environment, python: str) -> None:
-    """Start a warm process for the next command; of two started at once, one exits."""
+    """Start a warm process for the next command; of two, one exits."""
     try:
         if time.time() - posix.stat(socket + b".failed").st_mtime < FAILED_S:
             return

@@ -48,11 +48,11 @@ _LIMITS = tuple(value for name, value in vars(resource).items() if name.startswi
 
 
 class _Refused(Exception):
-    """The caller's environment is not this process's, or not available to it."""
+    """The caller's environment is another one, or not available here."""
 
 
 class Warm:
-    """Server of launchers, from ``run()`` until it is not needed any longer."""
+    """Server of launchers, while it is needed."""
 
     def __init__(self, path: bytes, world: bytes, idle_s: float, lock: int, packages: Signature) -> None:
         self._path = path
@@ -127,7 +127,7 @@ class Warm:
             self._poll.register(descriptor, event)
 
     def _attend(self, ready: set[int]) -> None:
-        """Report commands that have exited, and end those whose launcher was killed."""
+        """Report exited commands, and end those whose launcher was killed."""
         for descriptor in ready & self._commands.keys():
             command = self._commands.get(descriptor)
             if command is None:
@@ -145,14 +145,14 @@ class Warm:
 
 @dataclass(frozen=True, slots=True)
 class _Command:
-    """Child that runs one command, and the connection of its launcher."""
+    """Child that runs one command, and its launcher's connection."""
 
     pid: int
     pidfd: int
     stream: socket.socket
 
     def report(self) -> None:
-        """Send the exit of the child to its launcher, and close both."""
+        """Send the child's exit to its launcher."""
         os.close(self.pidfd)
         _, status = os.waitpid(self.pid, 0)
         killed = os.WIFSIGNALED(status)
@@ -170,7 +170,7 @@ def _inode(path: bytes) -> int | None:
 
 
 def _signature() -> Signature:
-    """Identify the installed packages: an installation of any package changes the directory's time."""
+    """Identify the installed packages: an installation changes the directory's time."""
     import lattice
 
     import lattice_remote
@@ -234,7 +234,7 @@ def _leave(stream: socket.socket) -> NoReturn:
 
 
 def _die_with_parent() -> None:
-    """End this process when the warm process is killed: the real ``lattice`` runs the command again."""
+    """End this process with the warm process: the real ``lattice`` runs the command again."""
     import ctypes
 
     parent = os.getppid()
@@ -318,7 +318,7 @@ def _take_limits(peer: int) -> None:
 
 
 def _take_status(peer: int) -> None:
-    """Take over umask, and ignored and blocked signals. Python itself ignores SIGPIPE and SIGXFSZ."""
+    """Take over umask, and ignored and blocked signals. Python ignores SIGPIPE and SIGXFSZ."""
     fields = dict(
         line.split(b":\t", 1) for line in script.read(b"/proc/%d/status" % peer).splitlines() if b":\t" in line
     )
@@ -335,7 +335,7 @@ def _take_status(peer: int) -> None:
 
 
 def _open_streams() -> None:
-    """Open the standard streams again, as an interpreter opens them that starts with these variables."""
+    """Open the standard streams as an interpreter with these variables does."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         old = getattr(sys, f"__{name}__")
         raw = io.FileIO(number, "r" if number == 0 else "w", closefd=False)
@@ -356,7 +356,7 @@ def _open_streams() -> None:
 
 
 def _run_lattice(argv: list[str]) -> int:
-    """Run the command and return its exit code; most commands exit by themselves."""
+    """Run the command and return its exit code, if it does not exit itself."""
     from lattice.cli.main import cli
 
     from lattice_remote.client import routing
@@ -408,7 +408,7 @@ def _finish(code: int) -> int:
 
 
 def _preload() -> None:
-    """Import everything that a command uses, and the plugins, which lattice's group loads.
+    """Import everything that a command uses, and the plugins.
 
     Raises:
         RuntimeError: a plugin has started a thread.
@@ -431,7 +431,7 @@ def _preload() -> None:
 
 
 def main() -> None:
-    """Become the warm process of this environment; return at once if there is one."""
+    """Become the warm process of this environment, unless there is one."""
     environ: script.Environment = dict(os.environb)
     world = script.world(environ)
     path = script.socket_path(environ, world)

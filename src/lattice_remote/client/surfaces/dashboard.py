@@ -39,7 +39,7 @@ State = tuple[str, str]
 
 
 class CacheWatcher:
-    """Watcher of one cache. ``with watcher: watcher.wait(...)``, in any number of threads."""
+    """Watcher of one cache. ``with watcher: watcher.wait(...)``, in any threads."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
@@ -92,7 +92,7 @@ class CacheWatcher:
                 self._set((version, self._state[1]))
 
     def _version(self) -> str:
-        """Return the position in the state file, which is also rewritten without a change."""
+        """Return the position: the state file is also rewritten without a change."""
         try:
             if (signature := signature_of(os.stat(self._file))) != self._seen:
                 with open(self._file, "rb") as file:
@@ -116,7 +116,7 @@ class CacheWatcher:
             self._changed.notify_all()
 
     def _trouble(self) -> str:
-        """Return why the cache may be behind. Asking keeps an agent running, or starts one."""
+        """Return why the cache may be behind. Keeps an agent running."""
         try:
             answer = send_request(request("status" if agent_enabled() else "pull", self._directory))
         except RemoteError as failure:
@@ -170,7 +170,7 @@ def remote_dashboard(directory: str) -> Iterator[None]:
 
 
 class _Server(socketserver.ThreadingMixIn, HTTPServer):
-    """Threaded variant of lattice's server: a request that waits for the remote server must not block others."""
+    """Threaded variant of lattice's server: no request waits for another's."""
 
     daemon_threads = True
 
@@ -181,7 +181,7 @@ class _Server(socketserver.ThreadingMixIn, HTTPServer):
         super().__init__(address, handler)  # last: it closes the server if the port is taken
 
     def server_close(self) -> None:
-        """End the streams too: pages then reconnect to the next server on this port."""
+        """End the streams too: pages reconnect."""
         self.pulse.close()
         super().server_close()
 
@@ -192,7 +192,7 @@ class _Server(socketserver.ThreadingMixIn, HTTPServer):
 
 
 def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
-    """Return lattice's handler for this project with the additions for a remote."""
+    """Return lattice's handler with the additions for a remote."""
     base: Any = lattices._make_handler_class(lattice_dir, readonly=readonly)
 
     class RemoteHandler(base):  # type: ignore[misc] # made at run time
@@ -227,7 +227,7 @@ def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
         # --- access ---
 
         def _is_from_here(self) -> bool:
-            """Refuse requests for another host name, as sent by a page after DNS rebinding."""
+            """Refuse other host names, as after DNS rebinding."""
             bound, port = self.server.server_address[:2]
             if bound not in _LOOPBACK or _host(self.headers.get("Host", "")) in _LOOPBACK:
                 return True
@@ -235,7 +235,7 @@ def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
             return False
 
         def _is_from_our_page(self) -> bool:
-            """Refuse cross-site requests: only our own page can send JSON."""
+            """Refuse cross-site requests: only our page can send JSON."""
             origin, site = self.headers.get("Origin"), self.headers.get("Sec-Fetch-Site", "same-origin")
             kind = self.headers.get_content_type()
             is_ours = origin in (None, f"http://{self.headers.get('Host')}") and site in ("same-origin", "none")
@@ -305,7 +305,7 @@ def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
                     known = state
 
         def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's own word
-            """Log nothing for the reads that every open page repeats."""
+            """Log nothing for the reads that pages repeat."""
             if self.command != "GET":
                 super().log_message(format, *args)
 
