@@ -2,7 +2,7 @@
 
 import time
 
-from lattice_remote.server.worker.store import MAX_CHARS, describe_command, describe_paths
+from lattice_remote.server.worker.policy import MAX_CHARS, describe_command, describe_paths
 
 
 def test_a_command_is_recorded_as_it_could_be_typed() -> None:

@@ -40,19 +40,16 @@ from lattice_remote.server.tree.tree import TreeDiff, TrustedDigest
 from lattice_remote.server.worker.caller import Attached, Identity, SessionOwners
 from lattice_remote.server.worker.calls import CallRequest, Operation, surface_named
 from lattice_remote.server.worker.executor import CommandOutcome, Executor
-from lattice_remote.server.worker.policy import Command, parse
-from lattice_remote.server.worker.project_import import decide, is_adopting, require_empty
-from lattice_remote.server.worker.store import (
-    ChangeOrigin,
-    ChangeTooLarge,
-    OutsideChange,
-    Store,
+from lattice_remote.server.worker.policy import (
+    Command,
     command_words,
     describe_call,
     describe_command,
     describe_edit,
-    server_origin,
+    parse,
 )
+from lattice_remote.server.worker.project_import import decide, is_adopting, require_empty
+from lattice_remote.server.worker.store import ChangeOrigin, ChangeTooLarge, OutsideChange, Store, server_origin
 from lattice_remote.textmerge import merge_text
 
 __all__ = ["Editor", "Transaction", "TransactionRunner", "Worker"]

@@ -22,7 +22,6 @@ import msgspec
 
 from lattice_remote.server.config import JournalSettings
 from lattice_remote.server.ipc import ReceivedFrames, ToWorker, WorkerFailed
-from lattice_remote.server.journal.ids import make_id
 from lattice_remote.server.journal.journal import CommitJob, Committer, Retention
 from lattice_remote.server.logging import FORMAT_VARIABLE, LEVEL_VARIABLE, log_to_stderr
 from lattice_remote.server.tree.tree import SyncFailed
@@ -112,7 +111,7 @@ def _serve(
         project,
         lazy=opened.can_repair,
         capture=opened.capture,
-        make_id=lambda: make_id(store.journal.epoch),
+        make_id=store.make_id,
         locks=store.locks,
     )
     worker = Worker(project, scratch, store, executor, committer, plugin_commands=plugin_commands)

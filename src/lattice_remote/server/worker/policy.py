@@ -7,6 +7,7 @@ before Click converts them, because converting a path already accesses the disk.
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -17,9 +18,26 @@ from typing import Any
 import click
 
 from lattice_remote.protocol.paths import is_component, is_resource_name, is_session_name
+from lattice_remote.server.logging import masked
 from lattice_remote.server.worker.caller import Identity, check_actor, is_plain, unsupported
 
-__all__ = ["MAX_TEXT_BYTES", "ROUTED", "Command", "Kind", "check", "check_new_task", "not_of_plugins", "parse", "shown"]
+__all__ = [
+    "MAX_CHARS",
+    "MAX_TEXT_BYTES",
+    "ROUTED",
+    "Command",
+    "Kind",
+    "check",
+    "check_new_task",
+    "command_words",
+    "describe_call",
+    "describe_command",
+    "describe_edit",
+    "describe_paths",
+    "not_of_plugins",
+    "parse",
+    "shown",
+]
 
 _MAX_ACTOR_CHARS = 256
 _MAX_JSON_DEPTH = 64
@@ -425,3 +443,53 @@ def _is_url(path: str, value: str) -> bool:
 
 def _as_tuple(value: object) -> tuple[str, ...]:
     return tuple(map(str, value)) if isinstance(value, tuple | list) else (str(value),)
+
+
+# --- commands in the log ---
+
+MAX_CHARS = 200
+_MAX_PATHS = 5
+_MAX_EXAMINED_CHARS = 8 * MAX_CHARS
+
+
+def describe_command(argv: Sequence[str]) -> str:
+    """Return a command line as typed, secrets masked, cut to ``MAX_CHARS``."""
+    line = ""
+    for argument in argv:
+        line += (" " if line else "") + shlex.quote(argument[:_MAX_EXAMINED_CHARS])
+        if len(line) > _MAX_EXAMINED_CHARS:  # an argument may have a megabyte
+            break
+    return _cut(masked(line[:_MAX_EXAMINED_CHARS]))
+
+
+def command_words(cli: click.Group, argv: Sequence[str]) -> str:
+    """Return the words of a line's command, for example ``resource acquire``."""
+    words: list[str] = []
+    command: click.Command | None = cli
+    for word in argv:
+        command = command.commands.get(word) if isinstance(command, click.Group) else None
+        if command is None:
+            break
+        words.append(word)
+    return " ".join(words)
+
+
+def describe_call(label: str) -> str:
+    return _cut(masked(label))
+
+
+def describe_edit(path: str) -> str:
+    return f"edit {path}"
+
+
+def describe_paths(paths: Collection[str]) -> str:
+    shown = ", ".join(list(paths)[:_MAX_PATHS])
+    more = len(paths) - _MAX_PATHS
+    if more <= 0:
+        return _cut(f"changed {shown}")
+    tail = f", and {more} more"
+    return f"changed {shown}"[: MAX_CHARS - len(tail)] + tail
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= MAX_CHARS else line[: MAX_CHARS - 1] + "…"

@@ -8,16 +8,14 @@ import contextlib
 import logging
 import os
 import secrets
-import shlex
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
-import click
 import msgspec
 
 from lattice_remote.errors import Rejected
@@ -42,10 +40,10 @@ from lattice_remote.server.ipc import (
 )
 from lattice_remote.server.journal.contents import is_snapshot
 from lattice_remote.server.journal.copies import place_of
+from lattice_remote.server.journal.ids import make_id
 from lattice_remote.server.journal.journal import CommitJob, Committer, Journal
 from lattice_remote.server.journal.repair import files_of_task, grown_tasks, repair_task
 from lattice_remote.server.journal.segment import Record, list_beside, remove_segments
-from lattice_remote.server.logging import masked
 from lattice_remote.server.tree.capture import AccessLog, Capture, Replacement
 from lattice_remote.server.tree.tree import (
     FileState,
@@ -61,71 +59,19 @@ from lattice_remote.server.tree.tree import (
 from lattice_remote.server.tree.undo import Begin, UndoLog
 from lattice_remote.server.worker.executor import ResourceBusy
 from lattice_remote.server.worker.patches import LockTable
+from lattice_remote.server.worker.policy import describe_paths
 
 __all__ = [
     "ChangeOrigin",
     "ChangeTooLarge",
     "OutsideChange",
     "Store",
-    "command_words",
-    "describe_call",
-    "describe_command",
-    "describe_edit",
-    "describe_paths",
     "server_origin",
     "start_new_epoch",
 ]
 
 _log = logging.getLogger(__name__)
 _encoder = msgspec.msgpack.Encoder()
-
-
-MAX_CHARS = 200
-_MAX_PATHS = 5
-_MAX_EXAMINED_CHARS = 8 * MAX_CHARS
-
-
-def describe_command(argv: Sequence[str]) -> str:
-    """Return a command line as typed, secrets masked, cut to ``MAX_CHARS``."""
-    line = ""
-    for argument in argv:
-        line += (" " if line else "") + shlex.quote(argument[:_MAX_EXAMINED_CHARS])
-        if len(line) > _MAX_EXAMINED_CHARS:  # an argument may have a megabyte
-            break
-    return _cut(masked(line[:_MAX_EXAMINED_CHARS]))
-
-
-def command_words(cli: click.Group, argv: Sequence[str]) -> str:
-    """Return the words of a line's command, for example ``resource acquire``."""
-    words: list[str] = []
-    command: click.Command | None = cli
-    for word in argv:
-        command = command.commands.get(word) if isinstance(command, click.Group) else None
-        if command is None:
-            break
-        words.append(word)
-    return " ".join(words)
-
-
-def describe_call(label: str) -> str:
-    return _cut(masked(label))
-
-
-def describe_edit(path: str) -> str:
-    return f"edit {path}"
-
-
-def describe_paths(paths: Collection[str]) -> str:
-    shown = ", ".join(list(paths)[:_MAX_PATHS])
-    more = len(paths) - _MAX_PATHS
-    if more <= 0:
-        return _cut(f"changed {shown}")
-    tail = f", and {more} more"
-    return f"changed {shown}"[: MAX_CHARS - len(tail)] + tail
-
-
-def _cut(line: str) -> str:
-    return line if len(line) <= MAX_CHARS else line[: MAX_CHARS - 1] + "…"
 
 
 _MAX_MOVED_BYTES = 8 * 1024 * 1024
@@ -209,6 +155,10 @@ class Store:
     def begin_request(self, command: str, *, is_keyed: bool) -> None:
         """Begin a request, called ``command`` in its report."""
         self._current, self.is_keyed = (command, time.perf_counter()), is_keyed
+
+    def make_id(self) -> str:
+        """Return an id for one of lattice's objects, see ``ids.make_id``."""
+        return make_id(self.journal.epoch)
 
     def set_label(self, command: str) -> None:
         self._current = (command, self._current[1])
