@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lattice_remote.client.guard import Guard, WriteRefused, letting_write
+from lattice_remote.client.guard import Guard, WriteRefused, allow_writes
 
 
 def refused(guarded: Path, action: str) -> Guard:
@@ -83,7 +83,7 @@ def test_what_is_let_write_reaches_its_folder_alone(guarded: Path, folder: str) 
     guard = Guard(str(guarded))
     guard.start()
     try:
-        with letting_write(folder):
+        with allow_writes(folder):
             (guarded / "plans" / "x.md").write_text("x")
             for path in (guarded / "plans2" / "x.md", guarded / "config.json"):
                 if folder:

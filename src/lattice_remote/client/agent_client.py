@@ -19,7 +19,7 @@ from typing import Any
 
 from lattice_remote.client import agent_runtime, credentials
 from lattice_remote.client.config import detachment, identify
-from lattice_remote.client.guard import letting_write
+from lattice_remote.client.guard import allow_writes
 from lattice_remote.errors import (
     ConnectionFailed,
     RemoteError,
@@ -186,7 +186,7 @@ def run_inline(request: dict[str, Any], on_progress: Progress | None = None) -> 
     """Like ``send_request``, but run the steps in this process."""
     from lattice_remote.client.agent.service import serve_once
 
-    with letting_write(""):  # a serving command may ask while under its guard
+    with allow_writes(""):  # a serving command may send while under its guard
         return _checked(serve_once(request, on_progress))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from lattice_remote.errors import RemoteError
 
-__all__ = ["Guard", "WriteRefused", "letting_write"]
+__all__ = ["Guard", "WriteRefused", "allow_writes"]
 
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _TOUCHING = {  # event -> positions of the paths that it changes
@@ -34,7 +34,7 @@ _let: ContextVar[str | None] = ContextVar("_let", default=None)
 
 
 @contextmanager
-def letting_write(folder: str) -> Iterator[None]:
+def allow_writes(folder: str) -> Iterator[None]:
     """Allow writes to a folder of the cache ("": all) in this context: the remote's own, or a plan to be edited."""
     before = _let.set(folder and folder + os.sep)
     try:

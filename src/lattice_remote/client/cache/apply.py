@@ -85,7 +85,7 @@ class Files:
                         after = b""  # else an archived task
                     self.keep(paths, after)
                 drifted |= (unfit := apply(operation, self._cache))
-                self.are_the_servers([path for path in paths if path not in unfit])
+                self.mark_synced([path for path in paths if path not in unfit])
                 self.on_edits([path for path in paths if is_editable(path)])
             elif self._edits.absorb(operation):
                 self.on_edits([operation.path])
@@ -115,7 +115,7 @@ class Files:
             return []
         if self._is_only_touched(part):
             self._cache.note(part.path)
-            self.are_the_servers([part.path])
+            self.mark_synced([part.path])
             return []
         if is_editable(part.path):
             return self._write_text(part, replica)
@@ -152,7 +152,7 @@ class Files:
             if is_text:  # its base was recorded with it: the current content may be the next edit
                 self._note_repair(part.path)
             else:
-                self.are_the_servers([part.path])
+                self.mark_synced([part.path])
         return []
 
     def remove(self, path: str, replica: Replica) -> None:
@@ -165,7 +165,7 @@ class Files:
             self._rescue_policy.keep(path, is_strange=True)
         self.keep([path])
         self._cache.delete(path)
-        self.are_the_servers([path])
+        self.mark_synced([path])
 
     def _is_only_touched(self, part: Part) -> bool:
         """Return whether only a suspect file's times changed."""
@@ -184,7 +184,7 @@ class Files:
                 is_ours = not strange and (known.is_complete or after == b"")
                 self._rescue_policy.keep(path, is_strange=strange, after=after, is_ours=is_ours)
 
-    def are_the_servers(self, paths: Iterable[str]) -> None:
+    def mark_synced(self, paths: Iterable[str]) -> None:
         for path in paths:
             if is_editable(path):
                 self._edits.rebase(path)

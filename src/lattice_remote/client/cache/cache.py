@@ -42,7 +42,7 @@ __all__ = [
     "decode_state",
     "encode_deferred",
     "encode_state",
-    "explained",
+    "storage_errors",
 ]
 
 
@@ -176,7 +176,7 @@ class Cache:
         """Device and inode of the directory."""
         self.quota = Quota(self.directory, lambda: cache_limit(remote.url), remote.url)
         """Size limit of the cache."""
-        with explained(self.directory):
+        with storage_errors(self.directory):
             self._files = Directory(self.directory, self.quota)
         self._deferred = b""  # content of the file of deferred contents
         self._parts: dict[str, tuple[str, int]] = {}  # path -> temporary file, bytes in it
@@ -190,7 +190,7 @@ class Cache:
 
     def prepare(self) -> None:
         """Create lattice's layout, and the ``.gitignore`` that keeps the cache out of git."""
-        with explained(self.directory):
+        with storage_errors(self.directory):
             for directory in _LAYOUT:
                 self._files.make(directory)
             if not os.path.lexists(self.absolute(".gitignore")):
@@ -206,7 +206,7 @@ class Cache:
 
     def make_private(self) -> None:
         """Create the directories of our other files, with the permissions of the cache's."""
-        with explained(PRIVATE_DIRECTORY):
+        with storage_errors(PRIVATE_DIRECTORY):
             for directory in (PRIVATE_DIRECTORY, WATCHES_DIRECTORY):
                 self._files.make(directory)
 
@@ -230,7 +230,7 @@ class Cache:
 
     def allow_plain_writes(self) -> None:
         """Restore lattice's lock directory before this becomes a local project."""
-        with explained(LOCKS_FILE):
+        with storage_errors(LOCKS_FILE):
             if self._blocks_plain_writes():
                 self._files.remove(LOCKS_FILE)
             self._files.make(LOCKS_FILE)
@@ -264,7 +264,7 @@ class Cache:
         while True:
             self._check_there()
             await self._until_quiet(deadline)
-            with explained(self.directory):
+            with storage_errors(self.directory):
                 if self._lock.acquire():
                     break
             if self.held_since is None:
@@ -283,7 +283,7 @@ class Cache:
         """Return a lock between processes on a private file."""
 
         def make() -> None:
-            with explained(path):
+            with storage_errors(path):
                 self._files.make(PRIVATE_DIRECTORY)
                 self._files.extend(path, b"")
 
@@ -326,7 +326,7 @@ class Cache:
 
         Deferred contents are stored first: after a crash between the two, extra entries show when they are fetched.
         """
-        with explained(STATE_FILE):
+        with storage_errors(STATE_FILE):
             if (deferred := encode_deferred(state.deferred)) != self._deferred:
                 self._files.replace(_DEFERRED_FILE, deferred)
                 self._deferred = deferred
@@ -368,35 +368,35 @@ class Cache:
 
     def read(self, path: str, offset: int = 0) -> bytes:
         """Return the content from ``offset`` on."""
-        with explained(path):
+        with storage_errors(path):
             return self._files.read(path, offset)
 
     def digest(self, path: str) -> bytes | None:
         """Return the SHA-256; None without a plain file."""
-        with explained(path), contextlib.suppress(FileNotFoundError):
+        with storage_errors(path), contextlib.suppress(FileNotFoundError):
             return None if self.signature(path) is None else self._files.digest(path)
         return None
 
     def store(self, path: str, data: bytes) -> None:
         """Write a private file atomically. Durable on return."""
-        with explained(path):
+        with storage_errors(path):
             self._files.replace(path, data, is_synced=True)
 
     def replace(self, path: str, data: bytes) -> None:
         """Write a file atomically, with its parent directories."""
-        with explained(path):
+        with storage_errors(path):
             self._files.replace(path, data)
             self.note(path)
 
     def sync(self, paths: Iterable[str]) -> None:
         """Fsync these files."""
         for path in paths:
-            with explained(path):
+            with storage_errors(path):
                 self._files.sync(path)
 
     def replace_if(self, path: str, data: bytes, found: Signature | None) -> bool:
         """Replace the file only if its signature is still ``found``, checked as late as possible."""
-        with explained(path):
+        with storage_errors(path):
             done = self._files.replace(path, data, lambda: self.signature(path) == found)
             if done:
                 self.note(path)
@@ -409,21 +409,21 @@ class Cache:
             self.replace(path, data)
             return
         is_ours = not self.known.is_complete or self.known.agrees(path, found)
-        with explained(path):
+        with storage_errors(path):
             self._files.append(path, data)
             if is_ours:  # a modification of the rest must still be noticed
                 self.note(path)
 
     def move(self, path: str, to: str) -> None:
         """Rename, replacing ``to``."""
-        with explained(path):
+        with storage_errors(path):
             self._files.move(path, to)
             self.note(path)
             self.note(to)
 
     def delete(self, path: str) -> None:
         """Remove a file or link; ignore a directory."""
-        with explained(path), contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        with storage_errors(path), contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
             self._files.remove(path)
         self.note(path)
 
@@ -447,7 +447,7 @@ class Cache:
         if part.offset == 0 and len(part.data) == part.size:
             return self._put_whole(part, place)
         self.quota.require(part.size)
-        with explained(part.path):
+        with storage_errors(part.path):
             temporary, written = self._parts.pop(part.path, ("", 0))
             if part.offset == 0:
                 self._files.discard(temporary)
@@ -499,12 +499,12 @@ class Cache:
 
     def add(self, partial: str, data: bytes) -> None:
         """Append a part to the collected ones."""
-        with explained(partial):
+        with storage_errors(partial):
             self._files.extend(partial, data)
 
     def place(self, partial: str, path: str) -> None:
         """Put a collected content in place at ``path``."""
-        with explained(path):
+        with storage_errors(path):
             self._files.move(partial, path)
             self.note(path)
 
@@ -524,7 +524,7 @@ class Cache:
 
     def paths(self) -> Iterator[str]:
         """Yield the relative path of each replicated plain file."""
-        with explained(self.directory):
+        with storage_errors(self.directory):
             top = self._files.top_level()
         for name, is_directory in top:
             if not is_directory:
@@ -583,7 +583,7 @@ def _is_locked(handle: int) -> bool:
 
 
 @contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
+def storage_errors(what: str) -> Iterator[None]:
     """Turn an ``OSError`` into a ``StorageError`` that names the file."""
     try:
         yield

@@ -4,7 +4,7 @@ import hashlib
 import os
 import time
 
-from lattice_remote.client.cache.cache import BASE_DIRECTORY, Cache, explained
+from lattice_remote.client.cache.cache import BASE_DIRECTORY, Cache, storage_errors
 from lattice_remote.files import SAFE, signature_of, write_all
 from lattice_remote.protocol.messages import Part
 from lattice_remote.protocol.paths import is_editable
@@ -36,7 +36,7 @@ class FirstFill:
         path = part.path
         if "/" not in path or len(part.data) != part.size or hashlib.sha256(part.data).digest() != part.digest:
             return False
-        with explained(path):
+        with storage_errors(path):
             self._cache.quota.take(part.size)
             status = self._create(path, part.data)
             if status is None:

@@ -383,7 +383,7 @@ class Replicator:
             else:
                 self.cache.note(path)
             self.replica.here(path)
-            self.files.are_the_servers([path])
+            self.files.mark_synced([path])
             self._save()
             self.cache.known.share()
             return True

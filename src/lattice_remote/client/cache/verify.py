@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lattice_remote.client.cache.cache import Cache, explained
+from lattice_remote.client.cache.cache import Cache, storage_errors
 from lattice_remote.client.cache.edits import Edits
 from lattice_remote.files import READ, Signature, hash_descriptor
 from lattice_remote.protocol.effects import Compare
@@ -73,7 +73,7 @@ def foreign(cache: Cache) -> list[str]:
 def _read(cache: Cache, paths: Iterable[str], earlier: Mapping[str, Reading]) -> dict[str, Reading]:
     found: dict[str, Reading] = {}
     for path in paths:
-        with explained(path), contextlib.suppress(FileNotFoundError):
+        with storage_errors(path), contextlib.suppress(FileNotFoundError):
             signature = cache.signature(path)
             before = earlier.get(path)
             if signature is None:

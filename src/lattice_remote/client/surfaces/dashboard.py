@@ -23,7 +23,7 @@ from lattice.dashboard import server as lattices
 
 from lattice_remote import livepage
 from lattice_remote.client.agent_client import agent_enabled, call, request, send_request
-from lattice_remote.client.guard import letting_write
+from lattice_remote.client.guard import allow_writes
 from lattice_remote.errors import RemoteError
 from lattice_remote.files import Signature, signature_of
 
@@ -219,7 +219,7 @@ def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
             if self._readonly:
                 super().do_POST()
             elif _HERE.fullmatch(path):
-                with letting_write("plans"):  # a missing plan is created from lattice's template
+                with allow_writes("plans"):  # a missing plan is created from lattice's template
                     super().do_POST()
             else:
                 self._forward(path)
