@@ -11,12 +11,12 @@ from lattice_remote.client.cache.replicator import Replicator
 from lattice_remote.client.connection.connection import Connection
 from lattice_remote.errors import Misuse, Rejected
 
-__all__ = ["CHOICES", "Resolver"]
+__all__ = ["CHOICES", "ConflictResolver"]
 
 CHOICES = ("mine", "theirs", "edited")
 
 
-class Resolver:
+class ConflictResolver:
     """The conflicts of one cache, for commands."""
 
     def __init__(self, replicator: Replicator, edit_sender: EditSender) -> None:

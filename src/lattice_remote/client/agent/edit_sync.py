@@ -507,7 +507,7 @@ class EditWatcher:
             await self._edit_sender.note_saves(edited)
             await self._pool.following.changed.until(self._can_send, SAVING_S)
             return
-        connection = self._pool.live()
+        connection = self._pool.for_edits()
         assert connection is not None, "_can_send() says so, and nothing was awaited since"
         await self._push(connection, edited, {path: self._seen.pop(path) for path in edited})
 
@@ -539,7 +539,7 @@ class EditWatcher:
         return self._replicator.edits.is_edited(path) and not self._replicator.files.is_orphan(path)
 
     def _can_send(self) -> bool:
-        connection = self._pool.live()
+        connection = self._pool.for_edits()
         return self._replicator.is_following and connection is not None and not connection.is_refused
 
     def _is_saved(self, path: str) -> bool:

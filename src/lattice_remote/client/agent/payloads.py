@@ -29,7 +29,7 @@ from lattice_remote.client.cache.replicator import Replicator
 from lattice_remote.client.config import PRIVATE_DIRECTORY
 from lattice_remote.client.connection.connection import Connection
 from lattice_remote.client.connection.pool import ConnectionPool
-from lattice_remote.client.connection.requests import Requester, expect
+from lattice_remote.client.connection.requests import RequestSender, expect
 from lattice_remote.client.connection.upload import Source, upload
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
 from lattice_remote.protocol.effects import Content
@@ -64,7 +64,7 @@ _WINDOW = 8
 """Pieces requested at once: enough to fill a line, few enough to leave room for others."""
 
 
-async def describe_content(connection: Requester, path: str) -> tuple[Content, int]:
+async def describe_content(connection: RequestSender, path: str) -> tuple[Content, int]:
     """Return a file's content on the server, and its sequence number.
 
     Raises:
@@ -75,7 +75,7 @@ async def describe_content(connection: Requester, path: str) -> tuple[Content, i
     return (answer.size, answer.digest), answer.seq
 
 
-async def pieces(connection: Requester, path: str, content: Content, offset: int) -> AsyncGenerator[bytes]:
+async def pieces(connection: RequestSender, path: str, content: Content, offset: int) -> AsyncGenerator[bytes]:
     """Yield a content from ``offset`` on, in order. The caller checks the digest.
 
     Raises:

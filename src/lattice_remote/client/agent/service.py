@@ -42,7 +42,7 @@ from lattice_remote import __version__
 from lattice_remote.client import config, trusted_servers
 from lattice_remote.client.agent.audit_log import read_log, read_version, task_of
 from lattice_remote.client.agent.change_feed import ChangeFeed
-from lattice_remote.client.agent.conflict_resolver import Resolver
+from lattice_remote.client.agent.conflict_resolver import ConflictResolver
 from lattice_remote.client.agent.edit_sync import EditSender, EditWatcher
 from lattice_remote.client.agent.payloads import (
     PayloadFetcher,
@@ -152,7 +152,7 @@ class Service:
         self._pool = ConnectionPool(self.remote, self._replicator)
         self._connection = self._pool.following
         self._edit_sender = EditSender(self._replicator, self._connection, self._reached)
-        self._resolver = Resolver(self._replicator, self._edit_sender)
+        self._resolver = ConflictResolver(self._replicator, self._edit_sender)
         self._rescuer = Rescuer(self._replicator)
         self._edit_watcher: EditWatcher | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -163,7 +163,7 @@ class Service:
             self._replicator, self._connection, FileWatcher(), asyncio.Semaphore(1), _ignore
         )
         self._looking = asyncio.Lock()
-        self._said: list[str] = []  # notices for the next command
+        self._pending_notices: list[str] = []  # notices for the next command
         self._has_looked = is_new
         if is_new:
             self._replicator.files.first_fill = FirstFill(self.cache)
@@ -326,7 +326,7 @@ class Service:
                 if not await self._until(lambda: self._integrity_monitor.has_looked and self._is_current(), wait_s):
                     return
                 if not self._has_looked:
-                    self._said += (await self._edit_sender.restore_damage()).notices
+                    self._pending_notices += (await self._edit_sender.restore_damage()).notices
                     self._has_looked = True
             await self._until(self._is_current, max(0.0, deadline - time.monotonic()))
         except (TimeoutError, RemoteError):
@@ -349,8 +349,8 @@ class Service:
     def _notices(self) -> list[str]:
         """Return the notices for the next command: each once, lasting conditions until they end."""
         rescue_policy = self._replicator.rescue_policy
-        notices = [*rescue_policy.notices, *self._said]
-        rescue_policy.notices, self._said = [], []
+        notices = [*rescue_policy.notices, *self._pending_notices]
+        rescue_policy.notices, self._pending_notices = [], []
         if self._edit_watcher is not None:
             notices += self._edit_watcher.notices
             self._edit_watcher.notices = []
@@ -643,9 +643,9 @@ class Service:
         """Return the condition that edits wait for, if any."""
         if self._edit_watcher is None:
             return "the next command, as no agent runs"
-        if self._pool.has_several_names():
+        if self._pool.has_several_tokens():
             return "the next command, as recent commands used several tokens or another configuration"
-        connection = self._pool.live()
+        connection = self._pool.for_edits()
         if connection is None:
             return "a token"
         return None if connection.is_open and self._replicator.is_following else "the server"

@@ -32,7 +32,7 @@ app = typer.Typer()
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class Diagnosis:
     """Result of one check; ``do`` is the remedy of a problem."""
 
     name: str
@@ -63,21 +63,21 @@ def doctor(as_json: Json = False) -> None:
         raise SystemExit(1)
 
 
-def _checks() -> Iterator[Check]:
+def _checks() -> Iterator[Diagnosis]:
     remote: Remote | None = None
     directory: str | None = None
     try:
         directory, remote, found = _configured()
-        yield Check("configuration", True, found)
+        yield Diagnosis("configuration", True, found)
     except RemoteError as error:
-        yield Check("configuration", False, *_split(error))
+        yield Diagnosis("configuration", False, *_split(error))
     token: str | None = None
     if remote is not None:
         try:
             token, found = _token(remote)
-            yield Check("token", True, found)
+            yield Diagnosis("token", True, found)
         except RemoteError as error:
-            yield Check("token", False, *_split(error))
+            yield Diagnosis("token", False, *_split(error))
     if remote is not None and token is not None:
         yield from _server(remote, token)
     yield _agent()
@@ -88,7 +88,7 @@ def _checks() -> Iterator[Check]:
         if (program := shutil.which(name)) is not None:
             yield _program(name, Path(program))
         elif name == "lattice":
-            yield Check(
+            yield Diagnosis(
                 name, False, "there is no lattice on the PATH", f"add {Path(sys.executable).parent} to the PATH"
             )
 
@@ -143,13 +143,13 @@ def _token(remote: Remote) -> tuple[str, str]:
 # --- the server ---
 
 
-def _server(remote: Remote, token: str) -> Iterator[Check]:
+def _server(remote: Remote, token: str) -> Iterator[Diagnosis]:
     """Connect as a command does, and judge what is seen on the way."""
     began = time.monotonic()
     try:
         date, expires = asyncio.run(_connect(remote, token))
     except ConnectionFailed as error:
-        yield Check(
+        yield Diagnosis(
             "server",
             False,
             *_split(
@@ -163,9 +163,9 @@ def _server(remote: Remote, token: str) -> Iterator[Check]:
         finding, remedy = _split(error, "ask its administrator")
         if error.code == "REMOTE_UNAUTHORIZED" and credentials.from_environment() is not None:
             remedy = f"replace or unset {credentials.TOKEN_ENV}, which precedes a login"
-        yield Check(name, False, finding, remedy)
+        yield Diagnosis(name, False, finding, remedy)
         return
-    yield Check("server", True, f"{remote.url} accepts the token ({(time.monotonic() - began) * 1000:.0f} ms)")
+    yield Diagnosis("server", True, f"{remote.url} accepts the token ({(time.monotonic() - began) * 1000:.0f} ms)")
     if remote.url.startswith("https:"):
         yield _certificate(expires)
     if date is not None:
@@ -186,25 +186,25 @@ async def _connect(remote: Remote, token: str) -> tuple[str | None, str | None]:
         await socket.close()
 
 
-def _certificate(expires: str | None) -> Check:
+def _certificate(expires: str | None) -> Diagnosis:
     if expires is None:
-        return Check("TLS", True, "the certificate is verified")
+        return Diagnosis("TLS", True, "the certificate is verified")
     days = int((ssl.cert_time_to_seconds(expires) - time.time()) // 86_400)
     until = f"the certificate is verified, and expires in {count(days, 'day')}"
     if days >= _RENEW_DAYS:
-        return Check("TLS", True, until)
-    return Check("TLS", False, until, "its administrator must renew it; then nothing is to be done here")
+        return Diagnosis("TLS", True, until)
+    return Diagnosis("TLS", False, until, "its administrator must renew it; then nothing is to be done here")
 
 
-def _clock(date: str) -> Check:
+def _clock(date: str) -> Diagnosis:
     try:
         ahead_s = time.time() - parsedate_to_datetime(date).timestamp()
     except (ValueError, TypeError):
-        return Check("clock", True, "the server sends no date")
+        return Diagnosis("clock", True, "the server sends no date")
     if abs(ahead_s) <= _MAX_SKEW_S:
-        return Check("clock", True, "agrees with the server's")
+        return Diagnosis("clock", True, "agrees with the server's")
     which = "ahead of" if ahead_s > 0 else "behind"
-    return Check(
+    return Diagnosis(
         "clock",
         False,
         f"this machine's is {abs(ahead_s):.0f} s {which} the server's: ages and certificates are judged wrongly",
@@ -215,21 +215,23 @@ def _clock(date: str) -> Check:
 # --- this machine ---
 
 
-def _agent() -> Check:
+def _agent() -> Diagnosis:
     if not agent_enabled():
-        return Check("agent", True, "switched off: each command does the same steps itself")
+        return Diagnosis("agent", True, "switched off: each command does the same steps itself")
     try:
         answer = send_if_running({"do": "agent-status"})
     except ConnectionFailed as silent:
-        return Check("agent", False, silent.message, "look at that process, and end it if it hangs")
+        return Diagnosis("agent", False, silent.message, "look at that process, and end it if it hangs")
     except RemoteError as error:
-        return Check("agent", False, *_split(error, "lattice remote agent stop"))
+        return Diagnosis("agent", False, *_split(error, "lattice remote agent stop"))
     if answer is None:
-        return Check("agent", True, "not running; the next command starts it")
-    return Check("agent", True, f"pid {answer['pid']}, {count(len(answer['caches']), 'cache')}, log {answer['log']}")
+        return Diagnosis("agent", True, "not running; the next command starts it")
+    return Diagnosis(
+        "agent", True, f"pid {answer['pid']}, {count(len(answer['caches']), 'cache')}, log {answer['log']}"
+    )
 
 
-def _sockets() -> Check:
+def _sockets() -> Diagnosis:
     """Check the directory of the agent's socket without creating it."""
     advice = f"commands work without the agent, more slowly; set {agent_runtime.DIRECTORY_ENV} to a directory of yours"
     try:
@@ -239,25 +241,25 @@ def _sockets() -> Check:
             if os.path.lexists(place.socket):
                 agent_runtime.check_socket(place)
     except RemoteError as error:
-        return Check("sockets", False, error.message, advice)
+        return Diagnosis("sockets", False, error.message, advice)
     except OSError as error:
-        return Check("sockets", False, f"cannot use {place.directory}: {error.strerror}", advice)
+        return Diagnosis("sockets", False, f"cannot use {place.directory}: {error.strerror}", advice)
     parent = place.directory
     while not os.path.lexists(parent):
         parent = os.path.dirname(parent)
     if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
-        return Check("sockets", False, f"cannot write in {parent}", advice)
-    return Check("sockets", True, place.directory)
+        return Diagnosis("sockets", False, f"cannot write in {parent}", advice)
+    return Diagnosis("sockets", True, place.directory)
 
 
-def _git(directory: str) -> Check:
+def _git(directory: str) -> Diagnosis:
     repository = Repository(directory)
     if not repository.is_there():
-        return Check("git", True, "no repository around this directory")
+        return Diagnosis("git", True, "no repository around this directory")
     tracked = [path for path in repository.tracked() if path not in (REMOTE_FILE, ".gitignore")]
     if not tracked:
-        return Check("git", True, "the repository tracks nothing of the cache but its address")
-    return Check(
+        return Diagnosis("git", True, "the repository tracks nothing of the cache but its address")
+    return Diagnosis(
         "git",
         False,
         f"the repository tracks {count(len(tracked), 'file')} of .lattice, such as {tracked[0]}: git checkout, stash "
@@ -267,23 +269,23 @@ def _git(directory: str) -> Check:
     )
 
 
-def _program(name: str, path: Path) -> Check:
+def _program(name: str, path: Path) -> Diagnosis:
     """Check that the program that a shell runs is of an installation with this plugin. Nothing is run."""
     real, own = path.resolve(), Path(sys.executable).parent  # not resolved: a venv's python is a link to another's
     if own in (path.parent, real.parent):
-        return Check(name, True, str(path))
+        return Diagnosis(name, True, str(path))
     if is_ours(path):
-        return Check(name, True, f"{path}, the launcher")
+        return Diagnosis(name, True, f"{path}, the launcher")
     packages = [
         found for each in ("site", "dist") for found in glob(f"{real.parent.parent}/lib/python3*/{each}-packages")
     ]
     texts = [Path(found) for place in packages for found in glob(f"{place}/*.dist-info/entry_points.txt")]
     if not packages or any(_ENTRY_POINT in _text(text) for text in texts):
-        return Check(
+        return Diagnosis(
             name, True, str(path) if packages else f"{path}; its packages are not beside it, and were not checked"
         )
     instead = "lattice remote mcp" if name == "lattice-mcp" else str(own / name)
-    return Check(
+    return Diagnosis(
         name,
         False,
         f"{path} is of another installation, without lattice-remote: it reads this cache, and fails before it writes",

@@ -162,7 +162,7 @@ class ConnectionPool:
             self._given[digest_of_token(token)] = None if token == self._last_stored else token
             self._recent.note(token)
 
-    def live(self) -> Connection | None:
+    def for_edits(self) -> Connection | None:
         """Return the connection for unrequested edits; None if their author is unknown.
 
         A token that no command of this cache used may be meant for another directory.
@@ -176,7 +176,7 @@ class ConnectionPool:
         except RemoteError:
             return None  # the token is missing or its file unreadable: the next command reports it
 
-    def has_several_names(self) -> bool:
+    def has_several_tokens(self) -> bool:
         """Return whether recent commands used several tokens or environments."""
         recent = self._recent.digests()
         return len(recent) > 1 or not recent <= self._given.keys()

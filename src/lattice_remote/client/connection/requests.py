@@ -24,7 +24,7 @@ from lattice_remote.protocol.messages import (
     needed_capability,
 )
 
-__all__ = ["MAX_SENDS", "UNSENT_PATIENCE_S", "PendingRequest", "Requester", "expect", "refusal_of"]
+__all__ = ["MAX_SENDS", "UNSENT_PATIENCE_S", "PendingRequest", "RequestSender", "expect", "refusal_of"]
 
 UNSENT_PATIENCE_S = 3.0
 SENT_PATIENCE_S = 10.0
@@ -33,7 +33,7 @@ MAX_SENDS = 8
 """Most sends of a request over connections that do not last."""
 
 
-class Requester(Protocol):
+class RequestSender(Protocol):
     """A connection that carries requests."""
 
     async def send_request(self, frame: Request) -> Response:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lattice_remote.client.connection.requests import Requester, expect
+from lattice_remote.client.connection.requests import RequestSender, expect
 from lattice_remote.errors import ConnectionFailed, Rejected, StorageError
 from lattice_remote.files import hash_descriptor
 from lattice_remote.protocol.messages import Refused, Upload, Uploaded
@@ -45,7 +45,7 @@ class Source:
 
 
 async def upload(
-    connection: Requester,
+    connection: RequestSender,
     source: Source,
     *,
     purpose: str = "attachment",
@@ -84,7 +84,9 @@ async def upload(
 class _Sender:
     """One upload, a few parts ahead of the acknowledgement."""
 
-    def __init__(self, connection: Requester, source: Source, purpose: str, report: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, connection: RequestSender, source: Source, purpose: str, report: Callable[[int, int], None]
+    ) -> None:
         self._connection = connection
         self._source = source
         self._purpose = purpose
