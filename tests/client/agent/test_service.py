@@ -724,6 +724,16 @@ async def test_once_there_is_space_again_a_command_runs_at_once(
     assert server.files["tasks/y.json"] == b"y"
 
 
+async def test_what_blocks_plain_writes_is_back_with_the_next_connection(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
+    await ask(service, "ready")
+    for name in ("locks", ".gitignore"):
+        (directory / name).unlink()
+    server.cut()
+    await until(lambda: (directory / "locks").is_file() and (directory / ".gitignore").is_file())
+
+
 async def test_a_removed_directory_is_not_made_again(server: FakeServer, service: Service, directory: Path) -> None:
     await ready(service)
     move_away(directory)

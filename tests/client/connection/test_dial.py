@@ -267,6 +267,33 @@ async def test_a_redirect_is_not_followed(server: FakeServer, service: Service, 
     assert site.server.requests == []
 
 
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (b"", "remote end closed connection"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "it is not a lattice-remote server"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "another program answers instead, HTTP 200"),
+        (b'HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n{"data": [1]}', "another program answers instead, HTTP 200"),
+        (b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n", "another program answers instead, HTTP 503"),
+        (None, "connection refused"),
+    ],
+)
+async def test_a_list_of_projects_that_can_not_be_read_says_why(answer: bytes | None, says: str) -> None:
+    async def reply(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer or b"")
+        writer.close()
+
+    server = await asyncio.start_server(reply, "127.0.0.1")
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    if answer is None:
+        server.close()
+    with pytest.raises(RemoteError) as error:
+        await asyncio.to_thread(fetch_projects, url, TOKEN, trusted_servers.name(url))
+    server.close()
+    assert says in error.value.message and TOKEN not in error.value.message
+
+
 async def test_a_proxy_of_the_environment_does_not_carry_it_off_this_machine(
     server: FakeServer, site: Site, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
