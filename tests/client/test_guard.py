@@ -59,7 +59,12 @@ def test_writes_into_the_cache_are_refused(guarded: Path, action: str, monkeypat
 
 @pytest.mark.parametrize(
     "action",
-    ["open(d + '/config.json').close()", "os.listdir(d)", "open(d + '/../x', 'w').close()"],
+    [
+        "open(d + '/config.json').close()",
+        "os.listdir(d)",
+        "open(d + '/../x', 'w').close()",
+        "open(os.open(d + '/../x', os.O_CREAT | os.O_RDWR), 'w').close()",
+    ],
 )
 def test_reading_is_allowed(guarded: Path, action: str) -> None:
     assert refused(guarded, action).refused is None
@@ -72,8 +77,8 @@ def test_a_link_into_the_cache_is_seen_through(guarded: Path) -> None:
 
 
 def test_a_refusal_that_was_swallowed_is_remembered(guarded: Path) -> None:
-    guard = refused(guarded, "try:\n open(d + '/x', 'w')\nexcept OSError:\n pass")
-    assert isinstance(guard.refused, WriteRefused)
+    guard = refused(guarded, "for name in 'xy':\n try:\n  open(f'{d}/{name}', 'w')\n except OSError:\n  pass")
+    assert isinstance(guard.refused, WriteRefused) and f"{guarded}/x" in guard.refused.message, "the first one"
 
 
 @pytest.mark.parametrize("folder", ["plans", ""])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from client_kit import make_cache
 
+from lattice_remote.client.cache import fingerprints
 from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.cache.fingerprints import Fingerprints
 from lattice_remote.client.config import read_remote
@@ -31,7 +32,7 @@ def seen(cache: Cache, path: str = FILE) -> tuple[bool, bool]:
 
 def test_another_mode_is_a_difference_and_no_write(cache: Cache) -> None:
     place = Path(cache.absolute(FILE))
-    assert seen(cache) == (True, False)
+    assert seen(cache) == (True, False) and FILE in cache.known.paths()
     place.chmod(0o600)
     assert seen(cache) == (False, False)
     status = place.stat()
@@ -80,3 +81,31 @@ def test_a_write_by_another_process_of_ours_is_not_foreign(cache: Cache) -> None
     cache.known.share()
     other.learn()
     assert other.agrees(FILE, None) and FILE not in other
+
+
+def test_what_was_compared_since_is_not_replaced_by_older_entries(cache: Cache) -> None:
+    other = Fingerprints(cache.directory)
+    cache.known.share()
+    other.learn()
+    cache.append(FILE, b", more")
+    found = cache.signature(FILE)
+    assert found is not None
+    other.settle([(FILE, found)])
+    other.learn()
+    assert other.agrees(FILE, found)
+
+
+def test_the_log_of_writes_is_bounded(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Path(cache.absolute(fingerprints.WRITTEN_LOG))
+    monkeypatch.setattr(fingerprints, "_MAX_LOG_BYTES", 300)
+    sizes = set()
+    for _ in range(20):
+        cache.note(FILE)
+        cache.known.share()
+        sizes.add(log.stat().st_size)
+    assert min(sizes) > 0 and max(sizes) < 400
+    before = log.read_bytes()
+    for number in range(40):
+        cache.note(f"tasks/{number}.json")
+    cache.known.share()
+    assert log.read_bytes() == before, "others compare the files instead"

@@ -7,7 +7,7 @@ from client_kit import PLAN, TASK, make_cache, rescued
 
 from lattice_remote.client.cache import rescued_files
 from lattice_remote.client.cache.cache import Cache
-from lattice_remote.client.cache.rescued_files import RescuedFiles, RescuePolicy
+from lattice_remote.client.cache.rescued_files import RescuedFiles, RescuePolicy, may_be_by_hand
 from lattice_remote.client.config import read_remote
 from lattice_remote.protocol.effects import Content
 from lattice_remote.protocol.operations import digest_of
@@ -49,6 +49,37 @@ def test_a_file_that_the_server_has_or_that_is_blank_is_not_rescued(cache: Cache
         cache.replace(path, content)
         policy.keep(path, is_strange=True, after=b"# Ours\n")
     assert kept(cache) == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "is_by_hand"),
+    [
+        ("context.md", True),
+        ("drawings/x.svg", True),
+        ("plans/draft.md", True),
+        ("archive/plans/x.md", True),
+        (PLAN, False),
+        (f"tasks/{TASK}.json", False),
+        ("archive/tasks/x.json", False),
+        (LOG, False),
+    ],
+)
+def test_a_file_that_differs_from_the_servers_is_rescued_where_a_person_may_have_written_it(
+    cache: Cache, path: str, is_by_hand: bool
+) -> None:
+    policy = RescuePolicy(cache)
+    cache.replace(path, b"ours")
+    policy.keep(path, is_strange=False, after=b"theirs" if path != LOG else b"ours")
+    assert kept(cache) == {} and may_be_by_hand(path) == is_by_hand
+
+
+def test_a_file_too_large_to_be_read_is_moved(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rescued_files, "_MAX_READ_BYTES", 3)
+    for path, content in (("large.bin", b"1234"), ("small.bin", b"123")):
+        cache.replace(path, content)
+        RescuePolicy(cache).keep(path, is_strange=True)
+    assert kept(cache) == {"large.bin": [b"1234"], "small.bin": [b"123"]}
+    assert cache.size("large.bin") is None and cache.size("small.bin") == 3
 
 
 @pytest.mark.parametrize(("more", "is_kept"), [(b"", False), (b"2\n", False), (b"his\n", True)])

@@ -64,6 +64,7 @@ async def test_only_what_the_server_lacks_is_sent(source: Source, have: int) -> 
     await upload(store, source, purpose="project", on_progress=lambda *at: progress.append(at))
     assert store.content == TEXT
     assert b"".join(frame.data for frame in store.frames) == TEXT[have:]
+    assert sum(not frame.data for frame in store.frames) == 1, "it is asked once how much is there"
     assert all((frame.digest, frame.size, frame.purpose) == (source.digest, 50, "project") for frame in store.frames)
     assert len({frame.id for frame in store.frames}) == len(store.frames)
     assert progress[0] == (have, 50) and progress[-1] == (50, 50) and progress == sorted(progress)

@@ -205,6 +205,18 @@ async def test_what_a_dead_worker_had_is_sent_again_first_and_alone(requests: Re
     assert len(requests.worker_ended()) == 1 and len(requests.turns) == 1, "a check is not repeated"
 
 
+async def test_a_time_limit_that_ends_after_the_last_request_is_ignored() -> None:
+    overdue: list[QueuedRequest] = []
+    queue = RequestQueue(QueueLimits(command_s=0.0), ready=lambda: None, overdue=overdue.append)
+    queue.add(queued("1"))
+    queue.take()
+    queue.drop(queue.settle())
+    assert queue._timer is not None
+    queue._check_deadline()
+    queue.close()
+    assert overdue == []
+
+
 async def test_a_token_with_too_much_is_refused_until_its_requests_are_answered(requests: RequestQueue) -> None:
     limits = QueueLimits(in_flight_bytes=300, in_flight_bytes_per_token=200, per_token=3, queued=2)
     queue = RequestQueue(limits, ready=lambda: None, overdue=lambda _: None)
