@@ -93,7 +93,7 @@ _LOCAL = re.compile(r"/(?![/\\])[^\x00-\x20\\\x7f-\x9f]*")
 
 
 def local_path(wanted: str) -> str:
-    """Return a quoted path to redirect to; ``/`` if ``wanted`` leads elsewhere."""
+    """Return a quoted path to redirect to; ``/`` if ``wanted`` is not of this server."""
     if len(wanted) > _MAX_CHARS or _LOCAL.fullmatch(wanted) is None or wanted.startswith(("/sign-in", "/sign-out")):
         return "/"
     return quote(wanted, safe="/?#&=%:@+,;~!$'()*[]")
