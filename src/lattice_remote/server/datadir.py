@@ -79,16 +79,16 @@ class ProjectPaths:
         self.uploads = root / "uploads"
         self.incoming = root / "incoming"
         self.writer_lock = root / ".writer.lock"
-        """Held by the project's worker process for as long as it lives."""
+        """Held by the project's worker process while it lives."""
 
     def upload(self, token_id: str, digest: bytes) -> Path:
-        """Return the path of a complete upload made with a token; any string may be a token's id."""
+        """Return the path of a complete upload; any string may be a token's id."""
         owner = hashlib.sha256(token_id.encode(errors="surrogatepass")).hexdigest()[:16]
         return self.uploads / f"{owner}-{digest.hex()}"
 
 
 class DataDir:
-    """A data directory; it need not exist before ``create()``. Holds no state but its path."""
+    """A data directory, which need not exist before ``create()``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -105,9 +105,7 @@ class DataDir:
     def create(self) -> None:
         """Create the directory, for its user alone, its settings and an empty ``tokens.json``.
 
-        Raises:
-            Misuse: it is already a data directory.
-            StorageError: it cannot be written.
+        Raises Misuse: it is a data directory already; StorageError: it cannot be written.
         """
         if self._config.exists():
             raise Misuse(f"{self.path} is already a data directory")
@@ -120,7 +118,7 @@ class DataDir:
             write_atomically(self._config, b"{}\n")
 
     def config(self) -> Config:
-        """Return the settings. Raises Misuse if the directory was never initialised, or ``config.json`` is invalid."""
+        """Return the settings. Raises Misuse: never initialised, or ``config.json`` is invalid."""
         try:
             return msgspec.json.decode(self._config.read_bytes(), type=Config)
         except FileNotFoundError:
@@ -131,12 +129,12 @@ class DataDir:
             raise Misuse(f"{self._config}: {error}") from error
 
     def writable_by_everybody(self) -> list[Path]:
-        """Return the files and directories controlling access that any user of the machine may change."""
+        """Return the paths controlling access that any user may change."""
         paths = (self.path, self._config, self.tokens, self.projects)
         return [path for path in paths if path.exists() and path.stat().st_mode & stat.S_IWOTH]
 
     def lock(self) -> int:
-        """Lock the directory for this server; return the descriptor. Raises Misuse if another server runs on it."""
+        """Lock the directory for this server; return the descriptor. Raises Misuse: another server runs on it."""
         try:
             return lock(self.path / ".lock")
         except LockedElsewhere as error:
@@ -160,7 +158,7 @@ class DataDir:
         return _projects_in(self.archived)
 
     def renamed(self) -> dict[str, str]:
-        """Return the current names of projects by their former ones; empty if unreadable."""
+        """Return the current names of projects by their former ones."""
         try:
             return msgspec.json.decode(self._renamed.read_bytes(), type=dict[str, str])
         except (OSError, msgspec.DecodeError):
@@ -171,24 +169,20 @@ class DataDir:
             write_atomically(self._renamed, msgspec.json.format(msgspec.json.encode(renamed)) + b"\n")
 
     def project(self, slug: str) -> ProjectPaths:
-        """Return the paths of a project; ``slug`` is one that ``has_project()`` knows."""
+        """Return the paths of a project of ``has_project()``."""
         assert _SLUG.fullmatch(slug), "a slug is checked before it becomes a path"
         return ProjectPaths(self.projects / slug)
 
     def create_project(self, slug: str, *, code: str | None, name: str | None, actor: str | None) -> str:
-        """Create a project with lattice's own ``init``, in one step: a running server sees all of it or nothing.
+        """Create a project with lattice's own ``init``, in one step, and return its code.
 
         Args:
             slug: its name in URLs: lower case letters, digits and dashes, at most 63.
             code: the prefix of its tasks' short ids, 1 to 5 letters; None for one derived from the slug.
             actor: the default actor of commands.
 
-        Returns:
-            The code.
-
-        Raises:
-            Misuse: not a data directory, a bad slug, code or actor, or the project exists.
-            StorageError: a file could not be written.
+        Raises Misuse: not a data directory, a bad slug, code or actor, or the project exists; StorageError: a file
+        could not be written.
         """
         self.config()
         self.require_free(slug)
@@ -204,7 +198,7 @@ class DataDir:
         return code.upper()
 
     def _free_code(self, slug: str) -> str:
-        """Return a code that no project of this server has. Raises Misuse if the slug has too few letters."""
+        """Return a code that no project has. Raises Misuse: the slug has too few letters."""
         taken = {self.summary(other).code for other in (*self.slugs(), *self.archived_slugs())}
         for code in _codes(slug):
             if code not in taken:
@@ -212,7 +206,7 @@ class DataDir:
         raise Misuse(f"no code can be derived from {slug!r}; name one with --code, 1 to 5 letters")
 
     def require_free(self, slug: str) -> None:
-        """Check that a project may get this name. Raises Misuse if it is invalid, or another project has it."""
+        """Raise Misuse if a project may not get this name: it is invalid, or taken."""
         if _SLUG.fullmatch(slug) is None:
             raise Misuse(f"bad project name {slug!r}: use lower case letters, digits and dashes, at most 63")
         if (self.projects / slug).exists():
@@ -283,7 +277,7 @@ def administered(named: Path | None) -> DataDir:
 
 
 def default_location() -> Path:
-    """Return the data directory of ``LATTICE_REMOTE_DATA``, else this user's only one, else where one would be.
+    """Return the directory of ``LATTICE_REMOTE_DATA``, else this user's only one, else where one would be.
 
     Raises Misuse if this user has several.
     """
@@ -300,7 +294,7 @@ def default_location() -> Path:
 
 
 def remember(path: Path) -> None:
-    """Note a new data directory for the following commands of this user. Nothing is said if it cannot be written."""
+    """Note a new data directory for this user's next commands; errors are ignored."""
     kept = [*(known for known in _remembered() if known.is_dir()), path.absolute()]
     with contextlib.suppress(OSError):
         file = _memory()
@@ -322,9 +316,9 @@ def _memory() -> Path:
 
 
 def _run_lattice_init(root: Path, *, code: str, name: str, actor: str | None) -> None:
-    """Run ``lattice init`` in this process, quietly. Naming an actor, even an empty one, avoids its prompt.
+    """Run ``lattice init`` in this process. An actor, even an empty one, avoids its prompt.
 
-    The command is called past its group, which would load our own plugin for clients.
+    The command is called past its group, which would load our plugin for clients.
     """
     import click
     from lattice.cli.main import init
@@ -366,8 +360,6 @@ class AdminEntry(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class AdminLog:
-    """The file in a data directory."""
-
     def __init__(self, path: Path) -> None:
         self._path = path
 
@@ -390,10 +382,7 @@ class AdminLog:
             raise StorageError(f"the change was made, but {self._path} cannot record it: {error.strerror}") from error
 
     def newest_first(self, number: int) -> list[AdminEntry]:
-        """Return the last ``number`` entries. A damaged line is skipped.
-
-        Raises StorageError if the file cannot be read.
-        """
+        """Return the last ``number`` entries, without damaged lines. Raises StorageError."""
         try:
             lines = self._path.read_bytes().splitlines()
         except FileNotFoundError:

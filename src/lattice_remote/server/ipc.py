@@ -138,7 +138,7 @@ class ImportProject(_Message, frozen=True, tag="adopt"):
 
 
 class Reconcile(_Message, frozen=True, tag="reconcile"):
-    """Number the differences of these files (None: any file) from the manifest, after an outside change (I12)."""
+    """Number the outside changes of these files (None: any) (I12)."""
 
     paths: list[str] | None
 
@@ -150,9 +150,9 @@ class NewEpoch(_Message, frozen=True, tag="new-epoch"):
 
 
 class AbandonRequest(_Message, frozen=True, tag="settle"):
-    """Give up a request that ended its worker: answer from the journal if it has the reply, else with this refusal.
+    """Answer from the journal, else with this refusal, a request that ended its worker.
 
-    Nothing is run or journalled; the partial effects were undone when the worker started (I6).
+    Its partial effects were undone when the worker started (I6).
     """
 
     id: str
@@ -162,7 +162,7 @@ class AbandonRequest(_Message, frozen=True, tag="settle"):
 
 
 class Stop(_Message, frozen=True, tag="stop"):
-    """Finish, write the manifest, and exit."""
+    """Finish and exit."""
 
 
 def asked_by(request: RunCommand | RunCall | Edit) -> tuple[object, ...]:
@@ -183,7 +183,7 @@ ToWorker = RunCommand | RunCall | Edit | ImportProject | Reconcile | NewEpoch | 
 
 
 class PathState(msgspec.Struct, frozen=True):
-    """A file after a change; ``digest`` is None if it is gone."""
+    """A file after a change; without digest it is gone."""
 
     path: str
     size: int
@@ -250,12 +250,12 @@ class RequestDone(_Message, frozen=True, tag="done"):
     retry_at: float | None = None
     oldest: int = 0
     more: bool = False
-    """The reconciliation is incomplete: request it again."""
+    """Request it again."""
     is_extra: bool = False
     """An outside change found before the oldest request, which is still unanswered (I12)."""
     report: ResultStats = ResultStats()
     synced_s: float | None = None
-    """Duration of the journal's fsync, in one message for all that became durable with it."""
+    """Of the journal's fsync, in one message for all that it made durable."""
 
 
 class WorkerFailed(_Message, frozen=True, tag="failed"):
@@ -274,7 +274,7 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def encode_frames(*messages: object) -> bytearray:
-    """Return the frames of these messages, to be sent in one write."""
+    """Return frames to be sent in one write."""
     frames = bytearray()
     for message in messages:
         data = _encoder.encode(message)
@@ -290,9 +290,8 @@ class FrameBuffer:
         self._received = bytearray()
 
     def receive(self, data: bytes | memoryview) -> Iterator[bytes]:
-        """Yield the content of each frame that is now whole; consume all before the next call.
-
-        Raises StorageError if a frame is larger than ``max_bytes``.
+        """Yield the content of each whole frame; consume all before the next call. Raises StorageError: one is too
+        large.
         """
         received, start = self._received, 0
         received += data
@@ -311,7 +310,7 @@ class FrameBuffer:
 
 
 class ReceivedFrames:
-    """Frames from a socket, in order, until the peer is gone. Blocking."""
+    """Frames from a socket until the peer is gone. Blocking."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -390,7 +389,7 @@ class TreeState(NamedTuple):
 
     @classmethod
     def read(cls, journal: Path) -> Self:
-        """Return the state of the project with this journal; before the first transaction, an empty one."""
+        """Return the state of the project with this journal; an empty one before the first transaction."""
         try:
             descriptor = os.open(journal / _TREE_STATE, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:

@@ -47,7 +47,7 @@ def lock(path: Path) -> int:
 
 _MARK = ".closing"
 _TIMEOUT_S = 60.0
-"""Longest wait for a worker, which finishes its current command first."""
+"""A worker finishes its command first."""
 _RETRY_S = 0.05
 
 
@@ -55,11 +55,9 @@ _RETRY_S = 0.05
 def closing(project: Path, why: str) -> Iterator[Callable[[], None]]:
     """Hold the project in this directory exclusively; it may be moved within. ``why`` is one line for its clients.
 
-    Yields a function that releases the worker's lock early, so that a worker can be started here.
+    Yields a function that releases the worker's lock early, to start a worker here.
 
-    Raises:
-        Misuse: another command has it.
-        StorageError: its worker does not end.
+    Raises Misuse: another command has it; StorageError: its worker does not end.
     """
     try:
         mark = lock(project / _MARK)
@@ -89,7 +87,7 @@ def _writer_lock(project: Path) -> int:
 
 
 def closed_because(project: Path) -> str | None:
-    """Return the message for clients of this project while a command holds it; None if none does."""
+    """Return the message for clients while a command holds this project."""
     try:
         mark = os.open(project / _MARK, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -20,7 +20,7 @@ from lattice_remote.server.project.audit_log import read_page
 __all__ = ["LastChange", "Overview", "Overviews"]
 
 _FRESH_S = 0.5
-"""Oldest age of a summary: many requests at once get the same."""
+"""Many requests at once get the same summary."""
 _MAX_LOOKS, _LOOK_AGAIN_S = 100, 0.005
 """A write takes some ms. After half a second the project may have no worker that ends one."""
 _UNREADABLE = "unknown"
@@ -70,7 +70,7 @@ class Overviews:
         self._known: dict[str, _Known] = {}
 
     async def of(self, slug: str) -> Overview:
-        """Return the summary of a project that exists, at most ``_FRESH_S`` old. Raises OSError."""
+        """Return the summary of an existing project, at most ``_FRESH_S`` old. Raises OSError."""
         known = self._known.setdefault(slug, _Known(self._data, slug))
         async with known.turn:
             if known.overview is None or time.monotonic() - known.taken_at >= _FRESH_S:
@@ -105,7 +105,7 @@ class _Known:
         )
 
     def _committed_statuses(self, paths: ProjectPaths) -> dict[str, tuple[Signature, str]]:
-        """Read the statuses; repeat if a write that they may show was rolled back, or may still be (I2)."""
+        """Read the statuses; repeat if a write in them was rolled back, or may be (I2)."""
         for _ in range(_MAX_LOOKS):
             before = TreeState.read(paths.journal)
             statuses = dict(self._read_statuses(paths))
@@ -151,7 +151,7 @@ class _Known:
 
 
 def _status_of(path: str) -> str:
-    """Return the status in a task's file; ``unknown`` if it has none, or is no plain file."""
+    """Return a task's status; ``unknown`` if it has none."""
     try:
         with open(os.open(path, READ), "rb") as file:
             return _task_decoder.decode(file.read()).status

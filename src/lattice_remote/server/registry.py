@@ -38,7 +38,7 @@ State = Literal["ready", "starting", "closed", "failed"]
 
 _CLOSING_CHECK_S = 0.25
 RESCAN_S = 300.0
-"""Interval of full scans of a project, for edits that the system did not report."""
+"""Of whole projects, for edits that the system did not report."""
 STOP_S = 1.5
 """Longest stop, with all its waits. The process then needs some 0.2 s to end: under 2 s in all."""
 _DRAIN_S = 0.7
@@ -53,7 +53,7 @@ _log = logging.getLogger(__name__)
 
 
 class Ongoing(Protocol):
-    """An HTTP request in progress, as far as it is known. ``since`` is in seconds since 1970."""
+    """An HTTP request in progress; ``since`` is in seconds since 1970."""
 
     login: Login | None
     project: str
@@ -95,21 +95,16 @@ class ProjectRegistry:
         given = (part for name, value in settings.items() for part in (name, msgspec.json.encode(value).decode()))
         self._worker_command = (*worker_command, *given)
         self.address = ""
-        """The listening address, once bound."""
         self._projects: dict[str, Project] = {}
         self._watchers: dict[str, FileWatcher] = {}
         self._releasing: set[str] = set()
         self._peers: set[ClientConnection] = set()
         self.ongoing: set[Ongoing] = set()
-        """The HTTP requests in progress."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._alone = asyncio.Event()
 
     def start(self) -> None:
-        """Read the tokens and start the background work. A project starts at its first request.
-
-        Raises StorageError if ``tokens.json`` or the signing key cannot be read.
-        """
+        """Read the tokens and start the background work. Raises StorageError."""
         if moved := finish_renames(self.data):
             _log.info("updated %d tokens to the new names of renamed projects", moved)
         self.auth.start()
@@ -123,7 +118,7 @@ class ProjectRegistry:
     async def stop(self) -> None:
         """Finish running requests, send the clients a retry time, end the workers; takes 1.2 s at most.
 
-        A worker that is not done by then is ended: its request is undone when the project is next opened.
+        A request that is not done by then is undone when the project is next opened.
         """
         self.auth.stopping = True
         projects = self._projects.values()
@@ -140,30 +135,28 @@ class ProjectRegistry:
 
     @property
     def stopping(self) -> bool:
-        """Whether the server stops: new clients are refused."""
+        """Whether new clients are refused."""
         return self.auth.stopping
 
     @property
     def projects(self) -> Mapping[str, Project]:
-        """The projects started so far, by their names."""
         return self._projects
 
     @property
     def peers(self) -> Collection[ClientConnection]:
-        """The clients connected over WebSockets."""
         return self._peers
 
     # --- clients ---
 
     async def wait_until_alone(self, timeout_s: float) -> None:
-        """Wait until every client is gone, or the time is over."""
+        """Wait until every client is gone, at most ``timeout_s``."""
         if self._peers:
             self._alone.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._alone.wait(), timeout_s)
 
     def check(self, connection: Handoff, request: Request) -> Response | None:
-        """Check a request for a WebSocket: return a refusal, or None, with ``who`` set on the connection."""
+        """Return the refusal of a WebSocket, or None, with ``who`` set on the connection."""
         admitted = self._admit(connection, request)
         if isinstance(admitted, ApiError):
             self.metrics.connections_refused.labels(admitted.code).inc()
@@ -190,7 +183,7 @@ class ProjectRegistry:
         return quota.admit(login.token.id) or (login, project)
 
     def enter(self, login: Login, slug: str) -> Project | ApiError:
-        """Return a project that an identified client may use; ``slug`` may be any string (I9)."""
+        """Return a project that a client may use; ``slug`` may be any string (I9)."""
         if (refusal := self._refused_project(login, slug)) is not None:
             return refusal
         project = self.project(slug)
@@ -199,7 +192,7 @@ class ProjectRegistry:
         return project
 
     def _refused_project(self, login: Login, slug: str) -> ApiError | None:
-        """Refuse a project that the token does not cover, or that is not available, without revealing others."""
+        """Return the refusal if the token does not cover a project, or it is not available; reveals no others."""
         missing = HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND"
         if slug not in login.token.projects:
             now = self.data.renamed().get(slug)
@@ -219,7 +212,7 @@ class ProjectRegistry:
         return None
 
     def state_of(self, slug: str) -> State:
-        """Return the state of a project that exists. An idle one, which starts at its first request, is ``ready``."""
+        """Return the state of an existing project; an idle one is ``ready``."""
         if slug in self._releasing or closed_because(self.data.project(slug).root) is not None:
             return "closed"
         project = self._projects.get(slug)
@@ -228,7 +221,7 @@ class ProjectRegistry:
         return "starting" if project.failure is None else "failed"
 
     async def serve(self, connection: Handoff) -> None:
-        """Serve one client admitted by ``check()`` until it disconnects."""
+        """Serve a client admitted by ``check()``."""
         login, project = connection.who
         peer = ClientConnection(connection, login.token, project, self.send_budget)
         self._peers.add(peer)
@@ -241,7 +234,7 @@ class ProjectRegistry:
                 self._alone.set()
 
     def project(self, slug: str) -> Project:
-        """Return a project that exists on disk, and start it if needed."""
+        """Return an existing project, started."""
         project = self._projects.get(slug)
         if project is None:
             paths = self.data.project(slug)
@@ -265,7 +258,7 @@ class ProjectRegistry:
     # --- in the background ---
 
     async def _watch_closing(self) -> None:
-        """Release projects that an administrator's command requests, see ``locks.py``."""
+        """Release projects that an administrator's command requests, see ``locks``."""
         while True:
             await asyncio.sleep(_CLOSING_CHECK_S)
             for slug, project in tuple(self._projects.items()):
@@ -297,7 +290,7 @@ class ProjectRegistry:
                 project.uploads.sweep()
 
     def _keep(self, name: str, work: Coroutine[None, None, None]) -> None:
-        """Run work in the background, keep a reference to it, and log its failure."""
+        """Run work in the background; log its failure."""
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._forget_task)
@@ -309,7 +302,7 @@ class ProjectRegistry:
 
 
 def _note_changes(project: Project, paths: set[str] | None) -> None:
-    """Have a project check files that another program may have changed."""
+    """Have a project check files."""
     replicated = None if paths is None else set(filter(is_replicated, paths))
     if replicated is None or any((project.paths.lattice / path).is_dir() for path in replicated):
         project.files_touched(None)  # files moved in with a directory are not reported one by one

@@ -138,7 +138,7 @@ def stopped_status(data: DataDir) -> ServerStatus:
 
 
 def journal_bytes(journal: Path) -> int:
-    """Return the size of a journal on the disk, including its manifests."""
+    """Return the size of a journal, manifests included."""
     total = 0
     try:
         for entry in os.scandir(journal):
@@ -150,7 +150,7 @@ def journal_bytes(journal: Path) -> int:
 
 
 def _of_project(project: Project, state: str, files: ProjectStatus, clients: list[ClientStatus]) -> ProjectStatus:
-    """Return the status of a project; until its worker has opened it, its position comes from the files."""
+    """Return the status of a project, from the files until its worker has opened it."""
     history, load = project.history, project.load
     is_known = bool(history.epoch)
     return msgspec.structs.replace(
@@ -208,7 +208,7 @@ def _from_files(data: DataDir, slug: str, state: str) -> ProjectStatus:
 
 
 def _journal_on_disk(journal: Path) -> tuple[str, int | None, int | None]:
-    """Return epoch, first and last change of a journal without a writer; unreadable parts count as unknown."""
+    """Return epoch, first and last change of a journal; unreadable parts count as unknown."""
     try:
         paths = segment_paths(journal)
         newest = read_segment(paths[-1]) if paths else None
@@ -300,15 +300,15 @@ _PAUSE_S = 1.0
 """Pause before accepting again after the system refused."""
 _MAX_BYTES = 64 * 1024 * 1024
 _END = b"}"
-"""The end of a complete document, which is one object."""
+"""Of a complete document, one object."""
 
 _log = logging.getLogger(__name__)
 
 
 def listen(directory: Path) -> socket.socket | None:
-    """Return the listening socket of a data directory whose lock the caller holds; None if there can be none.
+    """Return the listening socket of a locked data directory, if there can be one.
 
-    Call it before anything else runs in this process: a long path makes it change the current directory for a moment.
+    Call it before anything else runs: a long path makes it change the current directory for a moment.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     umask = os.umask(0o177)
@@ -329,7 +329,7 @@ def listen(directory: Path) -> socket.socket | None:
 
 
 async def answer(listener: socket.socket, document: Callable[[], Awaitable[bytes]]) -> None:
-    """Answer each connection in turn, until this is cancelled."""
+    """Answer each connection in turn."""
     loop = asyncio.get_running_loop()
     while True:
         try:
@@ -368,7 +368,7 @@ def ask(directory: Path) -> bytes | None:
 
 
 def _answer_of(directory: Path) -> bytes | None:
-    """Return its answer, perhaps incomplete; None if no server is there."""
+    """Return the answer, perhaps incomplete; None without a server."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, _address(directory) as address:
             connection.settimeout(_TIMEOUT_S)
@@ -395,7 +395,7 @@ def _all_of(connection: socket.socket) -> bytes:
 
 @contextlib.contextmanager
 def _address(directory: Path) -> Iterator[str]:
-    """Yield a path to the socket, valid within the block, however long the directory's path is."""
+    """Yield a path to the socket, valid within the block, however long the directory's is."""
     path = str(directory.absolute() / _NAME)
     if len(os.fsencode(path)) <= _MAX_PATH_BYTES:
         yield path
@@ -419,7 +419,7 @@ def present_status(data: DataDir) -> ServerStatus:
 
 
 class Gauges(Collector):
-    """The metrics of a registry, counted and looked up. Make one for each."""
+    """Metrics of a registry, counted and looked up: one for each."""
 
     def __init__(self, registry: ProjectRegistry) -> None:
         self._registry = registry
@@ -427,7 +427,7 @@ class Gauges(Collector):
         registry.metrics.registry.register(self)
 
     async def scraped(self, accept: str) -> tuple[bytes, str]:
-        """Return all metrics for Prometheus, and their content type, one that the caller accepts."""
+        """Return all metrics for Prometheus, and their content type."""
         journals = {slug: project.paths.journal for slug, project in self._registry.projects.items()}
         self._journals = await asyncio.to_thread(lambda: {slug: journal_bytes(at) for slug, at in journals.items()})
         for peer in self._registry.peers:

@@ -41,7 +41,7 @@ _SERVER = re.compile(r"https?://[A-Za-z0-9.:\[\]_-]{1,255}(/[\w./-]{0,200})?", r
 _LOCK_TIMEOUT_S = 10
 READ_ONLY = "this token may only read; for a token that may write, ask the administrator"
 METRICS_ACTOR = "service:metrics"
-"""Actor of a token for metrics, which cannot write."""
+"""It cannot write."""
 
 Moment = Annotated[datetime, Meta(tz=True)]
 
@@ -54,25 +54,25 @@ class Token(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     projects: list[str]
     actor: str
     act_as: list[str] = []
-    """Patterns of further actors; ``*`` matches anything."""
+    """Further actors; ``*`` matches anything."""
     created: str = ""
     expires: Moment | None = None
-    """End of its validity; None: never."""
+    """None: never."""
     old_sha256: str = ""
-    """Digest of the text before the rotation, valid until ``old_until``."""
+    """Of the text before the rotation, valid until ``old_until``."""
     old_until: Moment | None = None
     metrics: bool = False
-    """Whether it is for ``/metrics`` alone."""
+    """For ``/metrics`` alone."""
     read_only: bool = False
-    """Whether every write is refused."""
+    """Every write is refused."""
     server: str = ""
     """URL of the only server to which clients send it unasked; "": none. See ``text.mark_of_server``."""
     revoked: Moment | None = None
-    """When it was revoked; it stays listed."""
+    """It stays listed."""
 
     @property
     def rights(self) -> tuple[object, ...]:
-        """Return everything that a live connection may do by this token; a change of it ends the connection."""
+        """Return the rights that a connection depends on: a change ends it."""
         return (self.projects, self.actor, self.act_as, self.read_only)
 
 
@@ -92,11 +92,11 @@ class TokenFile:
         self._path = path
 
     def read(self) -> list[Token]:
-        """Return the valid and the expired tokens, in the order of creation."""
+        """Return the valid and the expired tokens in order of creation."""
         return [token for token in self.read_all() if token.revoked is None]
 
     def read_all(self) -> list[Token]:
-        """Return all tokens that ever existed, the revoked ones too."""
+        """Return the revoked ones too."""
         try:
             return msgspec.json.decode(self._path.read_bytes(), type=_Tokens).tokens
         except FileNotFoundError:
@@ -126,7 +126,7 @@ class TokenFile:
         return self._add(sorted(set(projects)), actor, act_as, expires, read_only=read_only, server=server)
 
     def create_for_metrics(self, *, expires: datetime | None = None) -> tuple[Token, str]:
-        """Create a token for the server's metrics alone; otherwise as ``create``."""
+        """Create a token for the metrics alone, like ``create``."""
         return self._add([], METRICS_ACTOR, [], expires, metrics=True)
 
     def _add(
@@ -216,7 +216,7 @@ class TokenFile:
         return self._replace(id_or_text, edited)
 
     def revoke(self, id_or_text: str) -> Token:
-        """Revoke a token, named by its id or by its own text, and return it. Raises Misuse if there is none."""
+        """Revoke a token, named by its id or text. Raises Misuse if there is none."""
         now = datetime.now(UTC).replace(microsecond=0)
         return self._replace(id_or_text, lambda token: msgspec.structs.replace(token, revoked=now))
 
@@ -232,7 +232,7 @@ class TokenFile:
         return changed[0]
 
     def rename_projects(self, renamed: Mapping[str, str]) -> int:
-        """Replace projects' former names in every token; return the number of changed tokens."""
+        """Replace former names of projects; return the number of changed tokens."""
         if not any(slug in renamed for token in self.read() for slug in token.projects):
             return 0
         changed: list[Token] = []
@@ -246,7 +246,7 @@ class TokenFile:
         return len(changed)
 
     def forget_project(self, slug: str) -> int:
-        """Remove a project from every token, and revoke tokens without another; return the number of changed tokens."""
+        """Remove a project; revoke tokens without another. Return the number of changed tokens."""
         changed: list[Token] = []
 
         def edit(tokens: list[Token]) -> list[Token]:
@@ -294,7 +294,7 @@ def _find(tokens: list[Token], id_or_text: str) -> Token:
 
 
 def check_actor(actor: str, act_as: list[str]) -> None:
-    """Check that a token may have this actor and these patterns. Raises Misuse."""
+    """Raise Misuse unless a token may have this actor and these patterns."""
     from lattice.core.ids import validate_actor
 
     if _ACTOR.fullmatch(actor) is None or not validate_actor(actor):
@@ -310,7 +310,7 @@ _DATE = re.compile(r"\d{4}-\d\d-\d\d([Tt ]\d\d:\d\d:\d\d(\.\d{1,6})?([Zz]|[+-]\d
 
 
 def duration(text: str) -> timedelta:
-    """Return the duration of ``45s``, ``30m``, ``12h``, ``90d`` or ``52w``. Raises Misuse for another form, or 0."""
+    """Return the duration of ``45s``, ``30m``, ``12h``, ``90d`` or ``52w``. Raises Misuse."""
     matched = _DURATION.fullmatch(text)
     if matched is None:
         raise Misuse(f"bad time {text!r}: expected a number and s, m, h, d or w, for example 90d")
@@ -340,12 +340,12 @@ def expiry(text: str, now: datetime) -> datetime | None:
 
 
 def shown(moment: datetime | None, otherwise: str) -> str:
-    """Return a moment in UTC for people, to the second; ``otherwise`` if there is none."""
+    """Return a moment in UTC, to the second; ``otherwise`` if there is none."""
     return otherwise if moment is None else moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def read_last_uses(path: Path) -> dict[str, datetime]:
-    """Return the last use of each token, by its id; empty if unknown."""
+    """Return the last use of each token, by id, as far as known."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Moment])
     except (OSError, msgspec.DecodeError):

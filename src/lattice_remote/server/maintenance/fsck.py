@@ -66,7 +66,7 @@ def check_server(data: DataDir) -> Iterator[Finding]:
 
 
 def server_leftovers(data: DataDir) -> list[Path]:
-    """Return the leftovers of an unfinished ``project create``, or of an unfinished write."""
+    """Return the leftovers of an unfinished ``project create`` or write."""
     scratch = [path for path in data.path.glob(".*") if _SCRATCH.fullmatch(path.name)]
     return sorted([*scratch, *(data.path / "projects").glob(".new-*")])
 
@@ -112,10 +112,7 @@ _TIMEOUT_S = 600.0
 
 
 async def recover(slug: str, paths: ProjectPaths, settings: JournalSettings) -> list[str]:
-    """Start a worker, which recovers the project as always, and end it; return its notes.
-
-    Raises StorageError if it cannot open the project.
-    """
+    """Have a worker recover the project; return its notes. Raises StorageError."""
     first: asyncio.Future[ToServer] = asyncio.get_running_loop().create_future()
 
     def heard(message: ToServer) -> None:
@@ -155,19 +152,16 @@ class FsckReport:
     notes: list[str] = field(default_factory=list)
     projects: int = 0
     running: bool = False
-    """A server works on the directory: it was only read, and only findings that persisted are listed."""
+    """A server works on the directory: only findings that persisted are listed."""
 
     @property
     def left(self) -> int:
-        """The number of findings that are not repaired."""
+        """The number of unrepaired findings."""
         return sum(not found.repaired for found in self.findings)
 
 
 def chosen(data: DataDir, slugs: Sequence[str] | None) -> list[str]:
-    """Return the projects to check: the named ones, else all.
-
-    Raises Misuse if this is no data directory, or has no such project.
-    """
+    """Return the named projects, else all. Raises Misuse: no data directory, or no such project."""
     if not (data.path / "config.json").exists() and not (data.path / "projects").is_dir():
         raise Misuse(f"{data.path} is not a data directory; name it with --data DIR")
     for slug in slugs or ():
@@ -177,7 +171,7 @@ def chosen(data: DataDir, slugs: Sequence[str] | None) -> list[str]:
 
 
 def as_lines(report: FsckReport) -> list[str]:
-    """Return a report as lines for a terminal, the last one a summary."""
+    """Return lines for a terminal, the last one a summary."""
     lines = [printable(found.line()) for found in report.findings] + [printable(note) for note in report.notes]
     repaired = len(report.findings) - report.left
     counts = counted(len(report.findings), "finding") + (
@@ -195,9 +189,7 @@ def as_json(report: FsckReport) -> str:
 def fsck(data: DataDir, slugs: Sequence[str], *, repair: bool) -> FsckReport:
     """Check the server and these projects; repair if asked to.
 
-    Raises:
-        Misuse: repair was requested while a server, or a worker of one, is running.
-        StorageError: a file cannot be read or written at all.
+    Raises Misuse: a server, or a worker of one, is running during a repair; StorageError.
     """
     report = FsckReport(projects=len(slugs))
     held = _lock(data, report)
@@ -217,7 +209,7 @@ def fsck(data: DataDir, slugs: Sequence[str], *, repair: bool) -> FsckReport:
 
 
 def _lock(data: DataDir, report: FsckReport) -> int | None:
-    """Keep a server from starting during the check; note in the report if one runs."""
+    """Keep a server from starting; note in the report if one runs."""
     try:
         return lock(data.path / ".lock")
     except LockedElsewhere:
@@ -275,7 +267,7 @@ def _repaired(slug: str, paths: ProjectPaths, data: DataDir, report: FsckReport)
 
 
 def _compared(before: Iterable[Finding], after: list[Finding]) -> list[Finding]:
-    """Return the earlier findings, with the repaired ones marked, and new findings."""
+    """Return the earlier findings, with repairs marked, and new ones."""
     left = {(found.where, found.what) for found in after}
     told = [
         found if (found.where, found.what) in left else msgspec.structs.replace(found, repaired=True)
@@ -304,7 +296,7 @@ def _fix_modes(root: Path, findings: Iterable[Finding]) -> None:
 
 
 def _restore(paths: ProjectPaths, check: ProjectCheck) -> list[str]:
-    """Restore damaged files as far as the journal has them; set the present ones aside."""
+    """Restore damaged files as far as the journal has them; set the others aside."""
     if not check.damaged:
         return []
     contents = Contents(check.damaged)

@@ -75,7 +75,7 @@ class JournalCheck:
         self.findings.append(Finding(self.project, f"journal/{path.name}", what, repair))
 
     def take(self, path: Path, *, is_last: bool) -> None:
-        """Read one segment; call in order."""
+        """Read one segment; in order."""
         data = path.read_bytes()
         items = frames(data)
         header = _header(items)
@@ -104,7 +104,7 @@ class JournalCheck:
             self._start(header)
 
     def _start(self, header: Segment) -> None:
-        """Start a history here, as far as it is readable."""
+        """Start a history here."""
         self.epoch, self.head, self.mark, self._number = header.epoch, header.head, header.mark, header.number
         self.oldest = header.head + 1
         self.states.clear()
@@ -116,7 +116,7 @@ class JournalCheck:
         self._run = []
 
     def _records(self, path: Path, items: Iterator[tuple[int, bytes]], end: int) -> int:
-        """Check records one by one; return where the last whole one ends."""
+        """Check records; return where the last whole one ends."""
         for offset, payload in items:
             end = offset + HEAD_BYTES + len(payload)
             try:
@@ -150,7 +150,7 @@ class JournalCheck:
 
 
 def check_journal(project: str, directory: Path) -> JournalCheck:
-    """Read every segment in ``directory``. Raises OSError if one cannot be read at all."""
+    """Read every segment. Raises OSError."""
     check = JournalCheck(project)
     paths = segment_paths(directory)
     for path in paths:
@@ -244,7 +244,7 @@ def check_project(slug: str, paths: ProjectPaths, *, at_rest: bool) -> ProjectCh
 
 
 def _list_files(slug: str, paths: ProjectPaths, check: ProjectCheck) -> bool:
-    """Determine the files at the journal's head; return whether they are known."""
+    """Determine the files at the head; return whether they are known."""
     journal = check.journal
     assert journal is not None, "check_project has read it"
     listed = load_manifest(paths.journal / "manifest")
@@ -297,7 +297,7 @@ def _compare(slug: str, paths: ProjectPaths, check: ProjectCheck) -> None:
 
 
 def _cut_off(slug: str, paths: ProjectPaths) -> Iterator[Finding]:
-    """Yield unfinished operations; while a worker runs, the undo log holds its current command."""
+    """Yield unfinished operations; a running worker's undo log holds its current command."""
     if (paths.root / "adopting").is_dir():
         what = "a pushed project is not in place yet"
         yield Finding(slug, "adopting", what, "put it in place, as at the next start")
@@ -333,7 +333,6 @@ def _permissions(slug: str, paths: ProjectPaths) -> Iterator[Finding]:
 
 
 def _doctor(slug: str, paths: ProjectPaths) -> Iterator[Finding]:
-    """Run lattice's doctor, which only reads."""
     environment = {**os.environ, "LATTICE_ROOT": str(paths.root.resolve())}
     done = subprocess.run(
         [sys.executable, "-P", "-c", _DOCTOR, "doctor", "--json"],

@@ -40,7 +40,7 @@ _ATTEMPTS = 3
 
 
 class Exported(msgspec.Struct):
-    """The outcome of an export. ``findings`` come from lattice's doctor and our own checks."""
+    """Outcome of an export; ``findings`` are the doctor's and ours."""
 
     directory: str
     tasks: int
@@ -51,7 +51,7 @@ class Exported(msgspec.Struct):
 
     @property
     def is_sound(self) -> bool:
-        """Whether there are no findings but the doctor's warnings."""
+        """Whether there are only the doctor's warnings."""
         return all("lattice doctor: warning: " in finding for finding in self.findings)
 
 
@@ -91,7 +91,7 @@ def _project(data: DataDir, slug: str) -> ProjectPaths:
 
 
 def _copy(slug: str, source: ProjectPaths, scratch: Path, data: DataDir) -> list[str]:
-    """Copy a project that may be running, complete the copy, and return its findings."""
+    """Copy a project that may be running, complete the copy, return findings."""
     scratch.mkdir(mode=0o700, parents=True)
     _copy_tree(source.lattice, scratch / ".lattice")
     if source.journal.is_dir():
@@ -239,9 +239,7 @@ def finish_renames(data: DataDir) -> int:
 def archive_project(data: DataDir, slug: str) -> None:
     """Archive a project: it is no longer served. Its tokens stay.
 
-    Raises:
-        Misuse: there is no such project.
-        StorageError: it cannot be moved, or its worker does not end.
+    Raises Misuse: there is none; StorageError: it cannot be moved, or its worker does not end.
     """
     data.config()
     _require(data, slug)
@@ -253,9 +251,7 @@ def archive_project(data: DataDir, slug: str) -> None:
 def unarchive_project(data: DataDir, slug: str) -> None:
     """Restore an archived project; a running server serves it at once.
 
-    Raises:
-        Misuse: there is no such archived project, or another project has its name.
-        StorageError: it cannot be moved.
+    Raises Misuse: there is none, or its name is taken; StorageError: it cannot be moved.
     """
     data.config()
     _require_archived(data, slug)
@@ -265,13 +261,10 @@ def unarchive_project(data: DataDir, slug: str) -> None:
 
 
 def delete_project(data: DataDir, slug: str) -> tuple[Path, int]:
-    """Move an archived project to the trash, and remove it from all tokens; return its path and the number of these.
+    """Move an archived project to the trash, and remove it from all tokens; return its path and their number.
 
-    A token without another project is revoked: it must not give access to a later project of this name.
-
-    Raises:
-        Misuse: there is no such archived project.
-        StorageError: it cannot be moved.
+    A token without another project is revoked: it must not give access to a later project of this name. Raises Misuse
+    or StorageError.
     """
     data.config()
     if data.has_project(slug):
