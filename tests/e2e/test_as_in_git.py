@@ -82,6 +82,20 @@ def test_the_projects_of_a_token_are_listed_and_named_by_clone(sandbox: Sandbox)
     assert "web\t" in ana.elsewhere(ana.dir / "web").ok("remote", "projects")
 
 
+def test_a_slash_behind_a_project_does_no_harm(sandbox: Sandbox) -> None:
+    server = sandbox.server()
+    server.project()
+    server.start()
+    token, ana = server.token("human:ana"), sandbox.client("ana")
+    below = ana.run("remote", "login", f"{server.url}/board/", stdin=f"{token}\n")
+    assert below.returncode == 1 and below.stderr.startswith(f"Error: there is no server at {server.url}/board/; ")
+    assert below.stderr.endswith("without the slash at its end the URL means project 'board'\n")
+    ana.ok("remote", "login", server.url, stdin=f"{token}\n")
+    ana.ok("remote", "clone", f"{server.url}/board/", str(ana.dir / "copy"))
+    assert json.loads((ana.dir / "copy/.lattice/remote.json").read_text())["url"] == server.url
+    assert "means project 'board'" in ana.run("remote", "clone", f"{server.url}/x/board/").stderr
+
+
 def test_files_written_by_hand_are_enough(sandbox: Sandbox) -> None:
     """``remote.json`` with url and project, ``tokens.json`` with a token for each server."""
     server = sandbox.server()

@@ -36,7 +36,7 @@ from lattice_remote.client.cli.common import (
     send_request,
     warn_of_tracking,
 )
-from lattice_remote.client.cli.tokens import ask_for_token, listed_projects
+from lattice_remote.client.cli.tokens import ask_for_token, hint_of_slash, listed_projects
 from lattice_remote.client.config import (
     REMOTE_FILE,
     Remote,
@@ -128,6 +128,10 @@ def clone(
 def _named_server(url: str, project: str | None, *, ca_file: str | None, insecure: bool) -> tuple[Server, str]:
     """Return server and project of a command line."""
     server_url, slug = parse_url(url, project)
+    if slug is None and server_url.endswith("/") and not _is_known(server_url):
+        host_url, last = parse_url(url.strip().rstrip("/"))  # a project with a slash that a shell or browser added
+        if _is_known(host_url):
+            server_url, slug = host_url, last
     if slug is None:
         raise Misuse(_which_project(server_url))
     server = trusted_servers.name(server_url, insecure=insecure, ca_file=ca_file)
@@ -135,16 +139,18 @@ def _named_server(url: str, project: str | None, *, ca_file: str | None, insecur
     return server, slug
 
 
+def _is_known(url: str) -> bool:
+    return credentials.is_known(url) or any(server.url == url for server in trusted_servers.known())
+
+
 def _which_project(url: str) -> str:
     """Return the message about a missing project, with those that the token may use if the server lists them."""
-    name = url.rstrip("/").rpartition("/")[2]
-    hint = f"; without the slash at its end the URL means project {name!r}" if url.endswith("/") else ""
     try:
         slugs = [str(project["slug"]) for project in listed_projects(url)]
     except RemoteError:
         slugs = []
     if not slugs:
-        return "no project is named; use --project SLUG, or a URL that ends in /SLUG" + hint
+        return "no project is named; use --project SLUG, or a URL that ends in /SLUG" + hint_of_slash(url)
     return f"no project is named, and your token is for {', '.join(slugs)}; for example: {below(url, slugs[0])}"
 
 

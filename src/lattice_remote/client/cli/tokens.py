@@ -26,7 +26,7 @@ from lattice_remote.client.config import Remote, below, parse_url
 from lattice_remote.client.trusted_servers import Server
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, one_line
 
-__all__ = ["app", "ask_for_token", "listed_projects"]
+__all__ = ["app", "ask_for_token", "hint_of_slash", "listed_projects"]
 
 app = typer.Typer()
 
@@ -79,6 +79,10 @@ def _check_server(server: Server, token: str) -> str:
 
     try:
         slugs = [str(project["slug"]) for project in fetch_projects(server.url, token, server)]
+    except Rejected as error:
+        if error.code != "REMOTE_NOT_FOUND":
+            raise
+        raise Rejected(f"there is no server at {server.url}{hint_of_slash(server.url)}", code=error.code) from error
     except ConnectionFailed as error:
         return f"not checked: {error.message}"
     if not slugs:
@@ -87,6 +91,12 @@ def _check_server(server: Server, token: str) -> str:
         return f"{asyncio.run(_check(server, slugs[0], token))}; for {', '.join(slugs)}"
     except Rejected as error:
         return f"accepted, for {', '.join(slugs)}; {error.message}"
+
+
+def hint_of_slash(url: str) -> str:
+    """Return the other meaning of a server's URL that ends in a slash, "" for another URL."""
+    last = url.rstrip("/").rpartition("/")[2]
+    return f"; without the slash at its end the URL means project {last!r}" if url.endswith("/") else ""
 
 
 @app.command()
