@@ -40,7 +40,8 @@ class Side(PageRequests):
 
     def said(self, text: str) -> str:
         """Return an answer without what differs by nature, and without what is added to the page."""
-        return self.normalise(re.sub(r'\n<(?:link|script)[^>]* (?:href|src)="remote/.*', "", text))
+        own = re.sub(r'\n<(?:link|script)[^>]* (?:href|src)="remote/.*', "", text)
+        return self.normalise(own.replace('type="text/plain" data-remote-src=', "src="))
 
 
 class Both(NamedTuple):

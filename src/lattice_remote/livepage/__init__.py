@@ -1,6 +1,7 @@
 """Live updates of lattice's dashboard page: scripts for the page, and the events they listen to.
 
     requests.js    the page's paths, relative to its own; the results of its requests
+    libraries.js   libraries from other servers, without which the page works
     cards.js       the board, drawn card by card
     redraw.js      when the page is redrawn, and what is kept
     indicator.js   whether the page is up to date, in a word
@@ -44,15 +45,23 @@ EVENTS = "remote/events"
 RETRY_MS = 1000
 """Delay after which a browser reconnects."""
 
-_PARTS = ("requests.js", "cards.js", "redraw.js", "indicator.js", "live.js", "keyboard.js")
+_PARTS = ("requests.js", "libraries.js", "cards.js", "redraw.js", "indicator.js", "live.js", "keyboard.js")
 _HOSTED_PARTS = ("hosted.js", "listeners.js", "editor.js")
 _HEAD = re.compile(rb"<head\b[^>]*>", re.IGNORECASE)
+_FOREIGN = re.compile(rb"""(<script\s+)src=(?=["']https://)""", re.IGNORECASE)
+_DEFERRED = re.compile(rb"""(<script\s+)src=(?=["'][^"'>]*["']\s+defer\s*>)""", re.IGNORECASE)
 _TITLE = re.compile(rb"<title>[^<]*</title>", re.IGNORECASE)
-_ABSOLUTE = re.compile(rb"""(\s(?:src|href|action)\s*=\s*["'])/(?!/)""", re.IGNORECASE)
+_ABSOLUTE = re.compile(rb"""(\s(?:src|href|action|data-remote-src)\s*=\s*["'])/(?!/)""", re.IGNORECASE)
 
 
 def with_script(page: bytes) -> bytes:
-    """Return the page with the script before its own; unchanged if it has no head."""
+    """Return the page with the script before its own; unchanged if it has no head.
+
+    Scripts of other servers, and those that wait for them, are left to ``libraries.js``: on a closed network the
+    browser would wait for them before it shows anything.
+    """
+    page = _FOREIGN.sub(rb'\1type="text/plain" data-remote-src=', page)
+    page = _DEFERRED.sub(rb'\1type="text/plain" data-remote-src=', page)
     added = f'\n<link rel="stylesheet" href="{STYLE}">\n<script src="{SCRIPT}"></script>'.encode()
     return _HEAD.sub(lambda head: head[0] + added, page, count=1)
 

@@ -106,6 +106,11 @@
     any.classList = card.classList;
     opened.call(card, event);
   });
+  // The page ignores the click that would end a drag. Browsers send none, so it would ignore the next.
+  document.addEventListener("pointerdown", function (event) {
+    var card = event.target.closest && event.target.closest(".card.was-dragged");
+    if (card) card.classList.remove("was-dragged");
+  }, true);
   // Rows of the list call this function, which lattice 0.2 does not define for them.
   window.openDetailPanel = function (task) { location.hash = "#/task/" + task; };
 

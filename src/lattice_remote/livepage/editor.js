@@ -287,9 +287,12 @@
     try { await text.load(); } catch (error) { text.say(error.message, true); }
     if (text !== current()) { draw(); return; }
     fill();
-    if (isEditable(text) && window.matchMedia("(pointer: fine)").matches) parts.field.focus();  // no on-screen keyboard
+    focus();
   }
-  function show(which) { kind = which; hideHistory(); fill(); }
+  function focus() {
+    if (isEditable(current()) && window.matchMedia("(pointer: fine)").matches) parts.field.focus();  // no on-screen keyboard
+  }
+  function show(which) { kind = which; hideHistory(); fill(); focus(); }
   function save() {
     var text = current();
     if (isEditable(text) && !text.isSaving && text.theirs === undefined && text.isDirty()) act(text.save());

@@ -3,7 +3,11 @@
   "use strict";
   var page = document.querySelector('meta[name="remote-page"]'), given = page ? page.dataset : {};
   var home = remote.url("../../../");
-  remote.readsOnly = given.readsOnly !== undefined;
+  var readsOnly = given.readsOnly !== undefined;
+  if (readsOnly) document.documentElement.classList.add("remote-reads-only");
+  document.addEventListener("dragstart", function (event) {
+    if (readsOnly) { event.preventDefault(); event.stopPropagation(); }
+  }, true);
   remote.signIn = function () {
     // A proxy may serve it below a path.
     var here = location.pathname.slice(new URL(home, location.href).pathname.length - 1) + location.hash;
@@ -26,7 +30,8 @@
     var form = made("form", "remote-sign-out", ""), person = made("bdi", "remote-person", given.person);
     form.method = "post";
     form.action = home + "sign-out";
-    person.title = "Signed in as " + given.person + (remote.readsOnly ? ", to read only" : "");
+    person.title = "Signed in as " + given.person;
+    if (readsOnly) person.append(" (read only)");
     var button = made("button", "remote-sign-out-button", "Sign out");
     button.className = "btn";
     form.append(person, button);

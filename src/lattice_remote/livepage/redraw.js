@@ -61,7 +61,8 @@
     if (document.hidden || refreshing) return;
     refreshing = true;
     while (missed && !document.hidden && !isBusy()) {
-      missed = failed = false;
+      failed = false;
+      missed = late && !isTask();  // a visit draws from the page’s memory, perhaps without the change
       var look = isTask() || late ? revisit : lookEverywhere;
       late = false;
       await draw(look);

@@ -56,6 +56,26 @@
     return answer;
   }
 
+  // --- writes without a server ---
+
+  var UNCONFIRMED = "The server cannot be reached: this change was not confirmed.";
+  var TYPED = /"(title|description|tags|assigned_to)"/;
+
+  // Lattice's page shows the message. It also closes the form of a text, so for these the request stays open: the form
+  // keeps the text, and can be sent again.
+  function confirmed(asked, path, init) {
+    return asked.then(function (answer) {
+      var isFromProxy = answer.status >= 502 && !/json/.test(answer.headers.get("Content-Type") || "");
+      return isFromProxy ? unconfirmed(path, init) : answer;
+    }, function () { return unconfirmed(path, init); });
+  }
+  function unconfirmed(path, init) {
+    remote.tell("answer", 0);
+    if (!/\/(update|assign)$/.test(path) || !TYPED.test(String(init && init.body))) throw new Error(UNCONFIRMED);
+    window._lattice.showToast(UNCONFIRMED + " Your text is still here: save it again.", "error");
+    return new Promise(function () {});
+  }
+
   window.fetch = function (input, init) {
     var path = ours(input instanceof Request ? input.url : String(input));
     if (path === null) return fetchAnywhere(input, init);
@@ -67,6 +87,7 @@
     // Browsers retry a request on a dead kept-alive connection; the key makes it run once.
     if (method !== "GET") request.headers.set("Idempotency-Key", key());
     var asked = method === "GET" && LISTS.test(path) ? list(path, request) : fetchAnywhere(request);
+    if (method !== "GET") asked = confirmed(asked, path, init);
     asked.then(function (answer) { remote.tell("answer", answer.status); }, function () { remote.tell("answer", 0); });
     return remote.guards.reduce(function (promise, guard) { return guard(promise); }, asked);
   };

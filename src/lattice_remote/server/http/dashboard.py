@@ -32,6 +32,7 @@ from lattice_remote.server.http.writes import call, edit, idempotency_key
 from lattice_remote.server.ipc import ReadPage, ReadResult
 from lattice_remote.server.project.audit_log import TextKind
 from lattice_remote.server.project.file_reader import text_at_head
+from lattice_remote.server.tokens import READ_ONLY
 from lattice_remote.server.transport.api_error import ApiError
 
 __all__ = ["data_routes", "policy_for", "read", "read_version", "routes", "versions", "write"]
@@ -163,6 +164,8 @@ async def _text(context: RequestContext, path: str) -> _Text:
         text = None if data is None else data.decode()
     except UnicodeDecodeError:
         return _Text(data.decode(errors="replace") if data else "", editable=False, reason="it is not UTF-8 text")
+    if context.login.token.read_only:
+        return _Text(text, editable=False, reason=READ_ONLY)
     return _Text(text, not archived, "the task is in the archive" if archived else "")
 
 
@@ -383,7 +386,8 @@ class _Scripts(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag != "script":
             return
-        address = dict(attrs).get("src")
+        given = dict(attrs)
+        address = given.get("src") or given.get("data-remote-src")
         if address is None:
             self._text = []
         elif address.startswith("https://") and not set(address) & set(" \t\n;,'"):
