@@ -103,7 +103,7 @@ def _split(error: RemoteError, otherwise: str = "") -> tuple[str, str]:
 
 
 def _configured() -> tuple[str, Remote, str]:
-    """Return the surrounding ``.lattice``, its remote, and both in words. Raises RemoteError for what is wrong."""
+    """Return the surrounding ``.lattice``, its remote, and both in words. Raises RemoteError for a problem."""
     directory = lattice_directory()
     if directory is None:
         raise Misuse("there is no lattice project here; add one with: lattice remote clone URL")
@@ -144,7 +144,7 @@ def _token(remote: Remote) -> tuple[str, str]:
 
 
 def _server(remote: Remote, token: str) -> Iterator[Diagnosis]:
-    """Connect as a command does, and judge what is seen on the way."""
+    """Connect as a command does; check the answer, the certificate and the clock."""
     began = time.monotonic()
     try:
         date, expires = asyncio.run(_connect(remote, token))
