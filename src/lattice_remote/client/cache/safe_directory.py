@@ -54,6 +54,7 @@ class Quota:
         self._limit = limit
         self._whose = whose
         self._unseen = 0  # bytes written since the last measurement
+        self._unchecked = 0  # bytes written since the limit was read
 
     def require(self, size: int) -> None:
         """Require a total of ``size`` bytes to be within the limit. Raises StorageError."""
@@ -70,9 +71,12 @@ class Quota:
     def take(self, size: int) -> None:
         """Require room to the precision of one step. Raises StorageError."""
         self._unseen += size
-        if self._unseen > _MIB and self._unseen > min(_STEP_BYTES, self._limit()):
-            self.require(_bytes_below(self._root) + size)
-            self._unseen = 0
+        self._unchecked += size
+        if self._unchecked > _MIB:  # the limit is in MiB, and stored in a file
+            self._unchecked = 0
+            if self._unseen > min(_STEP_BYTES, self._limit()):
+                self.require(_bytes_below(self._root) + size)
+                self._unseen = 0
 
 
 def _bytes_below(root: str) -> int:
