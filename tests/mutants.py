@@ -1,9 +1,10 @@
 """Random changes of the guarding modules, one at a time: does a test notice? ``make mutants SEED=1 SECONDS=600``.
 
-The changes are made in a clone of the checkout below ``build/``, so the checkout is never touched. First all tests run
-once, and the lines that each executes are recorded (``line_recorder.py``); the record is used again until a file
-changes. Each change is followed by the shortest tests that execute its line, until one fails. Survivors are printed,
-then the share that was noticed. ``mutants_equivalent.txt`` lists changes that no test can notice, each with the reason.
+The changes are made in a clone of the checkout below ``build/``, so the checkout is never touched. First the tests of
+``RECORDED`` run once, and the lines that each executes are recorded (``line_recorder.py``); the record is used again
+until a file changes. Each change is followed by the tests that execute its line, first those in the module's folder,
+until one fails. Survivors are printed, then the share that was noticed. ``mutants_equivalent.txt`` lists changes that
+no test can notice, each with the reason.
 """
 
 import argparse
@@ -31,7 +32,7 @@ ROOT = HERE.parent
 PACKAGE = "src/lattice_remote"
 CLONE = ROOT / "build" / "mutants"
 EQUIVALENT = HERE / "mutants_equivalent.txt"
-TIMEOUT_S = 300.0
+TIMEOUT_S = 600.0
 
 GUARDING = (
     "client/agent/edit_sync",
