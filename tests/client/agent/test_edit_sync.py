@@ -169,6 +169,19 @@ async def test_a_save_is_sent_once_and_whole_and_nothing_beside_it(
     assert (await ask(live, "status"))["unsent_edits"] == []
 
 
+async def test_what_became_of_a_save_is_said_by_the_next_command(
+    server: FakeServer, live: Service, directory: Path
+) -> None:
+    (directory / PLAN).write_bytes(bytes(40))
+    await until(lambda: (directory / PLAN).read_bytes() == server.files[PLAN])
+    said: list[str] = []
+    async with asyncio.timeout(20):
+        while not said:
+            said += (await ask(live, "ready"))["notices"]  # type: ignore[arg-type]
+    said += (await ask(live, "ready"))["notices"]  # type: ignore[arg-type]
+    assert sum("restored to the server's text: it held NUL bytes" in notice for notice in said) == 1, said
+
+
 async def test_a_copy_that_is_no_plan_is_set_aside_when_it_has_long_been_left(
     server: FakeServer, live: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
