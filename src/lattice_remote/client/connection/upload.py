@@ -135,11 +135,10 @@ class _Sender:
         for attempts_left in reversed(range(_BUSY_ATTEMPTS)):
             frame = Upload(os.urandom(16).hex(), source.digest, source.size, offset, data, self._purpose)
             answer = await self._connection.send_request(frame)
-            match answer:
-                case Uploaded(have=have) if have <= source.size:
-                    return have
-                case Refused(code="REMOTE_BUSY") if attempts_left:
-                    await asyncio.sleep(_BUSY_DELAY_S)
-                case _:
-                    expect(answer, Uploaded)
+            if isinstance(answer, Refused) and answer.code == "REMOTE_BUSY" and attempts_left:
+                await asyncio.sleep(_BUSY_DELAY_S)
+                continue
+            if (have := expect(answer, Uploaded).have) > source.size:
+                raise ConnectionFailed("unexpected response from the server")
+            return have
         raise AssertionError("the last attempt returns or raises")
