@@ -147,7 +147,7 @@ def test_times_are_measured_for_each_and_a_lost_worker_is_counted(watched: Watch
 
 def test_clients_and_how_long_changes_take_to_them(watched: Watched) -> None:
     wait_for(lambda: watched.figure("most_behind") == 0, "both clients to have said that they hold everything")
-    assert watched.figure("clients", project="board", kind="copy") == 2
+    assert watched.figure("clients", project="board", kind="cache") == 2
     count, total = watched.figure("delivery_lag_seconds_count"), watched.figure("delivery_lag_seconds_sum")
     assert count >= 2
     assert 0 < total / count < 5
@@ -215,7 +215,7 @@ def test_status_tells_of_projects_and_of_each_client(watched: Watched) -> None:
     assert board["journal_bytes"] > 1000
     assert board["writes_per_minute"] >= 1
     assert [(c["kind"], c["actor"], c["applied"]) for c in board["clients"]] == [
-        ("copy", f"human:{name}", board["head"]) for name in ("ana", "ben")
+        ("cache", f"human:{name}", board["head"]) for name in ("ana", "ben")
     ]
     assert all(client["address"] == "127.0.0.1" and client["client_version"] for client in board["clients"])
     shown = watched.server.admin("status")
@@ -272,7 +272,7 @@ def test_every_figure_is_explained(watched: Watched) -> None:
 
 def test_a_revoked_token_is_seen_in_the_figures(watched: Watched) -> None:
     watched.server.admin("token", "revoke", watched.tokens["ben"])
-    wait_for(lambda: watched.figure("clients", kind="copy") == 1, "the client to be sent away")
+    wait_for(lambda: watched.figure("clients", kind="cache") == 1, "the client to be sent away")
     assert watched.figure("goodbyes_total", code="REMOTE_UNAUTHORIZED") == 1
     assert watched.ben.run("comment", "LAT-1", TEXTS[1], "--actor", "human:ben").returncode == 1
     # By itself a refused client returns after up to 30 s; a command makes it try at once.

@@ -50,7 +50,7 @@ class ClientStatus(msgspec.Struct, frozen=True, kw_only=True):
     """A connected client.
 
     Attributes:
-        kind: ``copy``: has a cache; ``writer``: only writes; ``stream``: an HTTP stream.
+        kind: ``cache``: has a cache; ``writer``: only writes; ``stream``: an HTTP stream.
         applied, behind: the last change in its cache, as it reports, and the number still missing; null for the others.
         waiting_bytes: sent and not read yet.
         client_version, lattice_version: as it reports.
@@ -174,7 +174,7 @@ def _of_project(project: Project, state: str, files: ProjectStatus, clients: lis
 def _of_peer(peer: ClientConnection) -> ClientStatus:
     replication = peer.replication
     return ClientStatus(
-        kind="writer" if replication.applied is None else "copy",
+        kind="writer" if replication.applied is None else "cache",
         actor=peer.token.actor,
         token=peer.token.id,
         address=peer.address,
@@ -475,14 +475,14 @@ class Gauges(Collector):
         behind, outboxes, fullest = Tally[str](), Tally[str](), dict.fromkeys(slugs, 0)
         for peer in self._registry.peers:
             slug, pending = peer.project.slug, peer.waiting_bytes
-            counted[slug, "copy" if peer.replication.applied is not None else "writer"] += 1
+            counted[slug, "cache" if peer.replication.applied is not None else "writer"] += 1
             behind[slug] = max(behind[slug], peer.behind or 0)
             outboxes[slug] += pending
             fullest[slug] = max(fullest.get(slug, 0), pending)
         for request in self._registry.ongoing:
             counted[request.project, "stream"] += request.is_stream and request.login is not None
         for slug in slugs:
-            for kind in ("copy", "writer", "stream"):
+            for kind in ("cache", "writer", "stream"):
                 clients.add_metric([slug, kind], counted[slug, kind])
         yield clients
         yield _gauge("most_behind", "Changes missing on the client furthest behind.", {s: behind[s] for s in slugs})
