@@ -101,6 +101,37 @@ def test_another_view_ends_the_drawing_and_the_way_back_draws_all(it: Board) -> 
         expect(state(page)).to_have_text(re.compile("Live|Waiting"))
 
 
+def test_the_list_has_every_row_in_order_and_what_is_filtered_has_no_others(it: Board) -> None:
+    with it.person() as person:
+        page = it.open(person, "list")
+        rows = page.locator("#list-table tbody tr")
+        tasks = len(list((it.server.lattice_dir() / "tasks").glob("*.json")))
+        expect(rows).to_have_count(tasks)
+        shown = page.eval_on_selector_all("#list-table td.id-cell", "all => all.map(cell => cell.title)")
+        assert shown == sorted(shown)
+        page.locator("#f-search").fill("number 77 of")
+        expect(rows).to_have_count(1)
+        page.locator("#f-search").fill("")
+        page.locator("#f-search").fill("number 78 of")  # before all rows are there again
+        expect(rows).to_have_count(1)
+        expect(rows).to_contain_text("number 78 of")
+        page.locator("#f-search").fill("")
+        expect(rows).to_have_count(tasks)
+
+
+def test_a_redrawn_list_keeps_its_position(it: Board) -> None:
+    with it.person() as person:
+        page = it.open(person, "list")
+        rows = page.locator("#list-table tbody tr")
+        row = rows.nth(450)
+        row.scroll_into_view_if_needed()
+        place = page.evaluate("window.scrollY")
+        assert place > 5000
+        it.does("create", "Made below")
+        expect(page.get_by_text("Made below")).to_be_attached()
+        assert page.evaluate("window.scrollY") == place
+
+
 def test_a_row_of_the_list_opens_its_task(it: Board) -> None:
     task = it.made("Opened from the list")
     with it.person() as person:

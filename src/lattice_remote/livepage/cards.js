@@ -1,5 +1,6 @@
 // Draws lattice's board card by card. The page replaces the whole board after each change, which blocks a browser for
-// seconds if there are 10,000 cards. Here unchanged cards stay, and many new ones are added in pieces.
+// seconds if there are 10,000 cards. Here unchanged cards stay, and many new ones are added in pieces, as are the rows of
+// the list.
 //
 // The page assigns the board's markup to #app. This setter recognizes it by its first element, keeps lattice's markup of
 // each card, and leaves any other markup to the browser.
@@ -16,7 +17,9 @@
     enumerable: own.enumerable,
     get: own.get,
     set: function (html) {
+      if (this.id === "list-table") { list(this, String(html)); return; }
       if (this.id !== "app") { own.set.call(this, html); return; }
+      measure();
       drawing += 1;
       remote.tell("drawn");
       var found = String(html).startsWith(BOARD) && parse(String(html));
@@ -24,6 +27,34 @@
       else { columns = null; own.set.call(this, html); }
     }
   });
+
+  // The list: its first rows at once, the others in pieces.
+  var ROW = "<tr class=", ROWS = 100, MOST_ROWS = 1000, PIECE_ROWS = 400, listing = 0;
+  var height = 0, seen = 0;  // of the list before it is drawn again: its height, and the rows up to those in view
+
+  function measure() {
+    var old = document.getElementById("list-table"), rows = old ? old.querySelectorAll("tbody tr").length : 0;
+    height = old ? old.offsetHeight : 0;
+    seen = height ? Math.ceil(rows * (window.scrollY + window.innerHeight) / height) : 0;
+  }
+  function list(place, html) {
+    var rows = html.split(ROW), id = ++listing, last = rows.length > 1 ? rows[rows.length - 1] : "";
+    var cut = last.lastIndexOf("</tr>") + "</tr>".length;
+    var next = Math.min(Math.max(ROWS, seen), MOST_ROWS);
+    if (rows.length <= next || cut < "</tr>".length) { own.set.call(place, html); return; }
+    rows[rows.length - 1] = last.slice(0, cut);
+    own.set.call(place, rows.slice(0, next).join(ROW) + last.slice(cut));
+    place.style.minHeight = height + "px";  // the window keeps its position
+    height = seen = 0;
+    var body = place.querySelector("tbody");
+    function more() {
+      if (id !== listing || !body.isConnected) return;
+      body.insertAdjacentHTML("beforeend", ROW + rows.slice(next, next += PIECE_ROWS).join(ROW));
+      if (next < rows.length) window.setTimeout(more, 0);
+      else place.style.minHeight = "";
+    }
+    window.setTimeout(more, 0);
+  }
 
   // Separate the board's markup into its columns, without cards, and the content of each column's body: cards and others.
   function parse(html) {
@@ -136,6 +167,7 @@
           var made = make(item);
           left -= 1;
           if (element === at) at = made;
+          element.remoteNext = made;
           element.replaceWith(made);
           known.set(item.key, element = made);
         } else isDone = false;  // it stays as it was for a moment
@@ -180,6 +212,7 @@
       Array.from(holder.content.children).forEach(function (element, index) {
         known.set(group[index].key, marked(element, group[index]));
       });
+      while (before && before.parentNode !== body) before = before.remoteNext || null;  // replaced since
       body.insertBefore(holder.content, before);
     }
   }

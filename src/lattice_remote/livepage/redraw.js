@@ -99,9 +99,14 @@
     late = true;
     refresh();
   }
+  function isOvertaken() {
+    var isBoard = /^(#\/board)?$/.test(location.hash);
+    return (!isTask() && document.querySelector("#app .detail")) ||
+           (isBoard && !document.querySelector("#app .board-wrapper, #app .empty, #app .loading"));
+  }
   remote.on("drawn", function () {
     window.setTimeout(function () {
-      if (Date.now() < lateUntil && !isTask() && document.querySelector("#app .detail")) drawAgain();
+      if (Date.now() < lateUntil && !drawing && isOvertaken()) drawAgain();
     }, 0);
   });
   window.addEventListener("hashchange", function (event) {
