@@ -104,7 +104,9 @@ def test_a_board_below_the_path_is_live_and_its_pages_lead_there(gated: tuple[Se
         expect(page.locator(".card", has_text="Seen below a path")).to_be_visible()
         page.locator("#remote-home").click()
         expect(page.get_by_role("link", name="lattice", exact=True)).to_be_visible()
-        assert page.url == f"{proxy.url}/" and page.locator("img").first.evaluate("image => image.naturalWidth") > 0
+        assert page.url == f"{proxy.url}/"
+        image = page.locator("img").first
+        wait_for(lambda: image.evaluate("image => image.naturalWidth") > 0, "the logo to be shown")
         page.goto("/lattice/dashboard/")
         assert page.url == f"{proxy.url}/projects/lattice/dashboard/"
         page.goto("/lattice/nothing/here")
