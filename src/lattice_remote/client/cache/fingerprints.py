@@ -23,11 +23,6 @@ WRITTEN_LOG = f"{PRIVATE_DIRECTORY}/written"
 STORED = f"{PRIVATE_DIRECTORY}/known.json"
 _MAX_LOG_BYTES = 256 * 1024
 
-"""A file's modification time in ns, size in bytes, inode, and time of status change in ns.
-
-It changes with every write, even if the modification time is set back.
-"""
-
 
 class Fingerprints:
     """Fingerprints of one cache. About 200 bytes of memory a file."""
