@@ -103,7 +103,7 @@ def hooked(command: click.Command, path: tuple[str, ...], directory: str, argv: 
 
 
 def _invoke(command: click.Command, path: tuple[str, ...], directory: str, argv: list[str], ctx: click.Context) -> Any:
-    if in_warm_process and not _may_share(path, ctx, directory):
+    if in_warm_process and not _may_run_warm(path, ctx, directory):
         raise NeedsOwnProcess
     try:
         if path == ("init",):
@@ -129,7 +129,7 @@ def _invoke(command: click.Command, path: tuple[str, ...], directory: str, argv:
         fail(error, is_json=bool(ctx.params.get("output_json")))
 
 
-def _may_share(path: tuple[str, ...], ctx: click.Context, directory: str) -> bool:
+def _may_run_warm(path: tuple[str, ...], ctx: click.Context, directory: str) -> bool:
     """Return whether the warm process may run a command: it reads no file of the caller, serves nothing and starts no
     program but git, which ``show`` asks for branches."""
     if path in _ELSEWHERE or path == ("dashboard",) or is_unpushed(directory):

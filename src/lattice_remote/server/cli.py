@@ -348,7 +348,7 @@ def log(  # noqa: PLR0917 - Typer calls it
 
     Example: lattice-remote log web --task WEB-42 -n 5
     """
-    from lattice_remote.server.project.audit_log import present_epoch, read_log, short_ids
+    from lattice_remote.server.project.journal_log import present_epoch, read_log, short_ids
 
     target = _created(context, data)
     if admin:

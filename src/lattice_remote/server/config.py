@@ -17,7 +17,11 @@ _Bytes = Annotated[int, Meta(ge=1, le=1 << 40)]
 
 
 class LimitSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Limits per token, per address and in total. An IPv6 address stands for its /64."""
+    """Limits per token, per address and in total. An IPv6 address stands for its /64.
+
+    Enforced in ``transport/admission`` (connections, rates), ``transport/response_budget`` (answers),
+    ``transport/websocket`` (messages), ``project/connection`` (frames), ``project/queue`` and ``project/uploads``.
+    """
 
     connections_per_token: _Count = 1_000
     connections_per_address: _Count = 2_000
@@ -76,6 +80,7 @@ class JournalSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     max_bytes: Annotated[int, Meta(ge=64 * 1024, le=1 << 40)] = 64 * 1024 * 1024
     """At most this and one segment are on disk."""
     max_age_days: Annotated[float, Meta(gt=0, le=36_500)] = 30.0
+    """Also the time for which request ids and idempotency keys are known."""
     segment_bytes: Annotated[int, Meta(ge=4096, le=256 * 1024 * 1024)] = 8 * 1024 * 1024
     """Approximate size of a segment; segments are dropped as a whole."""
 

@@ -15,7 +15,7 @@ from lattice_remote.files import READ, Signature, signature_of
 from lattice_remote.server.datadir import DataDir, ProjectPaths
 from lattice_remote.server.ipc import TreeState
 from lattice_remote.server.journal.segment import segment_paths
-from lattice_remote.server.project.audit_log import read_page
+from lattice_remote.server.project.journal_log import read_page
 
 __all__ = ["LastChange", "Overview", "Overviews"]
 

@@ -17,8 +17,8 @@ from client_kit import PLAN, TASK, ask, make_cache, ready, rescued, run, tree, u
 from fake_server import TOKEN, FakeServer
 
 from lattice_remote import file_watcher
-from lattice_remote.client.agent import repair
-from lattice_remote.client.agent.repair import IntegrityMonitor
+from lattice_remote.client.agent import integrity_monitor
+from lattice_remote.client.agent.integrity_monitor import IntegrityMonitor
 from lattice_remote.client.agent.service import Service
 from lattice_remote.client.cache import rescued_files, verify
 from lattice_remote.client.cache import rescued_files as store
@@ -225,7 +225,7 @@ async def test_when_everything_is_touched_only_what_differs_is_fetched(
     for number in range(100):
         server.put(f"tasks/t{number}.json", b"{}\n")
     await equal(directory, server)
-    monkeypatch.setattr(repair, "_MANY", 50)
+    monkeypatch.setattr(integrity_monitor, "_MANY", 50)
     (directory.parent / "backup").mkdir()
     care, is_away, waits = kept._integrity_monitor, True, asyncio.Event()
     assert care is not None
@@ -260,7 +260,7 @@ async def test_a_defect_does_not_end_the_care(
             raise ZeroDivisionError
         return await Replicator.heal(replicator, paths)
 
-    monkeypatch.setattr(repair, "_RETRY_S", 0.1)
+    monkeypatch.setattr(integrity_monitor, "_RETRY_S", 0.1)
     monkeypatch.setattr(kept._replicator, "heal", partial(heal, kept._replicator))
     alter(directory)
     await until(lambda: bool(failed))
@@ -315,7 +315,7 @@ async def test_what_was_changed_while_no_agent_ran_is_found_at_its_start(server:
 async def test_a_text_written_by_hand_is_kept_once_and_said_until_it_is_dropped(
     server: FakeServer, kept: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(repair, "STRAY_S", 0.0)
+    monkeypatch.setattr(integrity_monitor, "STRAY_S", 0.0)
     for _ in range(2):
         (directory / "context.md").write_bytes(b"# Ours\nand mine\n")
         (directory / "plans/draft.md").write_bytes(b"a draft\n")
@@ -369,7 +369,7 @@ async def test_whatever_a_person_put_there_is_kept(
     path: str,
     content: bytes,
 ) -> None:
-    monkeypatch.setattr(repair, "STRAY_S", 0.0)
+    monkeypatch.setattr(integrity_monitor, "STRAY_S", 0.0)
     (directory / path).write_bytes(content)
     await equal(directory, server)
     assert rescued(directory) == {path: [content]}
@@ -453,7 +453,7 @@ async def test_without_the_systems_help_the_files_are_compared_now_and_then(
         raise OSError('OS file watch limit reached. about ["/x"]')
 
     monkeypatch.setattr("watchfiles.watch", no_more)
-    monkeypatch.setattr(repair, "_MIN_RESCAN_S", 0.2)
+    monkeypatch.setattr(integrity_monitor, "_MIN_RESCAN_S", 0.2)
     async with looked_after(directory) as service:
         await until(lambda: "watch limit" in service._repaired()["watched"])
         alter(directory)
@@ -466,7 +466,7 @@ async def test_a_name_that_is_no_text_does_not_end_the_watch(
 ) -> None:
     """The library gives up on one; nothing that happens to other files may go unnoticed for that."""
     monkeypatch.setattr(file_watcher, "_AGAIN_S", 0.2)
-    monkeypatch.setattr(repair, "_MIN_RESCAN_S", 0.2)
+    monkeypatch.setattr(integrity_monitor, "_MIN_RESCAN_S", 0.2)
     (directory / os.fsdecode(b"caf\xe9.md")).write_bytes(b"x")
     alter(directory)
     await equal(directory, server)

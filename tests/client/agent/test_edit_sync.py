@@ -13,7 +13,7 @@ from fake_server import TOKEN, FakeServer
 from test_cache_repair import looked_after
 
 from lattice_remote.client import credentials
-from lattice_remote.client.agent import repair
+from lattice_remote.client.agent import integrity_monitor
 from lattice_remote.client.agent.edit_sync import RewriteRun
 from lattice_remote.client.agent.service import Service
 from lattice_remote.protocol.messages import Put
@@ -187,7 +187,7 @@ async def test_a_copy_that_is_no_plan_is_set_aside_when_it_has_long_been_left(
 ) -> None:
     copy = directory / f"plans/{TASK} (copy).md"
     copy.write_bytes(b"# A copy\n")
-    monkeypatch.setattr(repair, "STRAY_S", 0.5)
+    monkeypatch.setattr(integrity_monitor, "STRAY_S", 0.5)
     live._integrity_monitor.touched(None)  # type: ignore[union-attr]
     await until(lambda: not copy.exists())
     assert rescued(directory) == {f"plans/{copy.name}": [b"# A copy\n"]}
@@ -215,7 +215,7 @@ async def test_a_link_in_place_of_a_plan_is_not_followed_and_said(
 async def test_a_plan_renamed_by_hand_is_restored_and_the_other_kept(
     server: FakeServer, live: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(repair, "STRAY_S", 0.5)
+    monkeypatch.setattr(integrity_monitor, "STRAY_S", 0.5)
     (directory / PLAN).write_bytes(NEW)
     (directory / PLAN).rename(directory / "plans/parser.md")
     await until(lambda: (directory / PLAN).exists() and not (directory / "plans/parser.md").exists())

@@ -23,7 +23,7 @@ from lattice_remote.server.locks import lock
 from lattice_remote.server.maintenance import fsck_project
 from lattice_remote.server.maintenance.fsck import FsckReport, fsck
 from lattice_remote.server.maintenance.fsck_project import Finding
-from lattice_remote.server.project.audit_log import read_page
+from lattice_remote.server.project.journal_log import read_page
 from lattice_remote.server.tokens import TokenFile
 from lattice_remote.server.tree.tree import load_manifest, save_manifest
 from lattice_remote.server.tree.undo import Begin, UndoLog

@@ -10,7 +10,7 @@ from lattice_remote.protocol.messages import LogEntry
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.ipc import Reconcile
 from lattice_remote.server.journal.segment import segment_paths
-from lattice_remote.server.project.audit_log import read_page, read_version
+from lattice_remote.server.project.journal_log import read_page, read_version
 
 SMALL_SEGMENTS = '{"segment_bytes": 4096}'
 PARAGRAPH = "word " * 500

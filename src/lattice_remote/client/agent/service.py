@@ -40,10 +40,11 @@ import msgspec
 
 from lattice_remote import __version__
 from lattice_remote.client import config, trusted_servers
-from lattice_remote.client.agent.audit_log import read_log, read_version, task_of
 from lattice_remote.client.agent.change_feed import ChangeFeed
 from lattice_remote.client.agent.conflict_resolver import ConflictResolver
 from lattice_remote.client.agent.edit_sync import EditSender, EditWatcher
+from lattice_remote.client.agent.integrity_monitor import IntegrityMonitor
+from lattice_remote.client.agent.journal_log import read_log, read_version, task_of
 from lattice_remote.client.agent.payloads import (
     PayloadFetcher,
     Unreadable,
@@ -52,7 +53,6 @@ from lattice_remote.client.agent.payloads import (
     run_frame,
     send_files,
 )
-from lattice_remote.client.agent.repair import IntegrityMonitor
 from lattice_remote.client.agent.rescue import Rescuer, decoded, described
 from lattice_remote.client.agent_runtime import boot_time
 from lattice_remote.client.cache.cache import Cache

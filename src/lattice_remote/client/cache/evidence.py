@@ -3,11 +3,12 @@
 A file that differs from its base is a candidate. ``judge()`` returns one of three outcomes:
 
 - an edit: it is sent;
-- not an edit: it is restored, its text set aside, and the user notified. This applies to a file filled with NULs; to a
+- not an edit: it is restored, its text rescued, and the user notified. This applies to a file filled with NULs; to a
 content that the tracking git repository has in its index or HEAD; and to a file emptied or truncated while unwatched
 (before this boot, or before an agent whose predecessor was killed);
 - withheld: neither sent nor restored until the user decides. This applies to an exact earlier version of a text that
-others have changed since, an emptied long text, an unfinished git merge, and any other difference that was saved before
+others have changed since, an emptied long text, an unfinished git merge, a text saved on a full disk that lacks lines,
+many texts rewritten at once (``edit_sync``), and any other difference that was saved before
 this boot and that none of our processes saw.
 
 A save that cannot be sent at once is recorded by digest, so that it stays an edit after a reboot or a commit.

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lattice_remote.client import agent_runtime
-from lattice_remote.client.agent import audit_log
+from lattice_remote.client.agent import journal_log
 from lattice_remote.client.agent_client import agent_enabled, describe_age, send_if_running, send_to_agent
 from lattice_remote.client.cli.common import (
     Json,
@@ -275,7 +275,7 @@ def log(
         str,
         typer.Option(metavar="ID", help="Only changes of this task: LAT-42 or task_...", autocompletion=complete_tasks),
     ] = "",
-    number: Annotated[int, typer.Option("-n", min=1, max=audit_log.MAX_ENTRIES, help="Number of changes.")] = 20,
+    number: Annotated[int, typer.Option("-n", min=1, max=journal_log.MAX_ENTRIES, help="Number of changes.")] = 20,
     as_json: Json = False,
 ) -> None:
     """List the changes with author, time and token, newest first.
@@ -285,9 +285,9 @@ def log(
     directory, _ = here()
     answer = send_request("log", directory, task=task, limit=number)
     if as_json:
-        print_result(audit_log.records(answer, directory))
+        print_result(journal_log.records(answer, directory))
         return
-    for line in audit_log.lines(answer, directory) or ["No changes are kept."]:
+    for line in journal_log.lines(answer, directory) or ["No changes are kept."]:
         typer.echo(line)
 
 

@@ -18,7 +18,7 @@ import msgspec
 import typer
 
 from lattice_remote import text as logtext
-from lattice_remote.client.agent.audit_log import MAX_ENTRIES, task_of
+from lattice_remote.client.agent.journal_log import MAX_ENTRIES, task_of
 from lattice_remote.client.agent_client import send_request
 from lattice_remote.client.cli.common import (
     Json,

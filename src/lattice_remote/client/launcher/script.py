@@ -37,7 +37,7 @@ FAILED_S = 60.0
 """A warm process that failed to start is started again after this time."""
 _READY_TIMEOUT_S = 1.0
 _OWN_PROCESS = frozenset((b"attach", b"dashboard", b"demo", b"init", b"plugins", b"remote", b"restart"))
-"""Commands that never run in a warm process, which are the most frequent ones."""
+"""The most frequent of the commands that never run in a warm process."""
 _FORWARDED = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT)
 _INTERPRETER = (b"PYTHON", b"LC_", b"LANG", b"LD_", b"GLIBC_", b"MALLOC_")
 """Prefixes of variables that an interpreter reads when it starts."""
@@ -152,7 +152,7 @@ def main(lattice: str, python: str) -> "NoReturn":
 
 
 def _may_be_warm(argv: list[bytes], environ: Environment) -> bool:
-    """Return whether this is a command in a cache, with all standard descriptors open."""
+    """Return whether this is a command in a cache, with all standard descriptors open; ``routing`` decides again."""
     if not argv or argv[0] in _OWN_PROCESS or b"_LATTICE_COMPLETE" in environ:
         return False
     if sys.stdin is None or sys.stdout is None or sys.stderr is None:

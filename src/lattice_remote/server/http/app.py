@@ -28,7 +28,7 @@ from lattice_remote.server.http.middleware import (
     with_security_headers,
 )
 from lattice_remote.server.http.pages import error_response
-from lattice_remote.server.http.rest import documents, resources, tasks
+from lattice_remote.server.http.rest import resources, tasks, texts
 from lattice_remote.server.http.rest.endpoint import routes_of
 from lattice_remote.server.http.sse import Feeds
 from lattice_remote.server.registry import ProjectRegistry, State
@@ -210,12 +210,12 @@ async def _describe(request: Request) -> Response:
 
 # --- the REST endpoints ---
 
-ENDPOINTS = (*tasks.endpoints, *resources.endpoints, *documents.endpoints)
+ENDPOINTS = (*tasks.endpoints, *resources.endpoints, *texts.endpoints)
 
 
 @cache
 def _openapi_json() -> bytes:
-    return files(documents.__package__).joinpath("openapi.json").read_bytes()
+    return files(texts.__package__).joinpath("openapi.json").read_bytes()
 
 
 async def _openapi(_: Request) -> Response:

@@ -26,12 +26,12 @@ from lattice_remote.errors import Rejected, StorageError
 from lattice_remote.protocol.paths import is_editable
 from lattice_remote.server.http.auth import RequestContext, request_context
 from lattice_remote.server.http.middleware import ok, read_body
-from lattice_remote.server.http.rest.documents import MAX_VERSIONS, list_versions, version_text
+from lattice_remote.server.http.rest.texts import MAX_VERSIONS, list_versions, version_text
 from lattice_remote.server.http.sse import page_events
 from lattice_remote.server.http.writes import call, edit, idempotency_key
 from lattice_remote.server.ipc import ReadPage, ReadResult
-from lattice_remote.server.project.audit_log import TextKind
 from lattice_remote.server.project.file_reader import text_at_head
+from lattice_remote.server.project.journal_log import TextKind
 from lattice_remote.server.tokens import READ_ONLY
 from lattice_remote.server.transport.api_error import ApiError
 

@@ -39,10 +39,10 @@ from lattice_remote.server.ipc import (
     WorkerFailed,
     asked_by,
 )
-from lattice_remote.server.project.audit_log import LogReader
 from lattice_remote.server.project.history import CommitTimes, History
 from lattice_remote.server.project.hooks import HookRunner
 from lattice_remote.server.project.imports import Pushes
+from lattice_remote.server.project.journal_log import LogReader
 from lattice_remote.server.project.metrics import Metrics, OutcomeListener, ProjectMetrics, RequestLog
 from lattice_remote.server.project.queue import (
     QueuedRequest,

@@ -8,8 +8,8 @@ from worker_process import ANA, WorkerProcess, make_project
 from lattice_remote.protocol.messages import LogEntry
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.ipc import Reconcile
-from lattice_remote.server.project import audit_log
-from lattice_remote.server.project.audit_log import read_log, read_page
+from lattice_remote.server.project import journal_log
+from lattice_remote.server.project.journal_log import read_log, read_page
 
 
 def entries(project: Path, task: str = "", limit: int = 100) -> list[LogEntry]:
@@ -76,11 +76,11 @@ def test_pages_lead_to_the_beginning_whatever_their_size(tmp_path: Path, monkeyp
             assert len(page.entries) <= limit
             told += page.entries
         assert told == everything
-    monkeypatch.setattr(audit_log, "MAX_SCAN_BYTES", 1)
+    monkeypatch.setattr(journal_log, "MAX_SCAN_BYTES", 1)
     assert entries(project) == everything
 
 
-@pytest.mark.parametrize("scan_bytes", [1, audit_log.MAX_SCAN_BYTES])
+@pytest.mark.parametrize("scan_bytes", [1, journal_log.MAX_SCAN_BYTES])
 def test_there_is_more_exactly_when_another_entry_exists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scan_bytes: int
 ) -> None:
@@ -89,7 +89,7 @@ def test_there_is_more_exactly_when_another_entry_exists(
         for number in range(3):
             worker.ok("create", f"Task {number}", *ANA)
             worker.ok("comment", "LAT-1", "x" * 5000, *ANA)
-    monkeypatch.setattr(audit_log, "MAX_SCAN_BYTES", scan_bytes)
+    monkeypatch.setattr(journal_log, "MAX_SCAN_BYTES", scan_bytes)
     paths = ProjectPaths(project)
     for task, count in (("", 6), ("LAT-1", 4), ("LAT-2", 1), ("LAT-3", 1)):
         found = {limit: read_log(paths, task, limit) for limit in range(1, count + 2)}

@@ -22,8 +22,8 @@ from lattice_remote.protocol.operations import digest_of
 from lattice_remote.server.http.rest.commands import envelope_response, read_output, with_position
 from lattice_remote.server.http.rest.endpoint import Endpoint, EndpointRequest, Nothing, PageQuery, Query, header_of
 from lattice_remote.server.http.writes import edit
-from lattice_remote.server.project.audit_log import TextKind
 from lattice_remote.server.project.file_reader import text_at_head
+from lattice_remote.server.project.journal_log import TextKind
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.transport.api_error import ApiError
 
