@@ -103,7 +103,8 @@ def test_edits_made_while_the_server_is_away_are_counted_kept_and_sent(sandbox: 
     for plan in plans:
         plan[0].write_text("# Written on a train\n")
     assert sorted(status(ana)["unsent_edits"]) == sorted(f"plans/{plan[0].name}" for plan in plans)
-    assert "2: plans/" in ana.ok("remote", "status")
+    shown = ana.ok("remote", "status")
+    assert all(f"plans/{plan[0].name}: waits for " in shown for plan in plans), shown
     server.start()
     for plan in plans:
         same(plan, "# Written on a train\n")
@@ -271,7 +272,7 @@ def test_a_text_that_is_no_utf8_stays_here_and_holds_nothing_up(shared_board: Bo
     wait_for(lambda: status(ana)["refused_edits"], "the refusal")
     said = [ana.run("comment", short_id, "hello", "--actor", "human:ana").stderr for _ in range(2)]
     assert "not UTF-8 text: save it as UTF-8" in said[0] and said[1] == ""
-    assert "(refused: " in ana.ok("remote", "status")
+    assert f"plans/{plan[0].name}: refused: " in ana.ok("remote", "status")
     assert plan[0].read_bytes() == b"# Caf\xe9\n" != plan[1].read_bytes()
     plan[0].write_text("# Café\n")
     same(plan, "# Café\n")

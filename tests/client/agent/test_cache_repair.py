@@ -22,10 +22,11 @@ from lattice_remote.client.agent.integrity_monitor import IntegrityMonitor
 from lattice_remote.client.agent.service import Service
 from lattice_remote.client.cache import rescued_files, verify
 from lattice_remote.client.cache import rescued_files as store
+from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.cache.replicator import ReceiveOutcome, Replicator
 from lattice_remote.client.cache.verify import RepairSchedule
 from lattice_remote.errors import StorageError
-from lattice_remote.file_watcher import FileWatcher
+from lattice_remote.file_watcher import FileWatcher, Touched
 from lattice_remote.protocol.messages import Fetch, Manifest
 from lattice_remote.protocol.operations import DeleteFile, MoveFile, PutFile, digest_of
 
@@ -247,6 +248,36 @@ async def test_when_everything_is_touched_only_what_differs_is_fetched(
     await equal(directory, server)
     await until(lambda: not kept._replicator.repairs.count_due())
     assert fetched(server) == ["tasks/task_1.json"] and kept._repaired()["count"] == 1
+
+
+async def test_a_file_that_is_altered_behind_a_scan_is_found_by_the_next_one(
+    server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I4: the watch begins during the first scan, and reports nothing from before."""
+    server.files |= {"tasks/task_1.json": b'{"id": 1}\n'}
+    loop, scans = asyncio.get_running_loop(), 0
+
+    class Deaf(FileWatcher):
+        def add(self, directory: str, touched: Touched) -> None: ...
+        def remove(self, directory: str, touched: Touched) -> None: ...
+
+    async with looked_after(directory, Deaf()) as kept:
+        care = kept._integrity_monitor
+        assert care is not None
+
+        def foreign(cache: Cache) -> list[str]:
+            nonlocal scans
+            scans += 1
+            found = verify.foreign(cache)
+            if scans == 1:
+                (directory / "tasks/task_1.json").write_bytes(b"altered behind it\n")
+                loop.call_soon_threadsafe(care.touched, None)
+            return found
+
+        monkeypatch.setattr(integrity_monitor, "foreign", foreign)
+        care.touched(None)
+        await until(lambda: scans > 0)
+        await equal(directory, server)
 
 
 async def test_a_defect_does_not_end_the_care(

@@ -8,6 +8,7 @@ fingerprints are from this boot, else by a comparison with the server's manifest
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import random
 import time
@@ -192,6 +193,19 @@ class IntegrityMonitor:
 
     async def _scan(self) -> None:
         """Check the times of all files."""
+        self._scan_at = math.inf
+        try:
+            await self._check_all()
+        except BaseException:
+            self._scan_at = 0.0
+            raise
+        interval_s = RESCAN_S
+        if self._watching.trouble is not None:
+            interval_s = min(RESCAN_S, max(_MIN_RESCAN_S, self._scan_cost_s * _RESCAN_SHARE))
+        if self._scan_at == math.inf:  # else a report came, perhaps of a file that was checked before
+            self._scan_at = time.monotonic() + interval_s * random.uniform(0.8, 1.2)  # noqa: S311 - spreads load only
+
+    async def _check_all(self) -> None:
         async with self._turn:
             began = time.monotonic()
             for path in await asyncio.to_thread(foreign, self._cache):
@@ -202,10 +216,6 @@ class IntegrityMonitor:
             if not self._cache.is_whole():
                 await self._connection.carry_out(await self._replicator.heal([]))
         self._scan_cost_s = time.monotonic() - began
-        interval_s = RESCAN_S
-        if self._watching.trouble is not None:
-            interval_s = min(RESCAN_S, max(_MIN_RESCAN_S, self._scan_cost_s * _RESCAN_SHARE))
-        self._scan_at = time.monotonic() + interval_s * random.uniform(0.8, 1.2)  # noqa: S311 - spreads load, hides nothing
 
     def how(self) -> str:
         """Return the detection method in words."""

@@ -115,6 +115,7 @@ class Replicator:
         """Parts of files received: shows that a long fill advances."""
         self._stored: Signature | None = None
         self._saved_at = 0.0  # monotonic
+        self._is_unsaved = False  # whether files have arrived since
         self._resync_lock = contextlib.AsyncExitStack()
         self._resyncing = False
         self._to_fetch = 0
@@ -168,6 +169,7 @@ class Replicator:
                 outcome = await self._receive(frames)
             except BaseException as error:
                 self.trouble = error if isinstance(error, StorageError) else None
+                self._is_unsaved = False
                 self.replica.disconnected()  # its state may be ahead of the files now
                 raise
             finally:
@@ -186,7 +188,8 @@ class Replicator:
         for frame in frames:
             save |= await self._perform(self.replica.receive(frame), outcome)
         if save:
-            if not self._may_save_later(frames):
+            self._is_unsaved = self._may_save_later(frames)
+            if not self._is_unsaved:
                 self._save()
             outcome.applied = True
         for frame in frames:
@@ -199,6 +202,9 @@ class Replicator:
     async def disconnected(self) -> None:
         """End the session; unfinished work restarts from the stored state."""
         async with self._mutex:
+            if self._is_unsaved:
+                with contextlib.suppress(StorageError):
+                    await self._save_at_end()
             self.replica.disconnected()
             self._fail_comparison()
             self._resyncing = False
@@ -208,6 +214,12 @@ class Replicator:
             await self._resync_lock.aclose()
         with contextlib.suppress(StorageError):
             await self.store_age()
+
+    async def _save_at_end(self) -> None:
+        async with self.cache.locked(_STORE_AGE_TIMEOUT_S):
+            self._is_unsaved = False
+            if not self._changed_by_others():
+                self._save()
 
     async def store_known(self) -> None:
         if self.cache.known.is_complete and self.cache.is_there():
