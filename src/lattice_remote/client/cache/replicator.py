@@ -202,16 +202,18 @@ class Replicator:
     async def disconnected(self) -> None:
         """End the session; unfinished work restarts from the stored state."""
         async with self._mutex:
-            if self._is_unsaved:
-                with contextlib.suppress(StorageError):
-                    await self._save_at_end()
-            self.replica.disconnected()
-            self._fail_comparison()
-            self._resyncing = False
-            self.rescue_policy.reason = RESTORED
-            self.files.misfits.clear()
-            self.cache.forget_parts()
-            await self._resync_lock.aclose()
+            try:
+                if self._is_unsaved:
+                    with contextlib.suppress(StorageError):
+                        await self._save_at_end()
+            finally:
+                self.replica.disconnected()
+                self._fail_comparison()
+                self._resyncing = False
+                self.rescue_policy.reason = RESTORED
+                self.files.misfits.clear()
+                self.cache.forget_parts()
+                await self._resync_lock.aclose()
         with contextlib.suppress(StorageError):
             await self.store_age()
 
