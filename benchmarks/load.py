@@ -125,16 +125,21 @@ def restart(options: argparse.Namespace) -> Iterator[Figure]:
 
 def tasks(options: argparse.Namespace) -> Iterator[Figure]:
     with Sandbox() as sandbox:
-        server = sandbox.server()
-        server.project()
-        server.start()
-        token = server.token("human:ana", "agent:*")
-        asyncio.run(_first_task(server, token))
-        server.stop()
-        fill(server.lattice_dir(), options.tasks)
+        server, token = _stopped_large_project(sandbox, options.tasks)
         yield Figure("tasks, each with log, snapshot and plan", options.tasks, "")
         yield from _large_project(sandbox, server, token)
         yield from _busy_log(server, token)
+
+
+def _stopped_large_project(sandbox: Sandbox, count: int) -> tuple[Server, str]:
+    server = sandbox.server()
+    server.project()
+    server.start()
+    token = server.token("human:ana", "agent:*")
+    asyncio.run(_first_task(server, token))
+    server.stop()
+    fill(server.lattice_dir(), count)
+    return server, token
 
 
 def _large_project(sandbox: Sandbox, server: Server, token: str) -> Iterator[Figure]:
@@ -216,13 +221,7 @@ def _busy_log(server: Server, token: str) -> Iterator[Figure]:
 def page(options: argparse.Namespace) -> Iterator[Figure]:
     """Show the large project in a browser, from the server and by plain ``lattice dashboard``, in turns."""
     with Sandbox() as sandbox:
-        server = sandbox.server()
-        server.project()
-        server.start()
-        token = server.token("human:ana", "agent:*")
-        asyncio.run(_first_task(server, token))
-        server.stop()
-        fill(server.lattice_dir(), options.tasks)
+        server, token = _stopped_large_project(sandbox, options.tasks)
         plain = sandbox.client("plain")
         shutil.copytree(server.lattice_dir(), plain.lattice_dir)
         server.start()

@@ -90,10 +90,10 @@ class Account:
                 self.defects.append(f"a traceback from {shown}: {said}")
             if done.returncode:
                 self.errors.append(f"{shown}: {said[:300]}")
-                # A launcher whose warm process was killed runs the command again, which prints its error again.
-                printed = dict.fromkeys(done.stderr.splitlines())
-                lines = [line for line in printed if not line.startswith("lattice-remote: ")]
-                if len(lines) > 1:
+                lines = [line for line in done.stderr.splitlines() if not line.startswith("lattice-remote: ")]
+                # A launcher whose warm process was killed runs the command again, which prints the same error again.
+                is_repeated = len(lines) == 2 and lines[0] == lines[1]
+                if len(lines) > 1 and not is_repeated:
                     self.defects.append(f"an error of {len(lines)} lines from {shown}: {said}")
             if effect is None:
                 return

@@ -239,8 +239,6 @@ def is_being_written(place: str) -> bool:
 
 
 _EDITED_DIRECTORIES = ("plans", "notes")
-_TICK_NS = 50_000_000
-"""Two writes within a clock tick leave the same times: younger files are read, not recognised."""
 
 
 class Edits:
@@ -267,8 +265,7 @@ class Edits:
         base = self.base(path)
         if self._cache.read(path) != base or self.unanswered.may_replace(path, base):
             return True
-        if time.time_ns() - signature[3] > _TICK_NS:
-            self._cache.known.settle_text(path, signature)
+        self._cache.known.settle_text(path, signature)
         return False
 
     def is_in_use(self, path: str) -> bool:

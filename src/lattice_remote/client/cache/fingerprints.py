@@ -12,6 +12,7 @@ until a reboot: a power cut changes content without times and size.
 import contextlib
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
 
 from lattice_remote.client.config import PRIVATE_DIRECTORY
@@ -22,6 +23,8 @@ __all__ = ["STORED", "WRITTEN_LOG", "Fingerprints", "Signature"]
 WRITTEN_LOG = f"{PRIVATE_DIRECTORY}/written"
 STORED = f"{PRIVATE_DIRECTORY}/known.json"
 _MAX_LOG_BYTES = 256 * 1024
+_TICK_NS = 50_000_000
+"""Two writes within a clock tick leave the same times."""
 
 
 class Fingerprints:
@@ -69,11 +72,14 @@ class Fingerprints:
         return path in self._settled
 
     def settle_text(self, path: str, found: Signature | None) -> None:
-        """Record that a plan or notes equals its base, or with None that this is unknown."""
+        """Record that a plan or notes equals its base, or with None that this is unknown.
+
+        A file that was just written is read again the next time: a further write would leave the same times.
+        """
         if found is None:
             self._settled.pop(path, None)
             self._settled_before.pop(path, None)
-        else:
+        elif time.time_ns() - found[3] > _TICK_NS:
             self._settled[path] = _mark(found)
 
     def note(self, path: str, found: Signature | None) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import time
 
 from lattice_remote.client.cache.cache import BASE_DIRECTORY, Cache, storage_errors
 from lattice_remote.files import SAFE, signature_of, write_all
@@ -10,9 +9,6 @@ from lattice_remote.protocol.messages import Part
 from lattice_remote.protocol.paths import is_editable
 
 __all__ = ["FirstFill"]
-
-_TICK_NS = 50_000_000
-"""Two writes within a clock tick may leave the same times."""
 
 
 class FirstFill:
@@ -52,8 +48,7 @@ class FirstFill:
         while self._directories:
             os.close(self._directories.popitem()[1])
         for path, status in self._texts.items():
-            if time.time_ns() - status.st_ctime_ns > _TICK_NS:
-                self._cache.known.settle_text(path, signature_of(status))
+            self._cache.known.settle_text(path, signature_of(status))
         self._texts.clear()
 
     def _create(self, path: str, data: bytes) -> os.stat_result | None:
