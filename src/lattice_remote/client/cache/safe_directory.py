@@ -73,10 +73,10 @@ class Quota:
         self._unseen += size
         self._unchecked += size
         if self._unchecked > _MIB:  # the limit is in MiB, and stored in a file
-            self._unchecked = 0
             if self._unseen > min(_STEP_BYTES, self._limit()):
                 self.require(_bytes_below(self._root) + size)
                 self._unseen = 0
+            self._unchecked = 0  # not before: each write after a refusal is measured
 
 
 def _bytes_below(root: str) -> int:
