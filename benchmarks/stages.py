@@ -25,7 +25,7 @@ WORKER = {
     "known ids, fingerprint": [
         "server.journal.journal:Journal.find",
         "server.worker.dispatcher:_with_fingerprint",
-        "server.worker.dispatcher:Worker._require_new",
+        "server.worker.dispatcher:Dispatcher._require_new",
     ],
     "policy": ["server.worker.dispatcher:parse", "server.worker.dispatcher:describe_command"],
     "Click": ["server.worker.executor:Executor.run"],
@@ -46,7 +46,7 @@ WORKER = {
     "encode change and reply": ["server.worker.store:_encode_change", "server.worker.dispatcher:_reply"],
     "journal": ["server.journal.journal:Journal.append", "server.journal.ids:ChangeIds.make"],
     "commit, the rest": ["server.worker.store:Store.commit"],
-    "dispatcher, the rest": ["server.worker.dispatcher:Worker.handle"],
+    "dispatcher, the rest": ["server.worker.dispatcher:Dispatcher.handle"],
     "(beside) fsync": ["server.journal.journal:sync"],
     "(beside) committer": ["server.journal.journal:Committer._commit"],
 }

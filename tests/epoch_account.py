@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from lattice_remote.server.journal.copies import place_of
+from lattice_remote.server.journal.repair import place_of
 from lattice_remote.server.journal.segment import JournalReader
 from lattice_remote.server.maintenance.fsck_project import check_journal
 from observer import Observer

@@ -270,10 +270,10 @@ def rename_project(
 
     Example: lattice-remote project rename web site
     """
-    from lattice_remote.server.maintenance import transfer
+    from lattice_remote.server.maintenance import project_commands
 
     target = _data(context, data)
-    tokens = transfer.rename_project(target, slug, name)
+    tokens = project_commands.rename_project(target, slug, name)
     target.admin_log.record("project rename", slug, name=name)
     typer.echo(f"{slug} is now called {name}; {counted(tokens, 'token')} updated.")
     typer.echo(f"On each client, run: lattice remote set-url origin URL --project {name}", err=True)
@@ -285,10 +285,10 @@ def archive_project(context: typer.Context, slug: Slug, data: DataOption = None)
 
     Example: lattice-remote project archive web
     """
-    from lattice_remote.server.maintenance import transfer
+    from lattice_remote.server.maintenance import project_commands
 
     target = _data(context, data)
-    transfer.archive_project(target, slug)
+    project_commands.archive_project(target, slug)
     target.admin_log.record("project archive", slug)
     typer.echo(f"Archived {slug}; restore it with: lattice-remote project unarchive {slug}")
 
@@ -299,10 +299,10 @@ def unarchive_project(context: typer.Context, slug: Slug, data: DataOption = Non
 
     Example: lattice-remote project unarchive web
     """
-    from lattice_remote.server.maintenance import transfer
+    from lattice_remote.server.maintenance import project_commands
 
     target = _data(context, data)
-    transfer.unarchive_project(target, slug)
+    project_commands.unarchive_project(target, slug)
     target.admin_log.record("project unarchive", slug)
     typer.echo(f"{slug} is back.")
 
@@ -320,14 +320,14 @@ def delete_project(
 
     Example: lattice-remote project delete web
     """
-    from lattice_remote.server.maintenance import transfer
+    from lattice_remote.server.maintenance import project_commands
 
     if confirm is None and sys.stdin.isatty():
         confirm = typer.prompt(f"This deletes {slug} for all users. Type its name")
     if confirm != slug:
         raise Misuse("nothing was deleted: name the project a second time, with --confirm SLUG")
     target = _data(context, data)
-    place, tokens = transfer.delete_project(target, slug)
+    place, tokens = project_commands.delete_project(target, slug)
     target.admin_log.record("project delete", slug, moved_to=str(place))
     typer.echo(f"Deleted {slug}; {counted(tokens, 'token')} lost it. Its files are in {place} until you remove them.")
 
@@ -399,10 +399,10 @@ def import_project(  # noqa: PLR0917 - Typer calls it
 
     Example: lattice-remote import --from ~/src/web --project web
     """
-    from lattice_remote.server.maintenance import transfer
+    from lattice_remote.server.maintenance import project_commands
 
     target = _data(context, data)
-    report = transfer.import_project(target, project, source, keep_hooks=keep_hooks, dry_run=dry_run)
+    report = project_commands.import_project(target, project, source, keep_hooks=keep_hooks, dry_run=dry_run)
     if not dry_run:
         target.admin_log.record("import", project, source=str(source.absolute()))
     if as_json:
@@ -429,9 +429,9 @@ def export_project(
 
     Example: lattice-remote export web ~/src/web
     """
-    from lattice_remote.server.maintenance import transfer
+    from lattice_remote.server.maintenance import project_commands
 
-    exported = transfer.export_project(_data(context, data), slug, directory)
+    exported = project_commands.export_project(_data(context, data), slug, directory)
     if as_json:
         _print_json(exported)
     else:

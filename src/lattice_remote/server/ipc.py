@@ -56,7 +56,7 @@ class _Message(msgspec.Struct, frozen=True, tag_field="type"):
 # --- to the worker ---
 
 
-class RunCommand(_Message, frozen=True, tag="execute"):
+class RunCommand(_Message, frozen=True, tag="command"):
     """Run this command line for the holder of this token, once for this id (I6).
 
     Attributes:
@@ -81,7 +81,7 @@ class RunCommand(_Message, frozen=True, tag="execute"):
     fingerprint: bytes = b""
 
 
-class RunCall(_Message, frozen=True, tag="invoke"):
+class RunCall(_Message, frozen=True, tag="call"):
     """Run an operation of a surface for the holder of this token, once for this id (I6); see ``CallRequest``.
 
     Other fields as in ``RunCommand``.
@@ -118,7 +118,7 @@ class Edit(_Message, frozen=True, tag="edit"):
     fingerprint: bytes = b""
 
 
-class ImportProject(_Message, frozen=True, tag="adopt"):
+class ImportProject(_Message, frozen=True, tag="import"):
     """Put a checked project in place of this one, if this one is empty, and exit; the next worker completes it.
 
     ``candidate`` is its directory, relative to the project's; "" if it is gone: the request is answered as before, or
@@ -149,7 +149,7 @@ class NewEpoch(_Message, frozen=True, tag="new-epoch"):
     reason: str
 
 
-class AbandonRequest(_Message, frozen=True, tag="settle"):
+class AbandonRequest(_Message, frozen=True, tag="abandon"):
     """Answer from the journal, else with this refusal, a request that ended its worker.
 
     Its partial effects were undone when the worker started (I6).
@@ -167,13 +167,14 @@ class Stop(_Message, frozen=True, tag="stop"):
 
 def asked_by(request: RunCommand | RunCall | Edit) -> tuple[object, ...]:
     """Return the fields that identify a request: two with the same id and other fields differ (I6)."""
+    tag = request.__struct_config__.tag
     match request:
         case RunCommand():
-            return ("execute", request.argv, request.files)
+            return (tag, request.argv, request.files)
         case RunCall():
-            return ("invoke", request.surface, request.name, request.payload, request.files)
+            return (tag, request.surface, request.name, request.payload, request.files)
         case Edit():
-            return ("edit", request.path, request.base, request.base_digest, request.text)
+            return (tag, request.path, request.base, request.base_digest, request.text)
 
 
 ToWorker = RunCommand | RunCall | Edit | ImportProject | Reconcile | NewEpoch | AbandonRequest | Stop

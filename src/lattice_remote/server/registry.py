@@ -18,7 +18,7 @@ from lattice_remote.server.auth import Authenticator, Login, bearer
 from lattice_remote.server.config import Config
 from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.locks import closed_because
-from lattice_remote.server.maintenance.transfer import finish_renames
+from lattice_remote.server.maintenance.project_commands import finish_renames
 from lattice_remote.server.project.connection import ClientConnection
 from lattice_remote.server.project.hooks import HookRunner
 from lattice_remote.server.project.metrics import Metrics

@@ -17,7 +17,7 @@ from lattice_remote.errors import Misuse
 from lattice_remote.files import frames
 from lattice_remote.server.cli import app
 from lattice_remote.server.datadir import DataDir
-from lattice_remote.server.journal.copies import place_of
+from lattice_remote.server.journal.repair import place_of
 from lattice_remote.server.journal.segment import segment_paths
 from lattice_remote.server.locks import lock
 from lattice_remote.server.maintenance import fsck_project

@@ -17,7 +17,7 @@ from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.ipc import ImportProject
 from lattice_remote.server.locks import closed_because, closing
 from lattice_remote.server.maintenance.fsck import chosen, fsck
-from lattice_remote.server.maintenance.transfer import (
+from lattice_remote.server.maintenance.project_commands import (
     archive_project,
     delete_project,
     export_project,

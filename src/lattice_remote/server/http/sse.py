@@ -20,7 +20,7 @@ from lattice_remote.protocol.messages import Bye, Change
 from lattice_remote.server.http.auth import RequestContext, request_context
 from lattice_remote.server.http.change_events import EventId, Wanted, block, blocks, events_of, position_block
 from lattice_remote.server.project.file_reader import PIECE_BYTES, read_content
-from lattice_remote.server.project.positions import Start, find_start
+from lattice_remote.server.project.history import Start
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.transport.api_error import ApiError
 from lattice_remote.server.transport.websocket import PlainHttp, payload_of
@@ -269,9 +269,9 @@ class EventStream:
 
     async def _find_start(self) -> Start:
         if self._asked is None:
-            return await find_start(self._project)
+            return await self._project.find_start()
         asked = self._asked.position
-        return await find_start(self._project, asked.epoch, asked.seq, asked.mark)
+        return await self._project.find_start(asked.epoch, asked.seq, asked.mark)
 
     def _begin(self, start: Start) -> None:
         had, seq = self._asked.events if self._asked is not None else None, start.position.seq

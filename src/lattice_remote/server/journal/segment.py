@@ -53,7 +53,7 @@ class Record(msgspec.Struct, frozen=True, tag="record", omit_defaults=True):
         seq, mark: the head's after this record.
         id: empty if no retry may ask for the reply.
         moved: contents of files that the change only moved: a copy of a live project may have them in neither place
-            (``copies.py``). Without a change, a content before a command destroys it.
+            (``repair.py``). Without a change, a content before a command destroys it.
         fingerprint: a digest of the request.
         is_keyed: the id is the caller's key, so that a repetition does not say when it was first sent.
     """
@@ -110,7 +110,7 @@ def segment_paths(directory: Path) -> list[Path]:
 
 
 def list_beside(segment: Path) -> Path:
-    """Return the path of the manifest at a segment's start, for ``copies.py``."""
+    """Return the path of the manifest at a segment's start, for ``repair.py``."""
     return segment.with_suffix(".files")
 
 

@@ -65,7 +65,6 @@ from lattice_remote.server.ipc import Edit, RunCall, RunCommand
 from lattice_remote.server.project.file_reader import PIECE_BYTES, FileSender
 from lattice_remote.server.project.history import REPLAY_BYTES, CommitTimes, History
 from lattice_remote.server.project.metrics import ProjectMetrics
-from lattice_remote.server.project.positions import can_continue, find_start
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.tokens import READ_ONLY, Token
 from lattice_remote.server.transport.response_budget import COUNTED_BYTES
@@ -155,7 +154,7 @@ def _read(path: Path, offset: int, size: int) -> bytes:
 async def replay(request: Replay, project: Project) -> Replayed:
     """Return about ``REPLAY_BYTES`` of the changes after a position."""
     history = project.history
-    outcome, position = await find_start(project, request.epoch, request.seq, request.mark)
+    outcome, position = await project.find_start(request.epoch, request.seq, request.mark)
     batch = await history.changes_after(position.seq) if outcome == "kept" else []
     if history.epoch != position.epoch:
         outcome, batch = "epoch", []
@@ -315,7 +314,7 @@ class ClientConnection:
         self._capabilities = frozenset(hello.capabilities)
         await project.opened()
         position = Position(hello.epoch, hello.seq, hello.mark)
-        continues = hello.follow and await can_continue(project, position)
+        continues = hello.follow and await project.can_continue(position)
         is_lost = hello.follow and not continues and await project.history.lacks(position)
         continues = continues and hello.epoch == project.history.epoch  # the epoch may have changed while reading
         if project.failure is not None:  # failed before this connection joined the subscribers

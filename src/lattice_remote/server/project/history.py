@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from itertools import batched, islice
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -23,7 +23,7 @@ from lattice_remote.server.journal.ids import ChangeIds
 from lattice_remote.server.journal.segment import JournalReader
 from lattice_remote.server.transport.websocket import websocket_frame
 
-__all__ = ["REPLAY_BYTES", "CommitTimes", "Content", "History", "Recent", "Subscriber"]
+__all__ = ["REPLAY_BYTES", "CommitTimes", "Content", "History", "Recent", "Start", "Subscriber"]
 
 
 class Recent:
@@ -74,6 +74,15 @@ REPLAY_BYTES = 1024 * 1024
 _MAX_FORMER = 1000
 
 Content = tuple[int, bytes]
+
+
+class Start(NamedTuple):
+    """Where a listener starts: it lacks the changes after ``position``."""
+
+    outcome: Literal["kept", "expired", "ahead", "epoch"]
+    """``kept``: they can be sent. Otherwise they have expired, the position is ahead of the head, or the position is
+    not in the present history."""
+    position: Position
 
 
 class Subscriber(Protocol):

@@ -18,8 +18,10 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from lattice_remote.errors import Rejected, StorageError
+from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import Bye, Refused, encode
 from lattice_remote.server.config import Config
 from lattice_remote.server.datadir import ProjectPaths
@@ -39,9 +41,8 @@ from lattice_remote.server.ipc import (
     WorkerFailed,
     asked_by,
 )
-from lattice_remote.server.project.history import CommitTimes, History
+from lattice_remote.server.project.history import CommitTimes, History, Start
 from lattice_remote.server.project.hooks import HookRunner
-from lattice_remote.server.project.imports import Pushes
 from lattice_remote.server.project.journal_log import LogReader
 from lattice_remote.server.project.metrics import Metrics, OutcomeListener, ProjectMetrics, RequestLog
 from lattice_remote.server.project.queue import (
@@ -51,7 +52,7 @@ from lattice_remote.server.project.queue import (
     RequestQueue,
 )
 from lattice_remote.server.project.reader_process import Readers
-from lattice_remote.server.project.uploads import Uploads
+from lattice_remote.server.project.uploads import Pushes, Uploads
 from lattice_remote.server.project.worker_process import WORKER_COMMAND, WorkerProcess
 
 __all__ = ["Load", "Project", "stopping"]
@@ -307,6 +308,51 @@ class Project:
             self._open.clear()
             self._enqueue(QueuedRequest(NewEpoch(reason)))
         await self.opened()
+
+    async def _is_in_history(self, position: Position) -> bool | None:
+        """Return whether a position belongs to the history; None if its change is no longer kept.
+
+        A genuine one outside proves a rollback and starts a new epoch (I7).
+        """
+        history = self.history
+        if position.epoch != history.epoch:
+            return False
+        known = await history.mark_at(position.seq) if position.seq <= history.head else b""
+        if known is None or (known == position.mark and position.seq <= history.head):
+            return None if known is None else True
+        if await history.is_genuine(position):
+            why = f"a client has seen another change {position.seq}; the head is {history.head}"
+            await self.rollback_proved(position.epoch, why)
+        return False
+
+    async def can_continue(self, position: Position) -> bool:
+        """Return whether the changes after a client's position are kept."""
+        if not await self._is_in_history(position):
+            return False
+        return position.seq == self.history.head or position.seq + 1 >= self.history.oldest
+
+    async def find_start(self, epoch: str = "", seq: int | None = None, mark: bytes = b"") -> Start:
+        """Return where a listener starts that knows change ``seq``; None: the head. Does not yield after its last look.
+
+        Without a change id the position is a user's guess: it gets the changes after that number in the current
+        history.
+        """
+        history = self.history
+        current, is_known = history.epoch, True
+        if seq is not None and mark:
+            is_known = await self._is_in_history(Position(epoch, seq, mark)) is not False
+        elif seq is not None and seq <= history.head:
+            mark = await history.mark_at(seq) or b""
+        if seq is None:
+            seq, mark = history.head, history.mark
+        outcome: Literal["kept", "expired", "ahead", "epoch"]
+        if history.epoch != current or epoch not in ("", current) or (not is_known and seq <= history.head):
+            outcome = "epoch"
+        elif seq > history.head:
+            outcome = "ahead"
+        else:
+            outcome = "kept" if seq == history.head or seq + 1 >= history.oldest else "expired"
+        return Start(outcome, Position(history.epoch, seq, mark if outcome == "kept" else b""))
 
     # --- the queue ---
 

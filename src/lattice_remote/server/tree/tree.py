@@ -114,7 +114,7 @@ class FileState(msgspec.Struct, frozen=True, array_like=True):
 class ManifestFile(msgspec.Struct, frozen=True):
     """All files at (``epoch``, ``seq``). ``clean``: the worker stopped in order and nothing ran after it.
 
-    ``place`` identifies the journal directory, see ``copies.place_of``.
+    ``place`` identifies the journal directory, see ``journal.repair.place_of``.
     """
 
     epoch: str

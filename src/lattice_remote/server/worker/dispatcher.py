@@ -52,7 +52,7 @@ from lattice_remote.server.worker.project_import import decide, is_adopting, req
 from lattice_remote.server.worker.store import ChangeOrigin, ChangeTooLarge, OutsideChange, Store, server_origin
 from lattice_remote.textmerge import merge_text
 
-__all__ = ["Editor", "Transaction", "TransactionRunner", "Worker"]
+__all__ = ["Dispatcher", "Editor", "Transaction", "TransactionRunner"]
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ _MAX_RERUN_S = 10.0
 """Time after which a request disturbed by other programs does not run again."""
 
 
-class Worker:
+class Dispatcher:
     """Executor of the server's requests.
 
     Args:

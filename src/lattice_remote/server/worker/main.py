@@ -25,7 +25,7 @@ from lattice_remote.server.ipc import ReceivedFrames, ToWorker, WorkerFailed
 from lattice_remote.server.journal.journal import CommitJob, Committer, Retention
 from lattice_remote.server.logging import FORMAT_VARIABLE, LEVEL_VARIABLE, log_to_stderr
 from lattice_remote.server.tree.tree import SyncFailed
-from lattice_remote.server.worker.dispatcher import Worker
+from lattice_remote.server.worker.dispatcher import Dispatcher
 from lattice_remote.server.worker.executor import Executor
 from lattice_remote.server.worker.policy import not_of_plugins
 from lattice_remote.server.worker.recovery import open_store
@@ -114,15 +114,15 @@ def _serve(
         make_id=store.make_id,
         locks=store.locks,
     )
-    worker = Worker(project, scratch, store, executor, committer, plugin_commands=plugin_commands)
-    worker.ready(
+    dispatcher = Dispatcher(project, scratch, store, executor, committer, plugin_commands=plugin_commands)
+    dispatcher.ready(
         opened.notes + [_UNKNOWN_PLUGIN_COMMAND.format(name) for name in not_of_plugins(executor.cli, plugin_commands)]
     )
     gc.collect()
     gc.freeze()  # exempt the loaded modules from collection
     requests = ReceivedFrames(connection)
     for frame in requests:
-        goes_on = worker.handle(_decoder.decode(frame))
+        goes_on = dispatcher.handle(_decoder.decode(frame))
         # While half of the requests are committed and answered, the other half keeps this thread busy.
         if committer.waiting >= len(requests) and committer.waiting >= requests.arrived():
             committer.flush()

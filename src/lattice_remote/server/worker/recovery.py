@@ -14,9 +14,8 @@ from pathlib import Path
 
 from lattice_remote.protocol.operations import PutFile
 from lattice_remote.server.journal.contents import Contents, counterpart, derive, is_snapshot, log_of
-from lattice_remote.server.journal.copies import is_copied, repair_copy
 from lattice_remote.server.journal.journal import Committer, Journal, Retention
-from lattice_remote.server.journal.repair import Repair, differing, parsed
+from lattice_remote.server.journal.repair import Repair, differing, is_copied, parsed, repair_copy
 from lattice_remote.server.journal.segment import JournalReader, remove_segments
 from lattice_remote.server.tree.capture import Capture
 from lattice_remote.server.tree.tree import FileState, ManifestFile, ProjectTree, TreeDiff, load_manifest

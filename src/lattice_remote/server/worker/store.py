@@ -39,10 +39,9 @@ from lattice_remote.server.ipc import (
     ResultStats,
 )
 from lattice_remote.server.journal.contents import is_snapshot
-from lattice_remote.server.journal.copies import place_of
 from lattice_remote.server.journal.ids import make_id
 from lattice_remote.server.journal.journal import CommitJob, Committer, Journal
-from lattice_remote.server.journal.repair import files_of_task, grown_tasks, repair_task
+from lattice_remote.server.journal.repair import files_of_task, grown_tasks, place_of, repair_task
 from lattice_remote.server.journal.segment import Record, list_beside, remove_segments
 from lattice_remote.server.tree.capture import AccessLog, Capture, Replacement
 from lattice_remote.server.tree.tree import (

@@ -13,7 +13,10 @@ from starlette.responses import Response
 
 from lattice_remote.errors import Rejected
 from lattice_remote.server.http.middleware import cancel_on_disconnect
-from lattice_remote.server.http.rest.commands import (
+from lattice_remote.server.http.rest.endpoint import (
+    Endpoint,
+    EndpointRequest,
+    Nothing,
     Provenance,
     envelope_response,
     options,
@@ -23,7 +26,6 @@ from lattice_remote.server.http.rest.commands import (
     with_position,
     write,
 )
-from lattice_remote.server.http.rest.endpoint import Endpoint, EndpointRequest, Nothing
 from lattice_remote.server.http.writes import call
 from lattice_remote.server.ipc import ReadResult
 

@@ -10,17 +10,21 @@ from starlette.responses import RedirectResponse, Response
 
 from lattice_remote.errors import Rejected
 from lattice_remote.server.http.middleware import wants_page
-from lattice_remote.server.http.rest.commands import (
+from lattice_remote.server.http.rest.endpoint import (
     Author,
+    Endpoint,
+    EndpointRequest,
+    Nothing,
+    PageQuery,
     Provenance,
     options,
     output_response,
+    page_of,
     read,
     read_output,
     write,
     write_together,
 )
-from lattice_remote.server.http.rest.endpoint import Endpoint, EndpointRequest, Nothing, PageQuery, page_of
 from lattice_remote.server.transport.api_error import ApiError
 
 __all__ = ["endpoints"]

@@ -19,8 +19,17 @@ from starlette.responses import Response
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.messages import MAX_LOG_ENTRIES, Log, LogPage, ReadVersion, Refused, Stored, Version
 from lattice_remote.protocol.operations import digest_of
-from lattice_remote.server.http.rest.commands import envelope_response, read_output, with_position
-from lattice_remote.server.http.rest.endpoint import Endpoint, EndpointRequest, Nothing, PageQuery, Query, header_of
+from lattice_remote.server.http.rest.endpoint import (
+    Endpoint,
+    EndpointRequest,
+    Nothing,
+    PageQuery,
+    Query,
+    envelope_response,
+    header_of,
+    read_output,
+    with_position,
+)
 from lattice_remote.server.http.writes import edit
 from lattice_remote.server.project.file_reader import text_at_head
 from lattice_remote.server.project.journal_log import TextKind
