@@ -53,7 +53,7 @@ ROUNDS ?= 200
 claims: venv  ## Let 32 processes race for one task, round after round: one winner each (ROUNDS=200)
 	@$(PYTHON_VENV) tests/claims.py --rounds $(ROUNDS)
 
-load: venv  ## Measure with hundreds of clients, stalled ones, concurrent writers, a restart, 10,000 tasks
+load: venv  ## Measure the fan-out to 1,000 clients, then with hundreds of clients, stalled ones, concurrent writers, a restart, 10,000 tasks
 	@$(PYTHON_VENV) benchmarks/load.py $(ARGS)
 
 COPIES ?= 50

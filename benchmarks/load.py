@@ -1,4 +1,4 @@
-"""Many clients, slow clients, many writers, many tasks, a restart: what one server does then, within stated bounds.
+"""One server with many clients, slow ones, many writers, many tasks, and after a restart, within stated bounds.
 
 ``make load`` runs all groups in some ten minutes and ends by itself; name groups to run some: ``python
 benchmarks/load.py stalled restart``. Exits 1 when a bound is broken. What is compared is measured in one run.
@@ -33,6 +33,7 @@ from board_page import (  # noqa: E402
     server_processes,
 )
 from dashboards import free_port  # noqa: E402
+from fanout import Rate, commit_to_file, fan_out  # noqa: E402
 
 from browser import chromium  # noqa: E402
 from load_scenarios import (  # noqa: E402
@@ -292,7 +293,40 @@ def _wait_until_equal(client: Client, server: Server) -> None:
     wait_for(lambda: not differences(client.lattice_dir, server.lattice_dir()), "the cache to equal the server", 60)
 
 
-GROUPS = {"stalled": stalled, "writers": writers, "restart": restart, "tasks": tasks, "page": page}
+def fanout(options: argparse.Namespace) -> Iterator[Figure]:
+    """Changes to many clients beside ``websockets.broadcast`` and a Starlette stream, and from a commit to a file."""
+
+    def figures(name: str, rounds: list[Rate]) -> Iterator[Figure]:
+        yield Figure(name, median([each.per_second for each in rounds]), "/s")
+        yield Figure("processor time of the server for each", median([each.processor_us for each in rounds]), "us")
+
+    kinds = {"websocket": "websockets.broadcast", "sse": "Starlette's streaming response"}
+    for kind, plain in kinds.items():
+        clients, stalled, changes = options.listeners, options.stalled, options.changes
+        with Sandbox() as sandbox:
+            done = fan_out(sandbox, kind, clients=clients, stalled=stalled, changes=changes, rounds=options.rounds)
+        yield Figure(f"clients by {kind}", clients, "")
+        yield from figures(f"messages a second, {plain}", done.plain)
+        yield from figures("the same bytes as changes", done.ours)
+        yield at_least("the same, as a ratio", done.ratio(done.ours), "x", 0.8)
+        yield from figures(f"the same, {stalled} of the clients stalled", done.beside_stalled)
+        yield at_least("the same, as a ratio", done.ratio(done.beside_stalled), "x", 0.75)
+        yield at_most("growth of server and worker beside the stalled", done.growth_mib, "MiB", 20.0 * stalled)
+    with Sandbox() as sandbox:
+        delay = commit_to_file(sandbox, clients=options.writers, seconds=options.seconds)
+    yield Figure("clients that follow and write once a second", options.writers, "")
+    yield at_most("from the server's file, before its fsync, to a cache's file, p50", delay.p50, "ms", 5)
+    yield at_most("the same, p99", delay.p99, "ms", 50)
+
+
+GROUPS = {
+    "fanout": fanout,
+    "stalled": stalled,
+    "writers": writers,
+    "restart": restart,
+    "tasks": tasks,
+    "page": page,
+}
 
 
 def main() -> int:
@@ -302,6 +336,9 @@ def main() -> int:
         epilog="example: make load ARGS='tasks --tasks 2000 --json'",
     )
     parser.add_argument("groups", nargs="*", choices=[*GROUPS, []], help="which to run (default: all)")
+    parser.add_argument("--listeners", type=int, default=1000, help="of the fan-out (default: %(default)s)")
+    parser.add_argument("--changes", type=int, default=100, help="sent to them in a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of the fan-out (default: %(default)s)")
     parser.add_argument("--clients", type=int, default=500, help="that follow at once (default: %(default)s)")
     parser.add_argument("--stalled", type=int, default=5, help="of them, that stop reading (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=20, help="that a pace is measured (default: %(default)s)")

@@ -8,6 +8,7 @@ import base64
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import cast
 from urllib.parse import urlsplit
 
 from lattice_remote.protocol.messages import (
@@ -33,7 +34,7 @@ class Listener(asyncio.Protocol):
         self._received = bytearray()
         self._greeted = False
         self._last = b""
-        self._transport: asyncio.Transport
+        self.transport: asyncio.Transport
         self.frames = 0
         """How many messages have come."""
         self.is_lost = False
@@ -51,9 +52,8 @@ class Listener(asyncio.Protocol):
     # --- asyncio.Protocol ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.write(self._head)
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass of it
+        self.transport.write(self._head)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_lost = True
@@ -69,7 +69,7 @@ class Listener(asyncio.Protocol):
             del received[: end + 4]
             self._greeted = True
             hello = Hello([1], "listener", "", list(CAPABILITIES))
-            self._transport.write(_masked(2, encode(hello)))
+            self.transport.write(_masked(2, encode(hello)))
         start = 0
         while (end := _end_of_frame(received, start)) is not None:
             self._take(received[start] & 15, start, end)
@@ -81,13 +81,13 @@ class Listener(asyncio.Protocol):
             self.frames += 1
             self._last = bytes(self._received[_payload(self._received, start) : end])
         elif kind == _PING:
-            self._transport.write(_masked(_PONG, bytes(self._received[_payload(self._received, start) : end])))
+            self.transport.write(_masked(_PONG, bytes(self._received[_payload(self._received, start) : end])))
         elif kind == _CLOSE:
-            self._transport.abort()
+            self.transport.abort()
 
     def close(self) -> None:
         """End the connection at once."""
-        self._transport.abort()
+        self.transport.abort()
 
 
 def _payload(data: bytearray, start: int) -> int:
