@@ -1,10 +1,10 @@
 """Random changes of the guarding modules, one at a time: does a test notice? ``make mutants SEED=1 SECONDS=600``.
 
 The changes are made in a clone of the checkout below ``build/``, so the checkout is never touched. First the tests of
-``RECORDED`` run once, and the lines that each executes are recorded (``line_recorder.py``); the record is used again
-until a file changes. Each change is followed by the tests that execute its line, first those in the module's folder,
-until one fails. Survivors are printed, then the share that was noticed. ``mutants_equivalent.txt`` lists changes that
-no test can notice, each with the reason.
+``RECORDED`` run once, and the lines that each executes are recorded (``line_recorder.py``). A file of tests that
+changes is recorded again, and all of them if the package or what tests share changes. Each change is followed by the
+tests that execute its line, first those in the module's folder, until one fails. Survivors are printed, then the share
+that was noticed. ``mutants_equivalent.txt`` lists changes that no test can notice, each with the reason.
 """
 
 import argparse
@@ -60,7 +60,10 @@ RECORDED = [
     "client/test_agent_client.py",
     "client/test_guard.py",
     "client/test_routing.py",
+    "e2e/test_at_most_once.py",
     "e2e/test_errors.py",
+    "e2e/test_plugins.py",
+    "e2e/test_two_machines.py",
     "hostile/test_actors.py",
     "hostile/test_arguments.py",
     "hostile/test_malicious_server.py",
@@ -244,7 +247,7 @@ class Coverage(msgspec.Struct):
         near.sort(
             key=lambda test: (test not in covering, not test.startswith(f"tests/{folder}/"), self.durations[test])
         )
-        chosen, total_s = [], 0.0
+        chosen, total_s = list[str](), 0.0
         for test in near:
             total_s += self.durations[test]
             if len(chosen) == MAX_TESTS or (chosen and total_s > MAX_TESTS_S):
@@ -254,14 +257,19 @@ class Coverage(msgspec.Struct):
 
 
 def record(python: Path) -> Coverage:
-    """Run the tests once and return what they cover, or what an earlier run of the same files recorded."""
+    """Return what the tests cover. Run those that were not recorded as they are now."""
     stored, lines = CLONE / "coverage.json", CLONE / "lines"
-    contents = [path.read_bytes() for place in ("src", "tests") for path in sorted((CLONE / place).rglob("*.py"))]
-    digest = hashlib.sha256(b"\0".join(contents)).hexdigest()
+    shared, digests = _digests()
+    known, coverage = dict[str, str](), Coverage({}, {})
     if stored.exists():
-        found = msgspec.json.decode(stored.read_bytes(), type=tuple[str, Coverage])
-        if found[0] == digest:
-            return found[1]
+        found = msgspec.json.decode(stored.read_bytes(), type=tuple[str, dict[str, str], Coverage])
+        if found[0] == shared:
+            _, known, coverage = found
+    changed = {file for file in digests.keys() | known.keys() if digests.get(file) != known.get(file)}
+    if not changed:
+        return coverage
+    for name in {test for test in coverage.durations if test.partition("::")[0] in changed}:
+        del coverage.durations[name]
     print("recording which tests execute which lines", flush=True)
     shutil.rmtree(lines, ignore_errors=True)
     lines.mkdir()
@@ -271,16 +279,29 @@ def record(python: Path) -> Coverage:
     switch = packages / "line_recorder.pth"
     switch.write_text(f"{load}; line_recorder.begin({str(lines)!r}, {str(CLONE / PACKAGE) + os.sep!r})\n")
     try:
-        run_tests(python, ["-p", "line_recorder", *(f"tests/{place}" for place in RECORDED)], timeout_s=None)
+        run_tests(python, ["-p", "line_recorder", *sorted(changed & digests.keys())], timeout_s=None)
     finally:
         switch.unlink()
-    coverage = Coverage({}, durations(lines))
-    for test, executed in recorded(lines):
-        for line in executed if test in coverage.durations else ():
+    executed = {line: tests & coverage.durations.keys() for line, tests in coverage.tests.items()}
+    coverage = Coverage(executed, coverage.durations | durations(lines))
+    for test, its_lines in recorded(lines):
+        for line in its_lines if test in coverage.durations else ():
             coverage.tests.setdefault(line, set()).add(test)
-    stored.write_bytes(msgspec.json.encode((digest, coverage)))
+    stored.write_bytes(msgspec.json.encode((shared, digests, coverage)))
     shutil.rmtree(lines)
     return coverage
+
+
+def _digests() -> tuple[str, dict[str, str]]:
+    """Return a digest of the package and of what tests share, and that of each file of recorded tests."""
+    places = [CLONE / "tests" / place for place in RECORDED]
+    files = {file for place in places for file in ([place] if place.suffix else place.rglob("test_*.py"))}
+    sources = [path for place in ("src", "tests") for path in sorted((CLONE / place).rglob("*.py"))]
+    shared = b"\0".join(
+        path.read_bytes() for path in sources if not path.name.startswith("test_") and path.name != "mutants.py"
+    )
+    digests = {str(file.relative_to(CLONE)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return hashlib.sha256(shared).hexdigest(), digests
 
 
 def noticing_test(python: Path, mutant: Mutant, tests: list[str]) -> str | None:

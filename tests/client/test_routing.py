@@ -1,11 +1,16 @@
 """Where a command runs, and what travels with it."""
 
+import base64
+import io
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -13,7 +18,8 @@ from lattice.cli.main import cli
 
 from lattice_remote.client import attachments, routing
 from lattice_remote.client.attachments import INLINE_BYTES, CallersFiles, identity
-from lattice_remote.errors import Misuse
+from lattice_remote.client.config import UNPUSHED_FILE
+from lattice_remote.errors import ConnectionFailed, Misuse
 
 ROUTED = """create update status assign comment comment-edit comment-delete react unreact complete attach event link
 unlink branch-link branch-unlink archive unarchive backfill-ids set-project-code set-subproject-code rebuild"""
@@ -209,6 +215,276 @@ def test_a_pipe_without_end_is_refused_and_leaves_nothing(here: Path, monkeypatc
         attached(["comment", "LAT-1", "--file", "/dev/zero"])
     assert error.value.code == "REMOTE_TOO_LARGE"
     assert not list(here.glob("lattice-*"))
+
+
+# --- commands in a cache, with an agent that only records ---
+
+
+class Cache:
+    """A cache whose agent keeps the requests, and answers with ``answer``."""
+
+    def __init__(self, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.directory = directory
+        self.requests: list[dict[str, Any]] = []
+        self.inline: list[dict[str, Any]] = []
+        """Requests that this process ran itself."""
+        self.answer: dict[str, Any] = {"stdout": "", "stderr": "", "notices": [], "exit_code": 0}
+        self.error: Exception | None = None
+        self.is_required: list[bool] = []
+        """Of each request to bring the cache up to date."""
+        self._capsys = capsys
+
+    def run(self, *words: str, group: click.Group | None = None) -> tuple[int, str, str]:
+        """Run lattice in the cache's directory, or a group with it; return exit code, stdout and stderr."""
+        program = cli if group is None else routing.hooked(group, (), str(self.directory), list(words))
+        with pytest.raises(SystemExit) as ended:
+            program.main(list(words))
+        out, err = self._capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    def send(self, request: dict[str, Any], _progress: object) -> dict[str, Any]:
+        self.requests.append(request)
+        if self.error is not None:
+            raise self.error
+        return self.answer
+
+    def run_inline(self, request: dict[str, Any], _progress: object) -> dict[str, Any]:
+        self.inline.append(request)
+        return {**self.answer, "unreadable": False}
+
+    def ensure_current(
+        self, _directory: str, say: Callable[[str], object], *_: object, is_required: bool = False
+    ) -> None:
+        self.is_required.append(is_required)
+        if self.error is not None:
+            raise self.error
+        say("as of now")
+
+
+REMOTE = {"url": "http://127.0.0.1:1", "project": "web"}
+
+
+@pytest.fixture
+def cache(guarded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cache:
+    (guarded / "remote.json").write_text(json.dumps(REMOTE))
+    (guarded / "tasks").mkdir()
+    (guarded / "config.json").write_text('{"schema_version": 1}')
+    (guarded.parent / "x").write_text("content")
+    monkeypatch.chdir(guarded.parent)
+    made = Cache(guarded, capsys)
+    monkeypatch.setattr(routing, "send_request", made.send)
+    monkeypatch.setattr(routing, "run_inline", made.run_inline)
+    monkeypatch.setattr(routing, "ensure_current", made.ensure_current)
+    return made
+
+
+def encoded(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+def test_a_write_runs_on_the_server_and_ends_as_it_ended_there(cache: Cache) -> None:
+    cache.answer = {"stdout": encoded("x\n"), "stderr": encoded("y"), "notices": ["a\nb"], "exit_code": 3}
+    assert cache.run("create", "One", "--actor", "human:ana") == (3, "x\n", "ylattice-remote: a b\n")
+    [request] = cache.requests
+    assert request["do"] == "run" and request["argv"] == ["create", "One", "--actor", "human:ana"]
+    assert len(request["id"]) == 32 and not request["own_connection"] and request["files"] == []
+    assert not cache.inline and not cache.is_required
+
+
+def test_a_file_that_the_agent_can_not_read_is_sent_by_the_command_itself_once(cache: Cache) -> None:
+    cache.answer["unreadable"] = True
+    assert cache.run("comment", "LAT-1", "x", "--actor", "human:ana")[0] == 0
+    assert cache.inline == cache.requests and len(cache.inline) == 1, "the same id: it runs once (I6)"
+
+
+def test_a_command_that_may_wait_long_gets_a_connection_of_its_own(cache: Cache) -> None:
+    cache.run("resource", "acquire", "gpu", "--wait", "--actor", "human:ana")
+    assert cache.requests[0]["own_connection"]
+
+
+@pytest.mark.parametrize("is_json", [False, True])
+def test_an_error_of_the_remote_is_shown_as_lattice_shows_its_own(cache: Cache, is_json: bool) -> None:
+    cache.error = ConnectionFailed("no way")
+    code, out, err = cache.run("comment", "LAT-1", "x", "--actor", "human:ana", *(["--json"] if is_json else []))
+    if is_json:
+        assert code == 1 and json.loads(out)["error"] == {"code": "REMOTE_UNREACHABLE", "message": "no way"}
+    else:
+        assert (code, out, err) == (1, "", "Error: no way\n")
+
+
+def test_a_read_runs_here_once_the_cache_is_current_or_says_that_it_is_not(cache: Cache) -> None:
+    assert cache.run("list") == (0, "", "as of now\n")
+    assert cache.run("list", "--require-current")[0] == 0
+    assert cache.is_required == [False, True] and not cache.requests
+
+
+def test_only_reads_can_require_a_current_cache(cache: Cache) -> None:
+    assert cache.run("create", "One", "--require-current")[0] == 2
+    assert cache.run("resource", "list", "--require-current")[0] == 0
+
+
+def test_a_read_that_swallows_the_refusal_of_its_write_fails_all_the_same(cache: Cache) -> None:
+    @click.command("list")
+    def writes() -> None:
+        try:
+            (cache.directory / "tasks" / "x.json").write_text("{}")
+        except PermissionError:
+            click.echo("fine")
+
+    writes.callback.__module__ = "lattice.cli"
+    code, out, err = cache.run("list", group=click.Group(commands=[writes]))
+    assert code == 1 and out == "fine\n" and "the project's files belong to its remote" in err
+    assert not (cache.directory / "tasks" / "x.json").exists()
+
+
+# --- a plugin's command ---
+
+
+def plugin(cache: Cache, *, writes: bool) -> click.Group:
+    """Return a group with the command ``deploy note``, which reads or writes the cache."""
+
+    @click.command("note")
+    def note() -> None:
+        if writes:
+            (cache.directory / "tasks" / "x.json").write_text("{}")
+        click.echo("noted here")
+
+    return click.Group(commands=[click.Group("deploy", commands=[note])])
+
+
+def test_a_plugin_reads_here_even_if_the_server_is_unreachable(cache: Cache) -> None:
+    assert cache.run("deploy", "note", group=plugin(cache, writes=False)) == (0, "noted here\n", "as of now\n")
+    cache.error = ConnectionFailed("no way")
+    code, out, err = cache.run("deploy", "note", group=plugin(cache, writes=False))
+    assert (code, out, err) == (0, "noted here\n", "lattice-remote: no way\n")
+    assert not cache.requests
+
+
+def test_a_plugin_that_writes_is_refused_and_named(cache: Cache) -> None:
+    code, out, err = cache.run("deploy", "note", group=plugin(cache, writes=True))
+    assert code == 1 and out == "" and "lattice remote route deploy note" in err
+    assert not (cache.directory / "tasks" / "x.json").exists()
+
+
+def test_a_plugin_that_the_user_has_routed_runs_on_the_server(cache: Cache) -> None:
+    (cache.directory / "remote.json").write_text(json.dumps({**REMOTE, "commands": ["deploy note"]}))
+    assert cache.run("deploy", "note", group=plugin(cache, writes=True)) == (0, "", "")
+    assert [request["argv"] for request in cache.requests] == [["deploy", "note"]]
+
+
+# --- a project that waits to be pushed ---
+
+
+def unpushed(cache: Cache) -> None:
+    """Make the cache a local project that waits to be pushed."""
+    (cache.directory / "remote.json").unlink()
+    (cache.directory / UNPUSHED_FILE).parent.mkdir()
+    (cache.directory / UNPUSHED_FILE).write_text(json.dumps(REMOTE))
+
+
+def test_a_project_that_waits_to_be_pushed_can_be_read_and_not_written(cache: Cache) -> None:
+    unpushed(cache)
+    code, _, err = cache.run("list")
+    assert code == 0 and err == "lattice-remote: not pushed to http://127.0.0.1:1/web yet; next: lattice remote push\n"
+    code, _, err = cache.run("create", "One", "--actor", "human:ana")
+    assert code == 1 and "lattice remote remove origin" in err and not (cache.directory / "ids.json").exists()
+    assert not cache.requests and not cache.is_required
+
+
+# --- the warm process's child ---
+
+
+@pytest.mark.parametrize(
+    ("words", "may"),
+    [
+        (["list"], True),
+        (["show", "LAT-1"], True),
+        (["create", "One", "--actor", "human:ana"], True),
+        (["comment", "LAT-1", "x", "--actor", "human:ana"], True),
+        (["comment", "LAT-1", "--file", "x", "--actor", "human:ana"], False),
+        (["attach", "LAT-1", "x", "--actor", "human:ana"], False),
+        (["dashboard"], False),
+        (["plugins"], False),
+        (["deploy", "note"], False),
+    ],
+)
+def test_a_command_that_needs_its_callers_process_does_nothing_in_the_warm_one(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, words: list[str], may: bool
+) -> None:
+    monkeypatch.setattr(routing, "in_warm_process", True)
+    group = plugin(cache, writes=False) if words[0] == "deploy" else None
+    if may:
+        cache.run(*words, group=group)
+    else:
+        with pytest.raises(routing.NeedsOwnProcess):
+            cache.run(*words, group=group)
+    assert bool(cache.requests or cache.is_required) == may
+
+
+def test_a_project_that_waits_to_be_pushed_is_not_read_in_the_warm_process(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routing, "in_warm_process", True)
+    unpushed(cache)
+    with pytest.raises(routing.NeedsOwnProcess):
+        cache.run("list")
+
+
+# --- progress ---
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_is_shown_on_a_terminal_and_cleared_at_the_end(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, is_terminal: bool
+) -> None:
+    shown = io.StringIO()
+    shown.isatty = lambda: is_terminal  # type: ignore[method-assign]
+    seen = ""
+
+    def send(_request: dict[str, Any], on_progress: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
+        nonlocal seen
+        if on_progress is not None:
+            on_progress({"what": "fetching", "done": 1, "total": 2})
+            seen = shown.getvalue()
+            on_progress({"what": "fetching", "done": 2, "total": 2})
+        return cache.answer
+
+    monkeypatch.setattr(routing, "send_request", send)
+    monkeypatch.setattr(sys, "stderr", shown)
+    cache.run("comment", "LAT-1", "x", "--actor", "human:ana")
+    assert seen.endswith("lattice-remote: fetching 1/2") == is_terminal
+    assert shown.getvalue().endswith("\r\x1b[K") == is_terminal and bool(shown.getvalue()) == is_terminal
+
+
+# --- lattice init beside a cache ---
+
+
+INIT = [
+    *("--project-code", "ABC", "--subproject-code", "F", "--project-name", "X", "--instance-name", "I"),
+    *("--actor", "human:ana", "--model", "m", "--workflow", "classic", "--description", "D"),
+    *("--no-heartbeat", "--no-setup-claude", "--no-setup-agents"),
+]
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        (".", "there is nothing to initialise"),
+        ("sub", "this creates a separate project, which is not shared"),
+        ("sub/own", "this creates a separate project"),
+        ("other", ""),
+    ],
+)
+def test_init_in_a_cache_warns_and_is_lattices_own(cache: Cache, place: str, says: str) -> None:
+    root = cache.directory.parent / "repository"
+    root.mkdir()
+    cache.directory = cache.directory.rename(root / ".lattice")
+    target = root.parent / place if place == "other" else root / place
+    target.mkdir(parents=True, exist_ok=True)
+    _, _, err = cache.run("init", "--path", str(target), *INIT, group=cli)
+    warned = [line for line in err.splitlines() if line.startswith("lattice-remote: ")]
+    assert [says in line and "a cache of project web" in line for line in warned] == ([True] if says else [])
+    assert not cache.requests
 
 
 # --- what lattice pays for us ---

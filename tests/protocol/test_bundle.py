@@ -153,6 +153,22 @@ def test_a_project_is_bounded() -> None:
         layout.add("config.json", 1)
 
 
+def test_a_project_that_fills_its_limits_exactly_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lattice_remote.protocol.bundle.MAX_PROJECT_FILES", 2)
+    layout = Layout(max_bytes=100)
+    layout.add("config.json", 60)
+    layout.add("ids.json", 40)
+    with pytest.raises(Misuse, match="2 files"):
+        layout.add("context.md", 0)
+    layout = Layout(max_bytes=100)
+    with pytest.raises(Misuse, match="the server's limit"):
+        layout.add("config.json", 101)
+    layout = Layout(max_bytes=1 << 40)
+    layout.add(f"plans/{TASK}.md", MAX_TEXT_FILE_BYTES)
+    with pytest.raises(Misuse, match="64 MiB"):
+        layout.add(f"notes/{TASK}.md", MAX_TEXT_FILE_BYTES + 1)
+
+
 @pytest.mark.parametrize(
     ("files", "sign"),
     [

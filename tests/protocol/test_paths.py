@@ -1,13 +1,24 @@
 """What may be named by a peer, and what may not (I9)."""
 
 import posixpath
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lattice_remote.errors import HostilePath
-from lattice_remote.protocol.paths import MAX_DEPTH, MAX_PATH_BYTES, check_path, is_editable, is_replicated, parse_path
+from lattice_remote.protocol.paths import (
+    MAX_DEPTH,
+    MAX_PATH_BYTES,
+    check_path,
+    is_component,
+    is_editable,
+    is_replicated,
+    is_resource_name,
+    is_session_name,
+    parse_path,
+)
 
 TASK = "task_01ARZ3NDEKTSV4RRFFQ69G5FAV"
 
@@ -23,6 +34,8 @@ SHARED = [
     "sessions/größe-1.json",
     "resources/staging db/resource.json",
     "a/b/c/d/e/f/g/h",
+    "x" * 255,
+    "/".join(["x" * 128, *["x" * 127] * 3]),
 ]
 LOCAL = [
     "remote.json",
@@ -59,6 +72,7 @@ HOSTILE = [
     "x" * (MAX_PATH_BYTES + 1),
     "ü" * 200,
     "x" * 256,
+    "/".join(["x" * 200] * 3),
     "/".join("x" * (MAX_DEPTH + 1)),
 ]
 
@@ -83,6 +97,32 @@ def test_paths_that_are_not_plain_are_refused(path: str) -> None:
     for check in (check_path, parse_path):
         with pytest.raises(HostilePath):
             check(path)
+
+
+def test_a_refused_path_is_refused_with_its_reason() -> None:
+    deep, long = "/".join("x" * (MAX_DEPTH + 1)), "/".join(["x" * 200] * 3)
+    for path, reason in (
+        (deep, "nested deeper"),
+        (long, "longer than 512 bytes"),
+        ("x\0", "character"),
+        ("..", "component"),
+    ):
+        with pytest.raises(HostilePath, match=reason):
+            check_path(path)
+
+
+@pytest.mark.parametrize(("is_name", "longest"), [(is_component, 255), (is_resource_name, 240), (is_session_name, 218)])
+def test_a_name_is_one_component_with_room_for_what_lattice_appends(
+    is_name: Callable[[str], bool], longest: int
+) -> None:
+    for name in ("gpu.0", "Argus.1", "größe", "x" * longest):
+        assert is_name(name), name
+    for name in ("", ".", "..", ".x", "a/b", "a\\b", "a:b", "x\n", "\udcff", "x" * (longest + 1)):
+        assert not is_name(name), name
+
+
+def test_a_session_is_not_named_like_the_index_of_sessions() -> None:
+    assert [name for name in ("index", "INDEX", "index1") if is_session_name(name)] == ["index1"]
 
 
 @given(st.text() | st.lists(st.sampled_from(["..", ".", "", "a", "/", "\\", "tasks"])).map("/".join))

@@ -56,6 +56,7 @@ from lattice_remote.protocol.operations import (
     canonical_json,
     digest_of,
     paths_of,
+    weight_of,
 )
 from lattice_remote.protocol.replica import MAX_BUFFERED_BYTES, MAX_ENTRIES, Replica, State
 
@@ -634,12 +635,11 @@ def test_files_are_asked_for_in_batches_while_the_last_one_arrives() -> None:
     replica = Replica(Position("e", 1, b"m1"), paths)
     replica.hello(client_version="0", lattice_version="0")
     asked = [list(frame.paths) for frame in sent(replica.receive(welcome(head=1))) if isinstance(frame, Fetch)]
-    assert len(asked) == 1
-    batch = len(asked[0])
+    assert [len(paths_asked) for paths_asked in asked] == [256]
     for path in paths:
         asked += [list(frame.paths) for frame in sent(replica.receive(part(path, 1))) if isinstance(frame, Fetch)]
     assert [path for paths_asked in asked for path in paths_asked] == paths
-    assert all(len(paths_asked) <= batch for paths_asked in asked)
+    assert all(len(paths_asked) <= 256 for paths_asked in asked)
     assert replica.is_current
 
 
@@ -759,6 +759,22 @@ def test_more_than_can_be_kept_has_the_file_come_anew(monkeypatch: pytest.Monkey
     assert replica.missing == {"a": 2}
     replica.receive(part("a", 3, b"one\ntwo\nthree\nfour\n"))
     assert replica.is_current
+
+
+def test_operations_kept_on_lost_connections_take_nothing_from_what_may_be_kept_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replica = following(1, head=1, missing=("a",))
+    text = b"one\n"
+    monkeypatch.setattr(
+        "lattice_remote.protocol.replica._MAX_KEPT_BYTES", 3 * weight_of(append_to("a", text, b"two\n"))
+    )
+    for seq in range(1, 6):
+        replica.receive(pieces("a", seq, text, b"unsent")[0])
+        assert sent(replica.receive(change(seq + 1, append_to("a", text + b"unsent", b"two\n")))) == []
+        replica.disconnected()
+        replica.hello(client_version="0", lattice_version="0")
+        assert sent(replica.receive(welcome(head=seq + 1))) == [Fetch(["a"])]
 
 
 def test_rest_of_an_answer_to_an_older_request_is_ignored() -> None:
