@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from conflicting_edits import Conflict, set_aside_in
+from conflicting_edits import Conflict, conflict_copies_in
 from lattice_remote.server.journal.segment import JournalReader
 from sandbox import Client, Server, differences, tree_of, wait_for
 
@@ -257,20 +257,20 @@ class Account:
 
     def _check_edits(self) -> None:
         on_server = words_in_texts(self._server.lattice_dir())
-        aside = sum([*self._set_aside(), *self._kept], Counter[str]())
+        aside = sum([*self._conflict_copies(), *self._kept], Counter[str]())
         lost = sorted(word for word in self.edits if not on_server[word] and not aside[word])
         doubled = sorted(word for word in self.edits | self.lost_edits if on_server[word] > 1)
-        assert not lost, f"edits that are neither on the server nor set aside: {lost}"
+        assert not lost, f"edits that are neither on the server nor in a conflict copy: {lost}"
         assert not doubled, f"edits that are in files twice: {self._where(doubled)}"
 
     def _check_conflicts(self) -> int:
         """Each of two edits of one line is somewhere, once, and never both in place; return how many there were (I4).
 
-        Both are set aside where somebody's third edit, of the line beside theirs, came first. The one that is in place
-        is also in the text that a later edit set aside, made where it was in place already: with that edit's word,
-        which is in place nowhere. So is one that was set aside, if an editor had read it before and saved after that.
+        Both are in conflict copies if a third edit, of the line beside theirs, came first. The one that is in place is
+        also in the copy of a later conflict, made where it was in place already: with that edit's word, which is in
+        place nowhere. So is a conflict copy, if an editor had read it before and saved after that.
         """
-        on_server, copies = words_in_texts(self._server.lattice_dir()), self._set_aside()
+        on_server, copies = words_in_texts(self._server.lattice_dir()), self._conflict_copies()
         kept = {word for copy in self._kept for word in copy}
         pairs = [words for words in self.conflicts if not (self.lost_edits | kept) & set(words)]
         for words in pairs:
@@ -283,12 +283,12 @@ class Account:
                     holding = without_later
                 places.append((on_server[word], sum(copy[word] for copy in holding)))
             assert sorted(places) in ([(0, 1), (1, 0)], [(0, 1), (0, 1)]), (
-                f"two edits of one line, (on the server, set aside): {dict(zip(words, places, strict=True))}"
+                f"two edits of one line, (on the server, in conflict copies): {dict(zip(words, places, strict=True))}"
             )
         return len(pairs)
 
-    def _set_aside(self) -> list[Counter[str]]:
-        return [copy for client in self._clients for copy in set_aside_in(client)]
+    def _conflict_copies(self) -> list[Counter[str]]:
+        return [copy for client in self._clients for copy in conflict_copies_in(client)]
 
     def _where(self, words: list[str]) -> list[str]:
         """Return the files that hold these words, with what they hold."""

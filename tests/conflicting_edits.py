@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sandbox import Client
 
-__all__ = ["Conflict", "edit_at_once", "set_aside_in"]
+__all__ = ["Conflict", "conflict_copies_in", "edit_at_once"]
 
 Conflict = tuple[str, str]
 """The two words that were written into the same line."""
@@ -48,7 +48,7 @@ def _locked(client: Client) -> Iterator[None]:
         yield
 
 
-def set_aside_in(client: Client) -> list[Counter[str]]:
-    """Return the words of each of a client's texts that were set aside, with how often they stand there."""
+def conflict_copies_in(client: Client) -> list[Counter[str]]:
+    """Return the words of each of a client's conflict copies, with how often they stand there."""
     copies = (client.lattice_dir / ".remote/conflicts").glob("*/*.md")
     return [Counter(copy.read_text().split()) for copy in copies]

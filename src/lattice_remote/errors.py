@@ -27,6 +27,7 @@ __all__ = [
     "StorageError",
     "error_from_code",
     "one_line",
+    "printable",
     "unknown_if_sent",
 ]
 
@@ -51,6 +52,7 @@ CODES = {
     "REMOTE_GUARD": "a local command tried to write into the cache",
     "REMOTE_SHUTDOWN": "the server is stopping; retry after the time it names",
 }
+"""Codes of ``Refused`` and ``Bye`` frames and of messages to users, with their meaning."""
 REFUSALS = {
     "REMOTE_UNAUTHORIZED",
     "REMOTE_UNTRUSTED",
@@ -59,15 +61,17 @@ REFUSALS = {
     "REMOTE_VERSION",
 }
 """Codes after which a retry is pointless until something changes."""
-"""Codes of ``Refused`` and ``Bye`` frames and of messages to users, with their meaning."""
-
-
 _MAX_MESSAGE = 2000
 
 
 def one_line(text: str) -> str:
     """Return untrusted ``text`` as one line of bounded length without control characters."""
     return "".join(c if c.isprintable() else " " for c in text[:_MAX_MESSAGE]).strip()
+
+
+def printable(text: str) -> str:
+    """Return untrusted ``text`` with every character escaped (``\\x1b``) that is not printable or a space."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class RemoteError(Exception):

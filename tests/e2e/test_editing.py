@@ -180,7 +180,7 @@ def test_an_edit_in_a_copy_of_several_names_waits_for_the_next_command(
 
 
 def conflicting(ana: Client, ben: Client, title: str) -> tuple[str, Files]:
-    """Make a task whose plan ana has changed and ben too, in the same line; ben's text is set aside."""
+    """Make a task whose plan ana has changed and ben too, in the same line; ben's text is in a conflict copy."""
     short_id = new_task(ana, title)
     plan = text_files(ana, ben, short_id)
     ben.ok("remote", "agent", "stop")
@@ -299,7 +299,7 @@ def test_a_task_that_is_archived_takes_no_unsent_edit_with_it(shared_board: Boar
     ana.ok("archive", short_id, "--actor", "human:ana")
     ben.ok("list")
     kept = ben.lattice_dir / ".remote/conflicts/plans" / plan[1].name
-    wait_for(lambda: kept.exists() and not plan[1].exists(), "ben's text to be set aside")
+    wait_for(lambda: kept.exists() and not plan[1].exists(), "ben's text to be copied")
     assert kept.read_text() == "# Ben's\n"
     assert "archived or gone" in ben.ok("remote", "resolve", short_id)
     refused = ben.run("remote", "resolve", short_id, "--mine")
@@ -328,12 +328,12 @@ def test_what_lattice_appends_to_a_plan_is_merged_with_what_somebody_edits(share
     same(plan, grown.replace("- first", "- first, by ben"))
 
 
-def test_a_plan_of_no_task_is_set_aside(shared_board: Board) -> None:
+def test_a_plan_of_no_task_is_rescued(shared_board: Board) -> None:
     """As a program leaves it that creates tasks offline, past lattice."""
     _server, ana, _ben = shared_board
     plan = ana.lattice_dir / "plans" / "task_01M81V60BHQAM1W2RK0HTW19WB.md"
     plan.write_text("# A task of its own\n")
-    wait_for(lambda: not plan.exists(), "the plan to be set aside")
+    wait_for(lambda: not plan.exists(), "the plan to be rescued")
     (kept,) = ana.lattice_dir.glob(f".remote/rescued/*/files/plans/{plan.name}")
     assert kept.read_text() == "# A task of its own\n"
     ana.ok("remote", "rescued", "drop", "--all")

@@ -91,7 +91,7 @@ def test_a_local_project_is_pushed_and_the_directory_is_a_copy(sandbox: Sandbox,
     assert tree_of(ana.lattice_dir) == tree_of(server.lattice_dir()) == before, "byte for byte, on both sides"
     assert answers(ana) == read
     assert ana.ok("remote", "verify").startswith("Compared with the server at change 1: equal")
-    assert "set aside:      none" in ana.ok("remote", "status")
+    assert "conflicts:      none" in ana.ok("remote", "status")
     [entry] = json.loads(ana.ok("remote", "log", "--json"))["data"]["entries"]
     assert entry["actor"] == "human:ana" and entry["command"].startswith("remote push: 2 tasks")
 

@@ -161,7 +161,7 @@ def admit(url: str, named: Server | None = None, token: str | None = None) -> Se
 
 
 def _is_made_for(token: str, url: str) -> bool:
-    from lattice_remote.text import mark_of_server
+    from lattice_remote.protocol import mark_of_server
 
     mark = token.rpartition(".")[2] if token.startswith("ltr_") and "." in token else ""
     return bool(mark) and mark == mark_of_server(url)

@@ -560,7 +560,7 @@ async def _(target: ClientTarget) -> None:
         expect(play.server.files[PLAN] == FILES[PLAN] + b"mine\ntheirs\n", f"merged: {play.server.files[PLAN]!r}")
 
 
-@check("5.5", "edit: after a conflict the server's text is there, and the user's is kept aside")
+@check("5.5", "edit: after a conflict the server's text is there, and the user's is in a copy")
 async def _(target: ClientTarget) -> None:
     async with target.filled() as play:
         await play.kill()

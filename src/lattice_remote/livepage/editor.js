@@ -26,7 +26,7 @@
     this.base = null;      // the text that was edited; null: there was none
     this.text = "";        // the field's content
     this.theirs = undefined;  // the server's text in a conflict
-    this.aside = null;     // the user's text before the server's was taken
+    this.replaced = null;     // the user's text before the server's was taken
     this.isLoaded = false;
     this.locked = "";      // why it is not editable
     this.said = "";
@@ -39,8 +39,8 @@
   Text.prototype.keep = function () {
     if (!this.isLoaded) return;
     try {
-      if (!this.isDirty() && this.aside === null) sessionStorage.removeItem(this.key);
-      else sessionStorage.setItem(this.key, JSON.stringify({ base: this.base, text: this.text, aside: this.aside }));
+      if (!this.isDirty() && this.replaced === null) sessionStorage.removeItem(this.key);
+      else sessionStorage.setItem(this.key, JSON.stringify({ base: this.base, text: this.text, replaced: this.replaced }));
     } catch (error) { /* no room: it is here as long as the page is */ }
   };
   Text.prototype.kept = function () {
@@ -58,7 +58,7 @@
     if (kept) {
       this.base = kept.base;
       this.text = kept.text;
-      this.aside = kept.aside;
+      this.replaced = kept.replaced;
       if (this.isDirty()) this.say("This is your unsaved text.");
     }
   };
@@ -109,7 +109,7 @@
       return;
     }
     this.theirs = undefined;
-    this.aside = null;
+    this.replaced = null;
     if (this.text === sent) this.base = this.text = now || "";
     else this.base = sent;  // the user typed during the save: the next save merges
     this.say(saved.outcome === "merged" && now !== sent ? MERGED : SAVED);
@@ -120,7 +120,7 @@
     return this.save();
   };
   Text.prototype.takeTheirs = function () {
-    this.aside = this.text;
+    this.replaced = this.text;
     this.base = this.theirs;
     this.text = this.theirs || "";
     this.theirs = undefined;
@@ -128,15 +128,15 @@
     this.keep();
   };
   Text.prototype.takeBack = function () {
-    this.text = this.aside;
-    this.aside = null;
+    this.text = this.replaced;
+    this.replaced = null;
     this.say("");
     this.keep();
   };
   // Put an earlier version into the field; saving makes it the newest.
   Text.prototype.takeVersion = async function (version) {
     var found = await ask(this.url + "/versions/" + version.change);
-    if (this.aside === null && this.text !== (this.base || "")) this.aside = this.text;
+    if (this.replaced === null && this.text !== (this.base || "")) this.replaced = this.text;
     this.text = normal(found.text) || "";
     this.say("The text of " + when(version) + " by " + version.actor + ". Save to restore it.");
     this.keep();
@@ -144,7 +144,7 @@
   Text.prototype.forget = function () {
     this.text = this.base || "";
     this.theirs = undefined;
-    this.aside = null;
+    this.replaced = null;
     this.keep();
   };
 
@@ -336,7 +336,7 @@
     parts.history.disabled = text.isSaving || hasConflict || !isEditable(text);
     parts.over.disabled = text.isSaving || !isEditable(text);
     parts.take.disabled = text.isSaving;
-    parts.back.hidden = text.aside === null;
+    parts.back.hidden = text.replaced === null;
     parts.save.hidden = hasConflict;
     parts.save.disabled = text.isSaving || !isEditable(text) || !text.isDirty();
     parts.said.classList.toggle("remote-bad", text.isBad);

@@ -16,11 +16,11 @@ import typer
 
 import lattice_remote
 from lattice_remote.conformance.commands import conformance
-from lattice_remote.errors import Misuse, RemoteError
+from lattice_remote.errors import Misuse, RemoteError, printable
+from lattice_remote.output import as_lines, as_records, columns, counted
 from lattice_remote.server.datadir import DataDir, administered, default_location, remember
 from lattice_remote.server.logging import FORMAT_VARIABLE, LEVEL_VARIABLE, log_to_stderr
 from lattice_remote.server.tokens import Token, TokenFile, duration, expiry, read_last_uses, shown
-from lattice_remote.text import as_lines, as_records, columns, counted, printable
 
 __all__ = ["NOT_RUNNING", "app", "main"]
 

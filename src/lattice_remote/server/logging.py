@@ -22,7 +22,7 @@ from typing import TextIO
 
 import msgspec
 
-from lattice_remote.text import printable
+from lattice_remote.errors import printable
 
 __all__ = ["FORMAT_VARIABLE", "LEVEL_VARIABLE", "log_to_stderr", "masked", "masked_output"]
 

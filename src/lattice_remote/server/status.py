@@ -21,13 +21,13 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 import lattice_remote
-from lattice_remote.errors import StorageError
+from lattice_remote.errors import StorageError, printable
+from lattice_remote.output import columns
 from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.journal.segment import header_of, read_segment, segment_paths
 from lattice_remote.server.project.connection import ClientConnection
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.registry import ProjectRegistry
-from lattice_remote.text import columns, printable
 
 __all__ = [
     "ClientStatus",

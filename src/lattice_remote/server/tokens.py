@@ -20,7 +20,7 @@ from msgspec import Meta
 
 from lattice_remote.errors import Misuse, StorageError
 from lattice_remote.files import write_atomically
-from lattice_remote.text import mark_of_server
+from lattice_remote.protocol import mark_of_server
 
 __all__ = [
     "METRICS_ACTOR",
@@ -66,7 +66,7 @@ class Token(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     read_only: bool = False
     """Every write is refused."""
     server: str = ""
-    """URL of the only server to which clients send it unasked; "": none. See ``text.mark_of_server``."""
+    """URL of the only server to which clients send it unasked; "": none. See ``protocol.mark_of_server``."""
     revoked: Moment | None = None
     """It stays listed."""
 

@@ -182,7 +182,7 @@ async def test_what_became_of_a_save_is_said_by_the_next_command(
     assert sum("restored to the server's text: it held NUL bytes" in notice for notice in said) == 1, said
 
 
-async def test_a_copy_that_is_no_plan_is_set_aside_when_it_has_long_been_left(
+async def test_a_copy_that_is_no_plan_is_rescued_when_it_has_long_been_left(
     server: FakeServer, live: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = directory / f"plans/{TASK} (copy).md"

@@ -267,10 +267,10 @@ def test_our_own_large_edit_comes_back_without_a_fetch(cache: Cache) -> None:
 def test_a_conflict_is_kept_once(cache: Cache) -> None:
     conflicts = TextConflicts(cache, Edits(cache))
     cache.replace(PLAN, b"mine")
-    assert conflicts.set_aside(PLAN) == MINE
-    assert conflicts.set_aside(PLAN) == MINE
+    assert conflicts.begin(PLAN) == MINE
+    assert conflicts.begin(PLAN) == MINE
     cache.replace(PLAN, b"mine again")
-    assert conflicts.set_aside(PLAN) == MINE.replace(".md", ".2.md")
+    assert conflicts.begin(PLAN) == MINE.replace(".md", ".2.md")
     assert conflicts.copies() == [MINE, MINE.replace(".md", ".2.md")]
 
 

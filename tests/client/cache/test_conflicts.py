@@ -25,7 +25,7 @@ async def resolve(service: Service, choice: str | None, task: str = "LAT-42", **
 
 @pytest.fixture
 async def place(server: FakeServer, service: Service, directory: Path) -> Path:
-    """A cache in whose plan Ana's text and the server's conflict; Ana's is set aside."""
+    """A cache in whose plan Ana's text and the server's conflict; Ana's is in a conflict copy."""
     server.files |= {PLAN: b"# Plan\n", SNAPSHOT: json.dumps({"id": TASK, "short_id": "LAT-42"}).encode()}
     await ready(service)
     await conflict(server, service, directory, PLAN)

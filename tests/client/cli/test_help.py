@@ -11,10 +11,10 @@ import pytest
 import typer
 from typer.main import get_command
 
+from lattice_remote.client.cli.agent import agent_app as client_agent
+from lattice_remote.client.cli.agent import launcher_app as client_launcher
 from lattice_remote.client.cli.app import app as client_app
-from lattice_remote.client.cli.launcher import app as client_launcher
 from lattice_remote.client.cli.resolve import rescued_app as client_rescued
-from lattice_remote.client.cli.sync import agent_app as client_agent
 from lattice_remote.server.cli import app as server_app
 from sandbox import BIN
 

@@ -9,10 +9,10 @@ import pytest
 from client_kit import PLAN, TASK, rescued
 from filelock import FileLock
 
-from lattice_remote.client.bundle import Pack, survey
 from lattice_remote.client.cache.cache import LOCK_FILE, Cache
 from lattice_remote.client.cache.edits import Edits
 from lattice_remote.client.cli import push
+from lattice_remote.client.cli.push import Pack, survey
 from lattice_remote.client.config import UNPUSHED_FILE, Remote, is_unpushed, read_remote, write_remote
 from lattice_remote.errors import Misuse, StorageError
 from lattice_remote.protocol.bundle import Unpacker

@@ -107,7 +107,7 @@ def test_more_differences_than_fit_become_several_changes(tmp_path: Path, monkey
     assert sum("differed from change" in note for note in opened.notes) == 3
 
 
-def test_files_that_nobody_knows_are_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_nobody_knows_are_moved_to_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = make_project(tmp_path / "web")
     with WorkerProcess(project) as worker:
         worker.ok("create", "x", *ANA)

@@ -346,7 +346,7 @@ class EditSender:
         """Wait briefly until a plan or notes holds the server's text, or an edit of it.
 
         Raises:
-            Rejected: it does not: after a conflict, file and base may still be the version set aside.
+            Rejected: it does not: after a conflict, file and base may still be the version that was copied.
         """
         if not await self._connection.changed.until(lambda: path not in self._replicator.replica.missing, SAVING_S):
             raise Rejected(
@@ -536,7 +536,7 @@ class EditWatcher:
 
     def _is_edit(self, path: str) -> bool:
         """Return whether there is an edit to send; files of no task are not."""
-        return self._replicator.edits.is_edited(path) and not self._replicator.files.is_orphan(path)
+        return self._replicator.edits.is_edited(path) and not self._replicator.writer.is_orphan(path)
 
     def _can_send(self) -> bool:
         connection = self._pool.for_edits()

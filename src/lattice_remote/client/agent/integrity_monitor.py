@@ -94,7 +94,7 @@ class IntegrityMonitor:
             self._scan_at = 0.0  # the contents of a moved directory are not reported file by file
         elif not os.path.lexists(place):
             self._missing(path)
-        elif self._replicator.files.is_strange(path):
+        elif self._replicator.writer.is_strange(path):
             self._suspect(path)
 
     def _missing(self, path: str) -> None:
@@ -209,7 +209,7 @@ class IntegrityMonitor:
         async with self._turn:
             began = time.monotonic()
             for path in await asyncio.to_thread(foreign, self._cache):
-                if self._replicator.files.is_strange(path):
+                if self._replicator.writer.is_strange(path):
                     self._suspect(path)
                 elif is_editable(path):
                     self._on_edits([path])

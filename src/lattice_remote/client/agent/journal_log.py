@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from lattice_remote import text as logtext
+from lattice_remote import output
 from lattice_remote.errors import Misuse, ProtocolError
 from lattice_remote.protocol.messages import (
     MAX_LOG_ENTRIES,
@@ -87,13 +87,13 @@ async def _request[T: LogPage | Version](connection: "Connection", frame: Log | 
 
 def records(answer: dict[str, Any], directory: str) -> dict[str, Any]:
     """Return ``read_log``'s answer as ``--json`` prints it."""
-    records = logtext.as_records(_entries(answer), _short_ids(directory))
+    records = output.as_records(_entries(answer), _short_ids(directory))
     return {"entries": records, "epoch": answer["epoch"], "more": answer["more"]}
 
 
 def lines(answer: dict[str, Any], directory: str) -> list[str]:
     """Return ``read_log``'s answer as lines for a terminal."""
-    return logtext.as_lines(_entries(answer), _short_ids(directory), answer["epoch"])
+    return output.as_lines(_entries(answer), _short_ids(directory), answer["epoch"])
 
 
 def _entries(answer: dict[str, Any]) -> list[LogEntry]:

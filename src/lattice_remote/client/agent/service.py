@@ -41,7 +41,6 @@ import msgspec
 from lattice_remote import __version__
 from lattice_remote.client import config, trusted_servers
 from lattice_remote.client.agent.change_feed import ChangeFeed
-from lattice_remote.client.agent.conflict_resolver import ConflictResolver
 from lattice_remote.client.agent.edit_sync import EditSender, EditWatcher
 from lattice_remote.client.agent.integrity_monitor import IntegrityMonitor
 from lattice_remote.client.agent.journal_log import read_log, read_version, task_of
@@ -53,7 +52,7 @@ from lattice_remote.client.agent.payloads import (
     run_frame,
     send_files,
 )
-from lattice_remote.client.agent.rescue import Rescuer, decoded, described
+from lattice_remote.client.agent.resolve import ConflictResolver, Rescuer, decoded, described
 from lattice_remote.client.agent_runtime import boot_time
 from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.cache.first_fill import FirstFill
@@ -66,6 +65,7 @@ from lattice_remote.client.connection.requests import expect
 from lattice_remote.client.trusted_servers import Server
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError, unknown_if_sent
 from lattice_remote.file_watcher import FileWatcher
+from lattice_remote.output import describe_difference
 from lattice_remote.protocol.messages import (
     Applied,
     Attachment,
@@ -79,7 +79,6 @@ from lattice_remote.protocol.messages import (
     Welcome,
 )
 from lattice_remote.protocol.replica import State
-from lattice_remote.text import describe_difference
 
 __all__ = ["Acknowledger", "ProgressCallback", "Service", "answered", "serve_once"]
 
@@ -166,7 +165,7 @@ class Service:
         self._pending_notices: list[str] = []  # notices for the next command
         self._has_looked = is_new
         if is_new:
-            self._replicator.files.first_fill = FirstFill(self.cache)
+            self._replicator.writer.first_fill = FirstFill(self.cache)
 
     def start(self, token: str | None, *, named: Server | None = None, prefer_given: bool = False) -> None:
         """Start to follow the project. A stored token precedes ``token`` unless ``prefer_given``."""
@@ -183,7 +182,7 @@ class Service:
         """Start to send edits and repair modifications without a request."""
         self._replicator.edits.evidence.begin_watch()
         self._edit_watcher = edit_watcher = EditWatcher(self._replicator, self._pool, self._edit_sender)
-        self._replicator.files.on_edits = edit_watcher.touched
+        self._replicator.writer.on_edits = edit_watcher.touched
         self._integrity_monitor = IntegrityMonitor(
             self._replicator, self._connection, watching, turn, edit_watcher.touched
         )
@@ -195,7 +194,7 @@ class Service:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         await self._pool.close()
-        if (first_fill := self._replicator.files.first_fill) is not None:
+        if (first_fill := self._replicator.writer.first_fill) is not None:
             first_fill.close()
             with contextlib.suppress(StorageError):
                 await self._replicator.store_known()
@@ -679,7 +678,6 @@ class Service:
             "withheld_edits": self._edit_sender.withheld(),
             "edits_wait_for": self._edits_wait_for(),
             "conflicts": self._resolver.describe(),
-            "set_aside": self._replicator.conflicts.copies(),
             "rescued": [described(entry) for entry in self._replicator.rescue_policy.rescued.entries()],
             "repaired": self._repaired(),
             "actor": own.actor if own else None,

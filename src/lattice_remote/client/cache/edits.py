@@ -406,7 +406,7 @@ _MAX_NAMED = 3
 
 @dataclass(frozen=True, slots=True)
 class TextConflict:
-    """One file whose local text was set aside."""
+    """One file with a conflict."""
 
     path: str
     copies: tuple[str, ...]
@@ -433,18 +433,18 @@ class TextConflict:
 
 
 class TextConflicts:
-    """Conflicting edits of one cache, set aside until the user resolves them.
+    """Conflicts of one cache, until the user resolves them.
 
-    The local text is below ``.remote/conflicts/``, under its file's path (a second one as ``task_....2.md``). The file
-    itself holds the server's text. Call ``set_aside`` and ``end`` under the cache's lock.
+    Each has a *conflict copy* of the local text below ``.remote/conflicts/``, under the file's path (a second one as
+    ``task_....2.md``). The file itself holds the server's text. Call ``begin`` and ``end`` under the cache's lock.
     """
 
     def __init__(self, cache: Cache, edits: Edits) -> None:
         self._cache = cache
         self._edits = edits
 
-    def set_aside(self, path: str) -> str:
-        """Save a conflicting edit once; return the copy's path."""
+    def begin(self, path: str) -> str:
+        """Copy a conflicting edit, once for each text; return the copy's path."""
         text, stem = self._cache.read(path), f"{CONFLICTS_DIRECTORY}/{path.removesuffix('.md')}"
         for number in itertools.count(1):
             copy = f"{stem}.md" if number == 1 else f"{stem}.{number}.md"

@@ -14,9 +14,9 @@ from importlib.metadata import version
 from typing import Any
 
 from lattice_remote import __version__
-from lattice_remote.client.cache.apply import Files
 from lattice_remote.client.cache.cache import STATE_FILE, Cache, CacheState
 from lattice_remote.client.cache.edits import Edits, TextConflicts
+from lattice_remote.client.cache.effect_writer import EffectWriter
 from lattice_remote.client.cache.rescued_files import RESTORED, RescuePolicy
 from lattice_remote.client.cache.verify import CacheComparison, Reading, RepairSchedule, compare_files
 from lattice_remote.errors import ConnectionFailed, StorageError
@@ -92,7 +92,7 @@ class Replicator:
         self.conflicts = TextConflicts(cache, self.edits)
         self.rescue_policy = RescuePolicy(cache)
         self.repairs = RepairSchedule()
-        self.files = Files(cache, self.edits, self.rescue_policy, self.repairs)
+        self.writer = EffectWriter(cache, self.edits, self.rescue_policy, self.repairs)
         """Performs the replica's operations on the files."""
         self.replica = Replica()
         self.state = cache.load_state()
@@ -211,7 +211,7 @@ class Replicator:
                 self._fail_comparison()
                 self._resyncing = False
                 self.rescue_policy.reason = RESTORED
-                self.files.misfits.clear()
+                self.writer.misfits.clear()
                 self.cache.forget_parts()
                 await self._resync_lock.aclose()
         with contextlib.suppress(StorageError):
@@ -272,7 +272,7 @@ class Replicator:
                 if put.base != base:
                     self.edits.older.forget(path)
                 if outcome == "conflict":
-                    copy = self.conflicts.set_aside(path)
+                    copy = self.conflicts.begin(path)
                 else:
                     self.edits.sent(path, put.text)
             if self.replica.state is State.FOLLOWING and await self._perform(self.replica.unblock([path]), result):
@@ -330,7 +330,7 @@ class Replicator:
         async with self._mutex, self.cache.locked():
             self.cache.prepare()
             await self._go_on(result)
-            strange = [path for path in paths if self.files.is_strange(path)]
+            strange = [path for path in paths if self.writer.is_strange(path)]
             new = [path for path in strange if path not in self.replica.missing] if self.is_following else []
             self.repairs.suspect(set(strange).difference(new), delay_s=_LOOK_AGAIN_S)
             for path in new:
@@ -392,12 +392,12 @@ class Replicator:
             if not self.is_following or self.replica.deferred.get(path) != content:
                 return False
             if partial is not None:
-                self.files.keep([path])
+                self.writer.keep([path])
                 self.cache.place(partial, path)
             else:
                 self.cache.note(path)
             self.replica.here(path)
-            self.files.mark_synced([path])
+            self.writer.mark_synced([path])
             self._save()
             self.cache.known.share()
             return True
@@ -409,7 +409,7 @@ class Replicator:
         async with self._mutex, self.cache.locked():
             await self._go_on(ReceiveOutcome())
             if self.is_following and self.replica.deferred.get(path) == content:
-                self.files.keep([path])
+                self.writer.keep([path])
                 self.cache.delete(path)
                 self.cache.known.share()
 
@@ -433,14 +433,14 @@ class Replicator:
             match queue.popleft():
                 case ApplyChange(change=change, operations=operations):
                     self.edits.is_own = change.cause in self.own_requests
-                    queue.extend(self.files.apply(operations, self.replica))
+                    queue.extend(self.writer.apply(operations, self.replica))
                     self.edits.is_own = False
                 case WritePart(part=part):
                     self.received += 1
-                    queue.extend(self.files.write_part(part, self.replica))
+                    queue.extend(self.writer.write_part(part, self.replica))
                 case Remove(paths=paths):
                     for path in paths:
-                        self.files.remove(path, self.replica)
+                        self.writer.remove(path, self.replica)
                 case Compare() as compare:
                     queue.extend(await self._compare(compare))
                 case Send(frame=frame):
@@ -480,7 +480,7 @@ class Replicator:
         ):  # a difference is an earlier state, unless another program is known to have made it
             others = (*comparison.differing, *comparison.surplus)
             ours += [path for path in others if self._may_be_ours(path, compared.readings[path])]
-        self.files.on_edits(comparison.edited)
+        self.writer.on_edits(comparison.edited)
         self.cache.known.settle((path, compared.readings[path].signature) for path in ours)
         effects = self.replica.compared(compared.local, edited=comparison.edited)
         self._to_fetch = len(self.replica.missing)

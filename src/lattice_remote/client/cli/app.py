@@ -12,7 +12,7 @@ import typer
 from typer._completion_classes import BashComplete
 from typer.main import get_command
 
-from lattice_remote.client.cli import add, doctor, launcher, push, remotes, remove, resolve, sync, tokens, watch
+from lattice_remote.client.cli import add, agent, doctor, push, remotes, resolve, status, sync, tokens, watch
 from lattice_remote.client.cli.common import Json, print_json
 from lattice_remote.errors import Misuse, RemoteError
 
@@ -84,6 +84,7 @@ def mcp() -> None:
 for _app in (
     add.app,
     push.app,
+    status.app,
     sync.app,
     doctor.app,
     watch.app,
@@ -93,5 +94,5 @@ for _app in (
     tokens.app,
 ):
     app.add_typer(_app)
-for _app in (remotes.app, remove.app, _own, sync.agent_app, launcher.app):
+for _app in (remotes.app, _own, agent.agent_app, agent.launcher_app):
     app.add_typer(_app)

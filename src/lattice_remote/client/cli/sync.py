@@ -1,6 +1,5 @@
-"""``lattice remote status``, ``show``, ``pull``, ``sync``, ``verify``, ``fetch``, ``config``, ``log`` and ``agent``."""
+"""``lattice remote pull``, ``sync``, ``verify``, ``fetch``, ``config`` and ``log``."""
 
-import contextlib
 import json
 import os
 import re
@@ -9,9 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lattice_remote.client import agent_runtime
 from lattice_remote.client.agent import journal_log
-from lattice_remote.client.agent_client import agent_enabled, describe_age, send_if_running, send_to_agent
 from lattice_remote.client.cli.common import (
     Json,
     Name,
@@ -23,184 +20,15 @@ from lattice_remote.client.cli.common import (
     print_result,
     progress,
     send_request,
-    show_unpushed,
-    unpushed,
 )
-from lattice_remote.client.config import Remote, read_settings
-from lattice_remote.client.launcher.install import stop_warm
-from lattice_remote.errors import REFUSALS, ConnectionFailed, Misuse, StorageError, one_line
+from lattice_remote.client.config import read_settings
+from lattice_remote.errors import Misuse, one_line
 
-__all__ = ["agent_app", "app"]
+__all__ = ["app"]
 
 app = typer.Typer()
 
 _MIB = 1024 * 1024
-_MAX_EDITS = 10
-"""Edits that ``status`` names."""
-
-
-# --- the cache ---
-
-
-@app.command()
-def status(
-    exit_code: Annotated[
-        bool, typer.Option("--exit-code", help="Exit with 1 unless the cache is current and nothing is pending.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Show the state of the connection and the cache.
-
-    Exits with 1 if the server refuses this cache or user.
-
-    Example: lattice remote status --exit-code
-    """
-    if (waiting := unpushed()) is not None:
-        show_unpushed(waiting[1], as_json=as_json)
-        return
-    directory, found = here()
-    answer = send_request("status", directory)
-    try:
-        answer["agent"] = send_if_running({"do": "agent-status"})
-    except ConnectionFailed as silent:
-        answer["agent"] = {"error": silent.message}
-    if as_json:
-        print_result(answer)
-    else:
-        _show_status(found, answer)
-    pending = any(answer[what] for what in ("unsent_edits", "withheld_edits", "conflicts", "rescued"))
-    if (not answer["connected"] and answer["code"] in REFUSALS) or (exit_code and (pending or not answer["current"])):
-        raise typer.Exit(1)
-
-
-def _show_status(found: Remote, answer: dict[str, Any]) -> None:
-    versions, (first_edit, *edits) = answer["versions"], _edits(answer)
-    rows = [
-        ("remote", f"{found.name} {found.url} project {found.project}"),
-        ("connection", _connection(answer)),
-        ("cache", _cache(answer)),
-        ("large files", _payloads(answer["payloads"])),
-        ("acting as", _acting(answer)),
-        ("unsent edits", first_edit),
-        *(("", line) for line in edits),
-        ("conflicts", _conflicts(answer["conflicts"])),
-        ("set aside", ", ".join(answer["set_aside"]) or "none"),
-        ("rescued", _rescued(answer["rescued"])),
-        ("repaired", _repaired(answer["repaired"])),
-        ("agent", _agent(answer["agent"])),
-        ("versions here", _versions(versions["here"])),
-        ("versions there", _versions(versions["server"]) if versions["server"] else "unknown: not connected"),
-    ]
-    rows += [("note", f"{name} {advice}") for name, advice in (versions["differences"] or {}).items()]
-    for label, text in rows:
-        typer.echo(f"{label and label + ':':16}{one_line(text)}")
-
-
-@app.command()
-def show(name: Name = "", as_json: Json = False) -> None:
-    """Show the remote and the state of the cache.
-
-    Example: lattice remote show
-    """
-    if (waiting := unpushed(name)) is not None:
-        show_unpushed(waiting[1], as_json=as_json)
-        return
-    directory, found = here(name)
-    answer = send_request("status", directory)
-    if as_json:
-        print_result(answer)
-        return
-    typer.echo(f"* remote {found.name}\n  URL: {found.url}\n  Project: {found.project}")
-    for label, text in (
-        ("Acting as", _acting(answer)),
-        ("Connection", _connection(answer)),
-        ("Cache", _cache(answer)),
-    ):
-        typer.echo(f"  {label}: {one_line(text)}")
-
-
-def _connection(answer: dict[str, Any]) -> str:
-    heard = answer["last_heard_s"]
-    if answer["connected"]:
-        return f"connected (last frame {heard} s ago)"
-    ago = "no frame from the server yet" if heard is None else f"last frame {describe_age(heard)} ago"
-    return f"not connected: {answer['error'] or 'connecting'} ({ago})"
-
-
-def _cache(answer: dict[str, Any]) -> str:
-    here, there = answer["seq"], answer["server_seq"]
-    if answer["trouble"]:
-        return f"stuck at change {here}: {answer['trouble']}"
-    if answer["current"]:
-        return f"current (change {here} here, {there} on the server)"
-    if there is None:
-        age = "never filled" if answer["age_s"] is None else f"{describe_age(answer['age_s'])} old"
-        return f"{age} (change {here} here, unknown on the server)"
-    return f"catching up (change {here} here, {there} on the server, {count(answer['missing'], 'file')} to fetch)"
-
-
-def _payloads(found: dict[str, Any]) -> str:
-    how = "fetched in the background" if found["mode"] == "background" else "fetched on demand"
-    if not found["deferred"]:
-        return f"all here ({how})"
-    text = f"{count(found['deferred'], 'file')} of {found['deferred_bytes'] / _MIB:.1f} MiB not here ({how})"
-    if (now := found["fetching"]) is not None:
-        text += f"; fetching {now['path']}, {now['done'] / _MIB:.1f} of {now['total'] / _MIB:.1f} MiB"
-    return text + (f"; {found['trouble']}" if found["trouble"] else "")
-
-
-def _acting(answer: dict[str, Any]) -> str:
-    if answer["actor"] is not None:
-        return ", ".join([answer["actor"], *answer["act_as"]])
-    if answer["has_token"]:
-        return f"unknown: {answer['actor_error'] or 'not connected'}"
-    return "none: no token; log in with: lattice remote login"
-
-
-def _edits(answer: dict[str, Any]) -> list[str]:
-    """Return a line with the number of unsent edits, and one for each of the first ``_MAX_EDITS``."""
-    waits_for, paths = answer["edits_wait_for"], answer["unsent_edits"]
-    usual = f"waits for {waits_for}" if waits_for else "sent as soon as it is saved"
-    if not paths:
-        return [f"none ({f'an edit {usual}' if waits_for else 'each is sent as soon as it is saved'})"]
-    why = {path: f"withheld: {reason}" for path, reason in answer["withheld_edits"].items()}
-    why |= {path: f"refused: {reason}" for path, reason in answer["refused_edits"].items()}
-    lines = [str(len(paths)), *(f"{path}: {why.get(path, usual)}" for path in paths[:_MAX_EDITS])]
-    if (more := len(paths) - _MAX_EDITS) > 0:
-        lines.append(f"and {more} more; all: lattice remote status --json")
-    if answer["withheld_edits"]:
-        lines.append("to send withheld edits: lattice remote push --confirm")
-        lines.append("to restore the server's texts: lattice remote resolve --all --theirs")
-    return lines
-
-
-def _conflicts(conflicts: list[dict[str, Any]]) -> str:
-    named = ", ".join(f"{each['what']} of {each['short_id']}" for each in conflicts)
-    return f"{len(conflicts)}: {named}; see: lattice remote resolve" if conflicts else "none"
-
-
-def _rescued(entries: list[dict[str, Any]]) -> str:
-    files = count(sum(len(entry["files"]) for entry in entries), "file")
-    return f"{files} in {count(len(entries), 'entry', 'entries')}; see: lattice remote rescued" if entries else "none"
-
-
-def _repaired(repaired: dict[str, Any]) -> str:
-    text = f"{count(repaired['count'], 'file')} since the agent started"
-    if repaired["last_path"] is not None:
-        text += f", last {repaired['last_path']} {describe_age(repaired['last_age_s'])} ago"
-    if repaired["contested"]:
-        text += f"; another process keeps writing {', '.join(repaired['contested'][:5])}"
-    return f"{text} ({repaired['watched'] or 'not watched: no agent'})"
-
-
-def _agent(agent: dict[str, Any] | None) -> str:
-    if agent is None:
-        return "not used"
-    return str(agent.get("error") or f"pid {agent['pid']}, {count(len(agent['caches']), 'cache')}")
-
-
-def _versions(found: dict[str, str]) -> str:
-    return ", ".join(f"{name} {number}" for name, number in sorted(found.items()))
 
 
 @app.command(name="update", hidden=True, help="As pull. Example: lattice remote update origin")
@@ -402,97 +230,3 @@ def _read(directory: str, path: str) -> dict[str, object]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-# --- the agent ---
-
-agent_app = typer.Typer(
-    name="agent", help="Show or stop the background agent.", no_args_is_help=True, rich_markup_mode=None
-)
-All = Annotated[bool, typer.Option("--all", help="Also agents of this user in other environments.")]
-
-
-@agent_app.command(name="status")
-def agent_status(*, every: All = False, as_json: Json = False) -> None:
-    """Show whether the agent runs, and its caches.
-
-    An agent serves the commands with one configuration directory, network, set of mounts, proxy and CA settings.
-
-    Example: lattice remote agent status --all
-    """
-    answer, others = send_if_running({"do": "agent-status"}), _ask_others("agent-status")
-    if as_json:
-        listed = {"agents": others} if every else {}
-        print_result({"running": answer is not None, **(answer or {}), "others": len(others), **listed})
-        return
-    if answer is None:
-        typer.echo(f"The agent is not running ({_why_not()}).")
-    else:
-        _show(answer)
-    for other in others if every else ():
-        typer.echo("")
-        _show(other)
-    if others and not every:
-        typer.echo(f"{_count(others)} in other environments; see: lattice remote agent status --all")
-
-
-@agent_app.command(name="stop")
-def agent_stop(*, every: All = False) -> None:
-    """Stop the agent and the launcher's warm process.
-
-    The next command starts new ones.
-
-    Example: lattice remote agent stop --all
-    """
-    answer = send_if_running({"do": "agent-stop"})
-    typer.echo(f"Stopped the agent (pid {answer['pid']})." if answer else "The agent is not running.")
-    for warm in stop_warm(every=every):
-        typer.echo(f"Stopped the warm process (pid {warm}).")
-    if every:
-        for other in _ask_others("agent-stop"):
-            typer.echo(other.get("error") or f"Stopped the agent (pid {other['pid']}) of another environment.")
-    elif others := _ask_others("agent-status"):
-        typer.echo(f"{_count(others)} in other environments; to stop all: lattice remote agent stop --all")
-
-
-def _show(agent: dict[str, Any]) -> None:
-    if "error" in agent:
-        typer.echo(agent["error"])
-        return
-    typer.echo(f"pid {agent['pid']}, version {agent['version']}, up {describe_age(agent['uptime_s'])}")
-    typer.echo(f"configuration {agent['configuration']}")
-    typer.echo(f"socket {agent['socket']}, log {agent['log']}")
-    for cache in agent["caches"]:
-        how = "connected" if cache["connected"] else "not connected"
-        typer.echo(f"{cache['directory']}: {cache['url']} {cache['project']}, {how}, at change {cache['seq']}")
-
-
-def _count(others: list[dict[str, Any]]) -> str:
-    return f"{count(len(others), 'more agent')} of this user {'runs' if len(others) == 1 else 'run'}"
-
-
-def _why_not() -> str:
-    if not agent_enabled():
-        return "switched off"
-    try:
-        place = agent_runtime.locate()
-        agent_runtime.prepare(place)
-    except StorageError as error:
-        return f"there is no place for it: {error.message}"
-    return f"it starts with the next command; log: {place.log}"
-
-
-def _ask_others(do: str) -> list[dict[str, Any]]:
-    """Return the answers of this user's other agents in the same directory; a silent one gives its error."""
-    answers: list[dict[str, Any]] = []
-    places = []
-    with contextlib.suppress(StorageError):
-        places = agent_runtime.others(agent_runtime.locate()) if agent_enabled() else []
-    for place in places:
-        try:
-            answer = send_to_agent(place, {"do": do})
-        except ConnectionFailed as silent:
-            answer = {"error": silent.message, "socket": place.socket}
-        if answer is not None:
-            answers.append(answer)
-    return answers

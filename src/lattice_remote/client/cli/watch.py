@@ -17,7 +17,7 @@ from typing import Annotated, Any, Self
 import msgspec
 import typer
 
-from lattice_remote import text as logtext
+from lattice_remote import output
 from lattice_remote.client.agent.journal_log import MAX_ENTRIES, task_of
 from lattice_remote.client.agent_client import send_request
 from lattice_remote.client.cli.common import (
@@ -28,10 +28,9 @@ from lattice_remote.client.cli.common import (
     print_result,
     request,
 )
-from lattice_remote.errors import ConnectionFailed, Misuse, RemoteError, one_line
+from lattice_remote.errors import ConnectionFailed, Misuse, RemoteError, one_line, printable
 from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import LogEntry
-from lattice_remote.text import printable
 
 __all__ = ["app", "as_line", "history_app", "run_for"]
 
@@ -463,14 +462,14 @@ def _listed(answer: dict[str, Any], task: str, text: str, *, as_json: bool) -> N
         typer.echo(f"No versions of the {text} of {task} are kept.")
         return
     rows = [("CHANGE", "TIME", "ACTOR", "SIZE", "COMMAND"), *map(_row, entries)]
-    for line in logtext.columns(rows):
+    for line in output.columns(rows):
         typer.echo(line)
 
 
 def _row(entry: LogEntry) -> tuple[str, ...]:
     size = "removed" if entry.text_bytes is None else count(entry.text_bytes, "byte")
-    cells = (str(entry.seq), logtext.local_time(entry.time), entry.actor, size, entry.command)
-    return tuple(map(logtext.printable, cells))
+    cells = (str(entry.seq), output.local_time(entry.time), entry.actor, size, entry.command)
+    return tuple(map(printable, cells))
 
 
 def _name(fields: dict[str, Any]) -> str:

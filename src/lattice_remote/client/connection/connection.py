@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol, cast
@@ -28,12 +29,12 @@ from lattice_remote.client.connection.dial import (
     error_of,
     open_socket,
 )
-from lattice_remote.client.connection.receive_queue import Item, ReceiveQueue, closing_error, read_frames
 from lattice_remote.client.connection.requests import MAX_SENDS, UNSENT_PATIENCE_S, PendingRequest, refusal_of
 from lattice_remote.client.trusted_servers import Server
 from lattice_remote.errors import (
     REFUSALS,
     ConnectionFailed,
+    ProtocolError,
     Rejected,
     RemoteError,
     StorageError,
@@ -46,6 +47,7 @@ from lattice_remote.protocol.messages import (
     Response,
     ServerFrame,
     Welcome,
+    decode_server_frame,
     encode,
 )
 
@@ -60,7 +62,99 @@ ALIVE_S = PING_INTERVAL_S + PING_TIMEOUT_S + 2.0
 MIN_ATTEMPT_GAP_S = 0.1
 ASKED_DELAY_S = 0.5
 """Longest delay between attempts while a request waits."""
+MAX_FRAMES = 128
+MAX_BYTES = 64 * 1024 * 1024
+MAX_FRAGMENTS = 1024
+"""Most fragments of a message: empty ones cost the sender nothing."""
+_VIOLATIONS = {1002, 1007, 1009}
+"""Close codes with which the library reports a violation of WebSocket by the peer."""
 _log = logging.getLogger(__name__)
+
+
+# --- frames received from one socket ---
+
+Item = ServerFrame | RemoteError
+"""A frame, or the error that ended the connection after the frames before it."""
+
+
+class ReceiveQueue:
+    """Bounded queue between the socket's reader and the session; one producer, one consumer."""
+
+    def __init__(self) -> None:
+        self._items: deque[Item] = deque()
+        self._bytes = 0
+        self._changed = asyncio.Event()
+
+    @property
+    def is_full(self) -> bool:
+        """Return whether the reader must wait because the session is slow."""
+        return len(self._items) >= MAX_FRAMES or self._bytes >= MAX_BYTES
+
+    async def put(self, item: Item, size: int = 0) -> None:
+        """Add an item of ``size`` bytes on the wire, once there is room."""
+        while self.is_full:
+            await self._next_change()
+        self._items.append(item)
+        self._bytes += size
+        self._changed.set()
+
+    async def take(self) -> list[Item]:
+        """Wait for at least one item and return all."""
+        while not self._items:
+            await self._next_change()
+        items = list(self._items)
+        self._items.clear()
+        self._bytes = 0
+        self._changed.set()
+        return items
+
+    async def _next_change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+
+async def read_frames(socket: ClientConnection, queue: ReceiveQueue, on_heard: Callable[[], None]) -> None:
+    """Decode frames into ``queue``, apart from their processing: a slow disk must not look like a silent server.
+
+    The connection's end goes through the queue too: the frames before it, such as a goodbye, come first.
+    """
+    try:
+        while True:
+            data = await _message(socket)
+            on_heard()
+            await queue.put(decode_server_frame(data), len(data))
+    except ConnectionClosed as closed:
+        await queue.put(closing_error(closed))
+    except ProtocolError as violation:
+        await queue.put(violation)
+
+
+def closing_error(closed: ConnectionClosed) -> RemoteError:
+    """Return the error for a closed connection: a violation noticed here, or the peer's close."""
+    if closed.sent is not None and closed.rcvd is None and closed.sent.code in _VIOLATIONS:
+        return ProtocolError(f"the server broke the protocol: {closed.sent.reason}")
+    reason = f": {closed.rcvd.reason}" if closed.rcvd is not None and closed.rcvd.reason else ""
+    return ConnectionFailed(f"the connection was closed{reason}")
+
+
+async def _message(socket: ClientConnection) -> bytes:
+    """Return the next message.
+
+    Raises:
+        ProtocolError: it is text, or has too many fragments.
+        ConnectionClosed: the connection has ended.
+    """
+    pieces: list[bytes] = []
+    async for piece in socket.recv_streaming():
+        if isinstance(piece, str):
+            raise ProtocolError("a text message; frames are binary")
+        pieces.append(piece)
+        if len(pieces) > MAX_FRAGMENTS:
+            raise ProtocolError(f"a message in more than {MAX_FRAGMENTS} pieces")
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+# --- the connection ---
 
 
 class Session(Protocol):

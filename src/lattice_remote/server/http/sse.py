@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from lattice_remote.errors import RemoteError, StorageError
+from lattice_remote.errors import RemoteError, StorageError, printable
 from lattice_remote.livepage import RETRY_MS
 from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import Bye, Change
@@ -24,7 +24,6 @@ from lattice_remote.server.project.history import Start
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.transport.api_error import ApiError
 from lattice_remote.server.transport.websocket import PlainHttp, payload_of
-from lattice_remote.text import printable
 
 __all__ = ["KEEP_ALIVE_S", "Feeds", "page_events", "routes"]
 

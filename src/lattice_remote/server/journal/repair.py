@@ -368,7 +368,7 @@ class Repair:
                 os.unlink(self._tree.absolute(path))
                 notes.append(f"{path}: removed again")
             else:
-                notes.append(_set_aside(self._tree, path, lost))
+                notes.append(_move_to_lost(self._tree, path, lost))
         return notes
 
     def _is_known(self, path: str) -> bool:
@@ -425,7 +425,7 @@ def _digest_in(tree: ProjectTree, path: str) -> bytes | None:
     return tree.files[path].digest if path in tree.files else None
 
 
-def _set_aside(tree: ProjectTree, path: str, lost: Path) -> str:
+def _move_to_lost(tree: ProjectTree, path: str, lost: Path) -> str:
     target = lost / path
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(tree.absolute(path), target)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import msgspec
 
-from lattice_remote.errors import Misuse, StorageError
+from lattice_remote.errors import Misuse, StorageError, printable
+from lattice_remote.output import counted
 from lattice_remote.server.config import JournalSettings
 from lattice_remote.server.datadir import DataDir, ProjectPaths
 from lattice_remote.server.ipc import Ready, Stop, ToServer
@@ -28,7 +29,6 @@ from lattice_remote.server.maintenance.fsck_project import Finding, ProjectCheck
 from lattice_remote.server.project.worker_process import WORKER_COMMAND, WorkerProcess
 from lattice_remote.server.tokens import METRICS_ACTOR, Token, TokenFile, check_actor
 from lattice_remote.server.tree.tree import ProjectTree
-from lattice_remote.text import counted, printable
 
 __all__ = [
     "CHMOD_600",

@@ -23,7 +23,7 @@ from typing import Annotated, Any, BinaryIO
 
 import msgspec
 
-from lattice_remote.errors import Misuse, ProtocolError, RemoteError, StorageError
+from lattice_remote.errors import Misuse, ProtocolError, RemoteError, StorageError, printable
 from lattice_remote.files import READ, SAFE
 from lattice_remote.protocol.bundle import MAX_PROJECT_FILES, Layout, Unpacker
 from lattice_remote.protocol.messages import Entry
@@ -32,7 +32,6 @@ from lattice_remote.server.tree.capture import AccessDenied, Capture
 from lattice_remote.server.tree.tree import ProjectTree, sync_directory, sync_files
 from lattice_remote.server.worker.executor import CommandOutcome, Executor
 from lattice_remote.server.worker.main import code_directories, prepare_scratch
-from lattice_remote.text import printable
 
 __all__ = ["Candidate", "ImportReport", "add_directory", "add_pack", "main", "quarantine"]
 

@@ -23,8 +23,9 @@ import msgspec
 from websockets.exceptions import ConnectionClosed
 
 import lattice_remote
-from lattice_remote.errors import ProtocolError, RemoteError, StorageError
+from lattice_remote.errors import ProtocolError, RemoteError, StorageError, printable
 from lattice_remote.files import READ
+from lattice_remote.output import describe_difference
 from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
@@ -76,7 +77,6 @@ from lattice_remote.server.transport.websocket import (
     websocket_frame,
 )
 from lattice_remote.server.worker.calls import is_offered
-from lattice_remote.text import describe_difference, printable
 
 __all__ = [
     "HELLO_TIMEOUT_S",

@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from lattice_remote.errors import printable
 from lattice_remote.server.ipc import HookCall
 from lattice_remote.server.logging import masked_output
-from lattice_remote.text import printable
 
 __all__ = ["HOOK_TIMEOUT_S", "HookRunner"]
 

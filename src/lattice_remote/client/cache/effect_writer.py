@@ -26,14 +26,14 @@ from lattice_remote.protocol.operations import (
 from lattice_remote.protocol.paths import is_editable
 from lattice_remote.protocol.replica import Replica
 
-__all__ = ["Files"]
+__all__ = ["EffectWriter"]
 
 _MAX_MISFITS = 5
 """The connection is given up when the parts of one file do not add up this often."""
 
 
-class Files:
-    """Performs a replica's effects on the files, under the cache's lock."""
+class EffectWriter:
+    """Writer of a replica's effects to the files, under the cache's lock."""
 
     def __init__(self, cache: Cache, edits: Edits, rescue_policy: RescuePolicy, repairs: RepairSchedule) -> None:
         self._cache = cache

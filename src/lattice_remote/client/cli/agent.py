@@ -1,18 +1,121 @@
-"""``lattice remote launcher``: an executable ``lattice`` that needs no new interpreter for each command."""
+"""``lattice remote agent`` and ``launcher``: the processes in the background."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lattice_remote.client.agent_client import describe_age
-from lattice_remote.client.cli.common import Json, print_result
+from lattice_remote.client import agent_runtime
+from lattice_remote.client.agent_client import agent_enabled, describe_age, send_if_running, send_to_agent
+from lattice_remote.client.cli.common import (
+    Json,
+    count,
+    print_result,
+)
 from lattice_remote.client.launcher import install as launcher
+from lattice_remote.errors import ConnectionFailed, StorageError
 
-__all__ = ["app"]
+__all__ = ["agent_app", "launcher_app"]
 
-app = typer.Typer(
+# --- the agent ---
+
+agent_app = typer.Typer(
+    name="agent", help="Show or stop the background agent.", no_args_is_help=True, rich_markup_mode=None
+)
+All = Annotated[bool, typer.Option("--all", help="Also agents of this user in other environments.")]
+
+
+@agent_app.command(name="status")
+def agent_status(*, every: All = False, as_json: Json = False) -> None:
+    """Show whether the agent runs, and its caches.
+
+    An agent serves the commands with one configuration directory, network, set of mounts, proxy and CA settings.
+
+    Example: lattice remote agent status --all
+    """
+    answer, others = send_if_running({"do": "agent-status"}), _ask_others("agent-status")
+    if as_json:
+        listed = {"agents": others} if every else {}
+        print_result({"running": answer is not None, **(answer or {}), "others": len(others), **listed})
+        return
+    if answer is None:
+        typer.echo(f"The agent is not running ({_why_not()}).")
+    else:
+        _show(answer)
+    for other in others if every else ():
+        typer.echo("")
+        _show(other)
+    if others and not every:
+        typer.echo(f"{_count(others)} in other environments; see: lattice remote agent status --all")
+
+
+@agent_app.command(name="stop")
+def agent_stop(*, every: All = False) -> None:
+    """Stop the agent and the launcher's warm process.
+
+    The next command starts new ones.
+
+    Example: lattice remote agent stop --all
+    """
+    answer = send_if_running({"do": "agent-stop"})
+    typer.echo(f"Stopped the agent (pid {answer['pid']})." if answer else "The agent is not running.")
+    for warm in launcher.stop_warm(every=every):
+        typer.echo(f"Stopped the warm process (pid {warm}).")
+    if every:
+        for other in _ask_others("agent-stop"):
+            typer.echo(other.get("error") or f"Stopped the agent (pid {other['pid']}) of another environment.")
+    elif others := _ask_others("agent-status"):
+        typer.echo(f"{_count(others)} in other environments; to stop all: lattice remote agent stop --all")
+
+
+def _show(agent: dict[str, Any]) -> None:
+    if "error" in agent:
+        typer.echo(agent["error"])
+        return
+    typer.echo(f"pid {agent['pid']}, version {agent['version']}, up {describe_age(agent['uptime_s'])}")
+    typer.echo(f"configuration {agent['configuration']}")
+    typer.echo(f"socket {agent['socket']}, log {agent['log']}")
+    for cache in agent["caches"]:
+        how = "connected" if cache["connected"] else "not connected"
+        typer.echo(f"{cache['directory']}: {cache['url']} {cache['project']}, {how}, at change {cache['seq']}")
+
+
+def _count(others: list[dict[str, Any]]) -> str:
+    return f"{count(len(others), 'more agent')} of this user {'runs' if len(others) == 1 else 'run'}"
+
+
+def _why_not() -> str:
+    if not agent_enabled():
+        return "switched off"
+    try:
+        place = agent_runtime.locate()
+        agent_runtime.prepare(place)
+    except StorageError as error:
+        return f"there is no place for it: {error.message}"
+    return f"it starts with the next command; log: {place.log}"
+
+
+def _ask_others(do: str) -> list[dict[str, Any]]:
+    """Return the answers of this user's other agents in the same directory; a silent one gives its error."""
+    answers: list[dict[str, Any]] = []
+    places = []
+    with contextlib.suppress(StorageError):
+        places = agent_runtime.others(agent_runtime.locate()) if agent_enabled() else []
+    for place in places:
+        try:
+            answer = send_to_agent(place, {"do": do})
+        except ConnectionFailed as silent:
+            answer = {"error": silent.message, "socket": place.socket}
+        if answer is not None:
+            answers.append(answer)
+    return answers
+
+
+# --- the launcher ---
+
+launcher_app = typer.Typer(
     name="launcher",
     help="Run commands in a warm process: about five times faster.",
     no_args_is_help=True,
@@ -22,7 +125,7 @@ Directory = Annotated[Path | None, typer.Option("--dir", metavar="DIR", help="Di
 _MIB = 1024 * 1024
 
 
-@app.command()
+@launcher_app.command()
 def install(directory: Directory = None, as_json: Json = False) -> None:
     """Install an executable 'lattice' that uses a warm process.
 
@@ -40,7 +143,7 @@ def install(directory: Directory = None, as_json: Json = False) -> None:
     _advise(path, place)
 
 
-@app.command()
+@launcher_app.command()
 def status(directory: Directory = None, as_json: Json = False) -> None:
     """Show the launcher, its place on the PATH, and the warm process.
 
@@ -84,7 +187,7 @@ def status(directory: Directory = None, as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+@launcher_app.command()
 def remove(directory: Directory = None, as_json: Json = False) -> None:
     """Remove the launcher and stop its warm process.
 

@@ -7,8 +7,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lattice_remote.errors import printable
+from lattice_remote.output import as_lines, as_records
 from lattice_remote.protocol.messages import LogEntry
-from lattice_remote.text import as_lines, as_records, printable
 
 TASK = "task_01ARZ3NDEKTSV4RRFFQ69G5FAV"
 TIME = "2026-01-02T03:04:05.678Z"

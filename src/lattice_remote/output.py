@@ -3,8 +3,6 @@
 Untrusted text is escaped: control characters and characters that change the direction of a line.
 """
 
-import base64
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -12,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from lattice_remote.errors import printable
 from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import LogEntry
 
@@ -22,26 +21,9 @@ __all__ = [
     "counted",
     "describe_difference",
     "local_time",
-    "mark_of_server",
-    "printable",
 ]
 
 _MAX_TASKS_SHOWN = 3
-_MARK_BYTES = 12
-
-
-def mark_of_server(url: str) -> str:
-    """Return the last part of a token that was made for one server, 16 characters: a digest of its URL.
-
-    A client sends such a token to that server although the user has not named it. Another URL with the same mark is as
-    hard to find as a collision of 96 bits for a given text.
-    """
-    scheme, _, rest = url.strip().partition("://")
-    host, _, path = rest.partition("/")
-    path = path.strip("/")
-    normal = f"{scheme.lower()}://{host.lower()}" + (f"/{path}" if path else "")
-    digest = hashlib.sha256(b"lattice-remote server " + normal.encode()).digest()
-    return base64.urlsafe_b64encode(digest[:_MARK_BYTES]).decode("ascii")
 
 
 def as_records(entries: Sequence[LogEntry], short_ids: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -105,15 +87,6 @@ def local_time(time: str) -> str:
         return f"{datetime.fromisoformat(time).astimezone():%Y-%m-%d %H:%M:%S}"
     except (ValueError, OverflowError, OSError):
         return time
-
-
-def printable(text: str) -> str:
-    """Return ``text`` with every character escaped (``\\x1b``) that is not printable or a space."""
-    return re.sub(r"[^ -~]", lambda found: _escaped(found[0]), text)
-
-
-def _escaped(character: str) -> str:
-    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
 
 
 def describe_difference(here: str, there: str, *, here_is: str, there_is: str) -> str | None:
