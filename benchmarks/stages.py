@@ -59,7 +59,7 @@ SERVER = {
     "publish": ["server.project.history:History.publish"],
     "log and metrics": ["server.project.metrics:RequestLog.settled"],
     "settle": ["server.project.project:Project._done"],
-    "send change and reply": ["server.transport.websocket:SendQueue._flush"],
+    "send change and reply": ["server.transport.websocket:SendQueue.flush"],
 }
 
 _spent: dict[str, int] = defaultdict(int)

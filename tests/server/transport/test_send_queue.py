@@ -32,6 +32,14 @@ class Pipe(asyncio.Protocol):
         self.outbox.resume()
 
 
+class Broken(asyncio.Transport):
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        raise RuntimeError("the handler is closed")
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+
 @pytest.fixture
 async def pipe() -> AsyncIterator[tuple[Pipe, socket.socket]]:
     ours, theirs = socket.socketpair()
@@ -141,3 +149,51 @@ async def test_a_connection_that_ended_while_it_was_paused_is_not_cut_again(
     queue.close()
     queue._check_progress()
     assert queue._check is None and not caplog.records
+
+
+async def test_a_client_that_stalls_with_little_unread_costs_no_processor_time(
+    pipe: tuple[Pipe, socket.socket],
+) -> None:
+    end, theirs = pipe
+    transport, queue = end.transport, end.outbox
+    low, high = transport.get_write_buffer_limits()
+    while transport.get_write_buffer_size() <= low:
+        queue.push(b"x" * 4096)
+        await asyncio.sleep(0)
+    assert transport.get_write_buffer_size() <= high, "the transport has not paused"
+    flushes: list[None] = []
+    queue.flush = lambda: flushes.append(None) or SendQueue.flush(queue)  # type: ignore[method-assign, func-returns-value]
+    await asyncio.wait_for(queue.room(), 20)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert len(flushes) <= 1
+    await received(theirs, queue.take_written())
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_a_transport_that_fails_delays_no_other_client(
+    pipe: tuple[Pipe, socket.socket], caplog: pytest.LogCaptureFixture, is_first: bool
+) -> None:
+    end, theirs = pipe
+    broken = SendQueue(Broken(), "broken")
+    for queue in (broken, end.outbox) if is_first else (end.outbox, broken):
+        queue.push(b"change")
+    assert await received(theirs, 6) == b"change"
+    await until(lambda: caplog.records)
+    assert "cannot write to a client" in caplog.text
+    caplog.clear()
+
+
+async def test_all_queues_of_a_tick_are_flushed_by_one_callback(pipe: tuple[Pipe, socket.socket]) -> None:
+    end, theirs = pipe
+    callbacks: list[object] = []
+    loop = asyncio.get_running_loop()
+    queues = [SendQueue(end.transport, str(number)) for number in range(10)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "call_soon", lambda call, *rest: callbacks.append((call, rest)))
+        for queue in queues:
+            queue.push(b"one")
+            queue.push(b"two")
+    [(call, rest)] = callbacks
+    call(*rest)
+    assert await received(theirs, 60) == b"onetwo" * 10

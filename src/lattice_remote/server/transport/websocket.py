@@ -35,6 +35,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
@@ -96,6 +97,20 @@ def payload_of(frame: bytes) -> bytes:
     return frame[{126: 4, 127: 10}.get(frame[1], 2) :]
 
 
+_due: WeakKeyDictionary[asyncio.AbstractEventLoop, list["SendQueue"]] = WeakKeyDictionary()
+"""Queues to flush at the end of the tick, by event loop: a callback of each queue would cost as much as its write."""
+
+
+def _flush_due(due: list["SendQueue"]) -> None:
+    queues = due.copy()
+    due.clear()
+    for queue in queues:
+        try:
+            queue.flush()
+        except Exception:  # noqa: BLE001 - the other clients get their frames
+            _log.exception("cannot write to a client")
+
+
 class SendQueue:
     """The queue in front of one transport; the owner passes on ``pause()``, ``resume()`` and ``close()``.
 
@@ -116,11 +131,12 @@ class SendQueue:
         self._max_bytes = max_bytes
         self._deadline_s = stall_deadline_s
         self._loop = asyncio.get_running_loop()
+        self._due = _due.setdefault(self._loop, [])
         self._frames: deque[bytes] = deque()
         self._bytes = 0  # in _frames; the transport's own buffer comes on top
         self._written = 0  # bytes since the last query
         self._paused = False
-        self._flush_due = False
+        self._is_due = False
         self._closed = False
         self._left = 0  # bytes in the transport at its last progress
         self._taken_at = 0.0  # time of that progress
@@ -143,14 +159,13 @@ class SendQueue:
         """Queue one frame, to be written at the end of this loop tick; a no-op after the end."""
         if self._closed:
             return
-        if self.pending_bytes >= self._max_bytes:
+        if (self._frames or self._paused) and self.pending_bytes >= self._max_bytes:
             self._cut(f"has not taken {self.pending_bytes} bytes")
             return
         self._frames.append(frame)
         self._bytes += len(frame)
-        if not self._flush_due and not self._paused:
-            self._flush_due = True
-            self._loop.call_soon(self._flush)
+        if not self._paused:
+            self._flush_soon()
 
     async def room(self) -> None:
         """Wait until the transport wants more; return at once after the end."""
@@ -169,7 +184,7 @@ class SendQueue:
 
     def resume(self) -> None:
         self._paused = False
-        self._flush()
+        self.flush()
 
     def finish(self) -> None:
         """Hand all to the transport; the owner then sends its goodbye."""
@@ -187,23 +202,36 @@ class SendQueue:
             self._check = None
         self._wake()
 
-    def _flush(self) -> None:
-        self._flush_due = False
-        while self._frames and not self._paused and self._transport.get_write_buffer_size() < _WRITE_BYTES:
-            self._transport.write(self._next_write())
+    def flush(self) -> None:
+        """Hand frames to the transport until it has enough."""
+        self._is_due = False
+        transport = self._transport
+        while self._frames and not self._paused and transport.get_write_buffer_size() < _WRITE_BYTES:
+            transport.write(self._next_write())
         if self._paused:
             return
-        if not self._frames and self._transport.get_write_buffer_size() <= self._transport.get_write_buffer_limits()[1]:
+        if not self._frames and transport.get_write_buffer_size() <= transport.get_write_buffer_limits()[1]:
             self._wake()
-        elif not self._flush_due:
+        else:
             # uvloop writes, and pauses this queue if needed, at the end of the tick: continue after that.
-            self._flush_due = True
-            self._loop.call_soon(self._flush)
+            self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        if self._is_due:
+            return
+        self._is_due = True
+        if not self._due:
+            self._loop.call_soon(_flush_due, self._due)
+        self._due.append(self)
 
     def _next_write(self) -> bytes:
         """Take small frames together, or one large one."""
         first = self._frames.popleft()
         size = len(first)
+        if not self._frames:
+            self._bytes = 0
+            self._written += size
+            return first
         batch = [first]
         while size < _WRITE_BYTES and self._frames and len(batch[-1]) <= _JOINED_BYTES >= len(self._frames[0]):
             batch.append(self._frames.popleft())
