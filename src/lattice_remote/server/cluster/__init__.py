@@ -1,0 +1,1 @@
+"""Several machines for the same projects: NATS JetStream orders their changes. Loaded only with ``--cluster``."""

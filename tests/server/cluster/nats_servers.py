@@ -1,0 +1,200 @@
+"""Real ``nats-server`` processes on loopback: a cluster of one or three, each with a private directory."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import Any
+
+__all__ = ["NatsCluster", "NatsServer", "nats_cluster"]
+
+_PROGRAM = Path(sys.executable).with_name("nats-server")
+_READY_S = 60.0
+
+
+class NatsServer:
+    """One server. ``start()``, then ``kill()``, ``stop()``, or ``pause()`` and ``resume()``."""
+
+    def __init__(self, name: str, ports: tuple[int, int, int], directory: Path) -> None:
+        self.name = name
+        self.port, self.route_port, self.monitor_port = ports
+        self.directory = directory
+        self.process: subprocess.Popen[bytes] | None = None
+        self._is_paused = False
+
+    @property
+    def url(self) -> str:
+        return f"nats://127.0.0.1:{self.port}"
+
+    @property
+    def monitor_url(self) -> str:
+        return f"http://127.0.0.1:{self.monitor_port}"
+
+    @property
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def configure(self, routes: list[int], sync: str | None, extra: str) -> None:
+        """Write the configuration; ``sync`` None: the server's default."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        peers = ", ".join(f'"nats://127.0.0.1:{port}"' for port in routes if port != self.route_port)
+        cluster = f'cluster {{ name: test, listen: "127.0.0.1:{self.route_port}", routes: [{peers}] }}'
+        (self.directory / "nats.conf").write_text(f"""
+server_name: {self.name}
+listen: "127.0.0.1:{self.port}"
+http: "127.0.0.1:{self.monitor_port}"
+log_file: "{self.directory}/nats.log"
+jetstream {{
+  store_dir: "{self.directory}/js", max_mem: 64MB, max_file: 2GB
+  {f"sync_interval: {sync}" if sync else ""}
+}}
+{cluster if len(routes) > 1 else ""}
+{extra}
+""")
+
+    def start(self) -> None:
+        """Start the process, if it does not run."""
+        if not self.is_running:
+            self.process = subprocess.Popen(
+                [_PROGRAM, "-c", self.directory / "nats.conf"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            self._is_paused = False
+
+    def kill(self) -> None:
+        """End it as a crash does."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """End it in order."""
+        self.resume()
+        self._end(signal.SIGTERM)
+
+    def pause(self) -> None:
+        """Let it do nothing, and answer nothing, until ``resume()``."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+        self._is_paused = True
+
+    def resume(self) -> None:
+        """Let it go on after a pause."""
+        if self._is_paused and self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
+            self._is_paused = False
+
+    def monitor(self, path: str) -> dict[str, Any]:
+        """Return the monitoring port's answer. Raises OSError if it has none or is not well."""
+        with closing(HTTPConnection("127.0.0.1", self.monitor_port, timeout=5)) as connection:
+            connection.request("GET", f"/{path}")
+            answer = connection.getresponse()
+            text = answer.read().decode()
+        if answer.status != HTTPStatus.OK:
+            raise OSError(text)
+        found: dict[str, Any] = json.loads(text)
+        return found
+
+    def log(self) -> str:
+        """Return the last lines of the log."""
+        with suppress(FileNotFoundError):
+            return "\n".join((self.directory / "nats.log").read_text().splitlines()[-20:])
+        return ""
+
+    def _end(self, number: int) -> None:
+        if self.process is not None:
+            self.process.send_signal(number)
+            self.process.wait(timeout=30)
+
+
+class NatsCluster:
+    """One or three servers. ``heal()`` starts and resumes whatever a test has ended or paused."""
+
+    def __init__(self, count: int, directory: Path, *, sync: str | None = "always", extra: str = "") -> None:
+        ports = _free_ports(3 * count)
+        self.servers = [
+            NatsServer(f"n{number + 1}", (ports[3 * number], ports[3 * number + 1], ports[3 * number + 2]), place)
+            for number, place in enumerate(directory / f"n{number + 1}" for number in range(count))
+        ]
+        routes = [each.route_port for each in self.servers]
+        for each in self.servers:
+            each.configure(routes, sync, extra)
+
+    @property
+    def urls(self) -> list[str]:
+        return [each.url for each in self.servers]
+
+    @property
+    def monitor_urls(self) -> list[str]:
+        return [each.monitor_url for each in self.servers]
+
+    def named(self, name: str) -> NatsServer:
+        return next(each for each in self.servers if each.name == name)
+
+    def heal(self) -> None:
+        """Let every server run, and wait until all of them are up to date."""
+        for each in self.servers:
+            each.resume()
+            each.start()
+        for each in self.servers:
+            self._wait(each)
+
+    def end(self) -> None:
+        """Kill every server; none is left behind."""
+        for each in self.servers:
+            each.kill()
+
+    def _wait(self, server: NatsServer) -> None:
+        end = time.monotonic() + _READY_S
+        last: object = None
+        while time.monotonic() < end:
+            if not server.is_running:
+                raise RuntimeError(f"{server.name} ended: {server.log()}")
+            try:
+                server.monitor("healthz")
+            except (OSError, HTTPException) as error:
+                last = error
+            else:
+                return
+            time.sleep(0.05)
+        raise RuntimeError(f"{server.name} is not ready: {last}; {server.log()}")
+
+
+@contextmanager
+def nats_cluster(count: int, directory: Path, *, sync: str | None = "always", extra: str = "") -> Iterator[NatsCluster]:
+    """Start servers, and end them by their process ids, also after a failure."""
+    for attempt in range(5):
+        cluster = NatsCluster(count, directory / str(attempt), sync=sync, extra=extra)
+        try:
+            try:
+                cluster.heal()
+            except RuntimeError as error:
+                if "address already in use" in str(error) and attempt < 4:
+                    continue  # another program was faster to take a port
+                raise
+            yield cluster
+            return
+        finally:
+            cluster.end()
+
+
+def _free_ports(count: int) -> list[int]:
+    """Return free ports below those that the system gives to outgoing connections."""
+    choose = random.Random(os.getpid() ^ time.monotonic_ns())
+    ports: list[int] = []
+    while len(ports) < count:
+        port = choose.randrange(10000, 32000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            if port not in ports:
+                ports.append(port)
+    return ports
