@@ -1,13 +1,13 @@
 """Client state machine: one cache of a project, without I/O (SPEC section 5).
 
-The shell feeds ``receive()`` and performs the returned effects in order before it feeds the next frame. The shell owns
-the files; the replica decides which operations to apply, which files to fetch, and the cache's position:
+The shell performs the effects of ``receive()`` in order before it feeds the next frame. It owns the files; the replica
+decides which operations to apply, which files to fetch, and the cache's position:
 
     idle --hello()--> greeting --Welcome--> following <--> comparing (reading a manifest)
 
 When ``position`` is (epoch, n) and ``missing`` is empty, the files equal the server's tree at (epoch, n) (I3). A path
-in ``missing`` is not guaranteed yet, so the position is never ahead of the files (I5). This holds for every
-interleaving of cuts, repeats, restarts and epochs.
+in ``missing`` is not guaranteed yet, so the position is never ahead of the files (I5), for every interleaving of cuts,
+repeats, restarts and epochs.
 
 Replies do not wait for the large contents in ``deferred``. The shell downloads them by digest (``Download``) at any
 time and reports each with ``here()``.
@@ -78,7 +78,7 @@ _Kept = tuple[Change, AppendBytes | MergeJson]
 
 
 class Arriving:
-    """Files of a cache under transfer: path -> the operations on it since its first piece."""
+    """Files under transfer: path -> the operations on it since its first piece."""
 
     def __init__(self) -> None:
         self._files: dict[str, list[_Kept]] = {}
@@ -99,7 +99,7 @@ class Arriving:
         return self._kept_bytes <= _MAX_KEPT_BYTES
 
     def forget(self, path: str) -> list[_Kept]:
-        """Remove a file, complete or to be fetched again; return its kept operations."""
+        """Remove a file, complete or to be fetched again; return its operations."""
         kept = self._files.pop(path, [])
         self._kept_bytes -= sum(weight_of(operation) for _, operation in kept)
         return kept
@@ -110,9 +110,9 @@ class Arriving:
 
 
 MAX_ENTRIES = 250_000
-"""Bound on the memory that an endless manifest takes."""
+"""Bound of an endless manifest's memory."""
 MAX_BUFFERED_BYTES = 64 * 1024 * 1024
-"""Kept changes during a manifest; beyond it the comparison restarts."""
+"""Of changes during a manifest; beyond it the comparison restarts."""
 
 
 @dataclass(slots=True)
@@ -128,7 +128,7 @@ class ManifestComparison:
     later_bytes: int = 0
 
     def keep(self, change: Change) -> None:
-        """Keep a change until the comparison ends. Detects a gap before the change has any effect."""
+        """Keep a change until the comparison ends. Raises ProtocolError on a gap, before any effect."""
         last = self.later[-1].seq if self.later else self.seq
         if 0 <= last < change.seq - 1:
             raise ProtocolError(f"change {change.seq} follows {last}: the history has a gap")
@@ -146,7 +146,7 @@ class ManifestComparison:
         self.seq, self.mark, self.later = seq, mark, later
 
     def add(self, entries: Iterable[Entry], *, last: bool) -> None:
-        """Add a piece of the manifest. Only the last may be empty; others could repeat forever."""
+        """Add a piece. Only the last may be empty; others could repeat forever."""
         before = len(self.entries)
         pairs = [(entry.path, (entry.size, entry.digest)) for entry in entries]
         self.entries.update(pairs)
@@ -161,7 +161,7 @@ class ManifestComparison:
 
 FETCH_BATCH = 256
 LARGE_BYTES = 256 * 1024
-"""Size in bytes above which an artifact's content may be deferred."""
+"""Above it an artifact's content may be deferred."""
 
 
 class State(enum.Enum):
@@ -183,23 +183,21 @@ class Replica:
         deferred: Mapping[str, Content | None] | None = None,
     ) -> None:
         self.position = position
-        """The files hold every change up to here, except for those in ``missing``."""
+        """The files hold every change up to here, except those in ``missing``."""
         self.missing: dict[str, int] = dict.fromkeys(missing, position.seq)
-        """Paths that ``position`` does not cover yet, with the number of the change since which they are missing."""
+        """Paths that ``position`` does not cover yet -> the number of the change since which they are missing."""
         self.deferred: dict[str, Content | None] = dict(deferred or {})
-        """Deferred contents at ``position``; None: known to the server only. The file may be empty, or hold its earlier
-        content.
+        """Contents at ``position``; None: known to the server only. The file may be empty, or hold its earlier content.
         """
         self.deferred_version = 0
         self.defers = deferred is not None
-        """Whether large contents of artifacts are deferred."""
         self.blocked: set[str] = set()
         """Paths in ``missing`` with a local edit: not fetched until ``unblock()``."""
         self.welcome: Welcome | None = None
         """None before the server's first frame on this connection."""
         self.state = State.IDLE
         self.head = position.seq
-        """Highest sequence number that the server named on this connection."""
+        """Highest number that the server named on this connection."""
         self._follow = follow
         self._requested: set[str] = set()
         self._arriving = Arriving()
@@ -241,7 +239,7 @@ class Replica:
     def receive(self, frame: ServerFrame) -> list[Effect]:
         """Process one frame; return the effects in order.
 
-        Raises ProtocolError, without effect: the server violated the protocol. Close the connection.
+        Raises ProtocolError, without effect: close the connection.
         """
         greeting = isinstance(frame, Welcome) and self.state is State.GREETING
         talking = not isinstance(frame, Welcome) and self.state in (State.FOLLOWING, State.COMPARING)
@@ -372,7 +370,6 @@ class Replica:
     # --- deferred contents ---
 
     def may_defer(self, path: str, size: int) -> bool:
-        """Whether a missing file of this size is deferred."""
         return self.defers and size > LARGE_BYTES and is_payload(path)
 
     def defer(self, path: str) -> None:
@@ -381,10 +378,7 @@ class Replica:
         self._defer(path, None)
 
     def learned(self, path: str, content: Content, seq: int) -> bool:
-        """Record a deferred file's size and digest at ``seq``; return whether they hold at ``position``.
-
-        They do not while ``position`` is behind ``seq``: the changes in between have yet to arrive.
-        """
+        """Record a deferred file's size and digest at ``seq``; return False if ``position`` has yet to reach it."""
         if path in self.deferred and self.deferred[path] is None and self.position.seq >= seq:
             self._defer(path, content)
         return self.deferred.get(path) == content
@@ -399,7 +393,7 @@ class Replica:
         self.deferred_version += 1
 
     def block(self, path: str) -> None:
-        """Suspend updates of a file with a local edit until ``unblock()``.
+        """Suspend updates of a file with a local edit.
 
         Call ``unblock()`` once any process has sent, discarded or undone the edit.
         """
@@ -520,7 +514,7 @@ class Replica:
 
         Args:
             local: size and digest of each file of the cache; for ``edited`` files those before the edit.
-            edited: paths with unsent edits. They stay unchanged, blocked if the server's text differs or is missing.
+            edited: paths with unsent edits. They stay, blocked if the server's text differs or is missing.
         """
         comparison = self._finish_comparison()
         assert self.welcome is not None, "a manifest only comes after a Welcome"

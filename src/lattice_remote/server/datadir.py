@@ -60,7 +60,7 @@ _SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
 class ProjectSummary(msgspec.Struct, frozen=True):
-    """One line of ``lattice-remote project list``; ``state`` is ``active``, or ``archived``: not served."""
+    """A project in ``lattice-remote project list``; an ``archived`` one is not served."""
 
     slug: str
     code: str | None
@@ -73,13 +73,13 @@ class ProjectSummary(msgspec.Struct, frozen=True):
 class ProjectPaths:
     def __init__(self, root: Path) -> None:
         self.root = root
-        """The directory that holds ``.lattice/``; lattice's own root."""
+        """Contains ``.lattice/``; lattice's own root."""
         self.lattice = root / ".lattice"
         self.journal = root / "journal"
         self.uploads = root / "uploads"
         self.incoming = root / "incoming"
         self.writer_lock = root / ".writer.lock"
-        """Held by the project's worker process while it lives."""
+        """Held by the project's worker while it lives."""
 
     def upload(self, token_id: str, digest: bytes) -> Path:
         """Return the path of a complete upload; any string may be a token's id."""
@@ -88,8 +88,6 @@ class ProjectPaths:
 
 
 class DataDir:
-    """A data directory, which need not exist before ``create()``."""
-
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tokens = path / "tokens.json"
@@ -118,7 +116,7 @@ class DataDir:
             write_atomically(self._config, b"{}\n")
 
     def config(self) -> Config:
-        """Return the settings. Raises Misuse: never initialised, or ``config.json`` is invalid."""
+        """Raises Misuse: never initialised, or ``config.json`` is invalid."""
         try:
             return msgspec.json.decode(self._config.read_bytes(), type=Config)
         except FileNotFoundError:
@@ -148,7 +146,7 @@ class DataDir:
         return _projects_in(self.projects)
 
     def has_project(self, slug: str) -> bool:
-        """Return whether this project exists; any string may be asked for (I9)."""
+        """Any string may be asked for (I9)."""
         return _is_project(self.projects, slug)
 
     def is_archived(self, slug: str) -> bool:
@@ -169,7 +167,6 @@ class DataDir:
             write_atomically(self._renamed, msgspec.json.format(msgspec.json.encode(renamed)) + b"\n")
 
     def project(self, slug: str) -> ProjectPaths:
-        """Return the paths of a project of ``has_project()``."""
         assert _SLUG.fullmatch(slug), "a slug is checked before it becomes a path"
         return ProjectPaths(self.projects / slug)
 
@@ -177,8 +174,8 @@ class DataDir:
         """Create a project with lattice's own ``init``, in one step, and return its code.
 
         Args:
-            slug: its name in URLs: lower case letters, digits and dashes, at most 63.
-            code: the prefix of its tasks' short ids, 1 to 5 letters; None for one derived from the slug.
+            slug: lower case letters, digits and dashes, at most 63.
+            code: the prefix of its tasks' short ids, 1 to 5 letters; None: derived from the slug.
             actor: the default actor of commands.
 
         Raises Misuse: not a data directory, a bad slug, code or actor, or the project exists; StorageError: a file
@@ -347,15 +344,13 @@ def _storage_errors(what: str) -> Iterator[None]:
 
 
 class AdminEntry(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One administrative change."""
-
     time: str
     user: str
-    """The system user that ran the command; behind ``sudo`` the user that called it."""
+    """Of the system; behind ``sudo`` the user that called it."""
     action: str
     """The command's words, such as ``token create``."""
     subject: str
-    """The project's slug, or the token's id."""
+    """A project's slug, or a token's id."""
     details: dict[str, str | list[str]] = {}
 
 
@@ -364,10 +359,7 @@ class AdminLog:
         self._path = path
 
     def record(self, action: str, subject: str, **details: str | list[str] | None) -> None:
-        """Append one entry. It survives a power cut once this returns.
-
-        Raises StorageError: the change was made, but not recorded.
-        """
+        """Append one entry; it survives a power cut. Raises StorageError: the change was made, but not recorded."""
         kept = {name: value for name, value in details.items() if value}
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         line = msgspec.json.encode(AdminEntry(now, _user(), action, subject, kept)) + b"\n"

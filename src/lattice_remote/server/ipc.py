@@ -1,7 +1,7 @@
 """Messages between a project's server side and its child processes, their framing, and the start of a child.
 
-A frame on the socket pair is a length (4 bytes, big endian) and one msgpack map. The worker answers in order. What it
-reports as ``RequestDone`` is on disk (I2).
+A frame is a length (4 bytes, big endian) and one msgpack map. The worker answers in order; a ``RequestDone`` is durable
+(I2).
 """
 
 import contextlib
@@ -57,15 +57,15 @@ class _Message(msgspec.Struct, frozen=True, tag_field="type"):
 
 
 class RunCommand(_Message, frozen=True, tag="command"):
-    """Run this command line for the holder of this token, once for this id (I6).
+    """A command line to run once for this id (I6).
 
     Attributes:
-        last_try: of ``resource acquire --wait``, whose time is over: answer as lattice does. Before, the worker tries
-            once and names the awaited resource in ``RequestDone.waiting_for``.
+        last_try: ``resource acquire --wait`` answers as lattice does. Otherwise the worker tries once and names the
+            awaited resource in ``RequestDone.waiting_for``.
         first_sent_at: seconds since the epoch, if the request may have been sent before.
         ahead: resources and locks (``locks/tasks_...``) with earlier waiters; ``--wait`` takes none of them.
-        may_wait: wait for a lock that another process holds, as for a resource; otherwise refuse.
-        fingerprint: a digest of the request, if the surface makes one; else the fields count (``asked_by``).
+        may_wait: wait for another process's lock, as for a resource; otherwise refuse.
+        fingerprint: digest of the request; empty: made from ``asked_by``.
     """
 
     id: str
@@ -82,10 +82,7 @@ class RunCommand(_Message, frozen=True, tag="command"):
 
 
 class RunCall(_Message, frozen=True, tag="call"):
-    """Run an operation of a surface for the holder of this token, once for this id (I6); see ``CallRequest``.
-
-    Other fields as in ``RunCommand``.
-    """
+    """An operation of a surface to run once for this id (I6); see ``CallRequest`` and ``RunCommand``."""
 
     id: str
     surface: str
@@ -102,10 +99,7 @@ class RunCall(_Message, frozen=True, tag="call"):
 
 
 class Edit(_Message, frozen=True, tag="edit"):
-    """Store a plan or notes, merged by line if the base differs from the file's content.
-
-    ``base_digest``, unless empty, stands for the base: the file's content if that has this digest.
-    """
+    """A plan or notes, merged by line. ``base_digest``, unless empty, stands for a base equal to the file's content."""
 
     id: str
     path: str
@@ -119,10 +113,10 @@ class Edit(_Message, frozen=True, tag="edit"):
 
 
 class ImportProject(_Message, frozen=True, tag="import"):
-    """Put a checked project in place of this one, if this one is empty, and exit; the next worker completes it.
+    """A checked project that replaces this empty one. The worker exits; the next one completes it and replies.
 
-    ``candidate`` is its directory, relative to the project's; "" if it is gone: the request is answered as before, or
-    refused. ``fingerprint`` is a digest of the pushed project; the rest is for the reply.
+    ``candidate`` is relative to the project's directory; "" if it is gone: repeat the reply, or refuse. ``fingerprint``
+    is a digest of the pushed project.
     """
 
     id: str
@@ -138,22 +132,19 @@ class ImportProject(_Message, frozen=True, tag="import"):
 
 
 class Reconcile(_Message, frozen=True, tag="reconcile"):
-    """Number the outside changes of these files (None: any) (I12)."""
+    """A request to number the outside changes of these files; None: of any (I12)."""
 
     paths: list[str] | None
 
 
 class NewEpoch(_Message, frozen=True, tag="new-epoch"):
-    """Start a new epoch: a client has proved a rollback (I7)."""
+    """A client has proved a rollback (I7)."""
 
     reason: str
 
 
 class AbandonRequest(_Message, frozen=True, tag="abandon"):
-    """Answer from the journal, else with this refusal, a request that ended its worker.
-
-    Its partial effects were undone when the worker started (I6).
-    """
+    """A request that ended its worker: repeat its journalled reply, else refuse it; its effects were undone (I6)."""
 
     id: str
     token_id: str
@@ -162,11 +153,11 @@ class AbandonRequest(_Message, frozen=True, tag="abandon"):
 
 
 class Stop(_Message, frozen=True, tag="stop"):
-    """Finish and exit."""
+    pass
 
 
 def asked_by(request: RunCommand | RunCall | Edit) -> tuple[object, ...]:
-    """Return the fields that identify a request: two with the same id and other fields differ (I6)."""
+    """Return the identity of a request: two with one id must have the same (I6)."""
     tag = request.__struct_config__.tag
     match request:
         case RunCommand():
@@ -192,23 +183,21 @@ class PathState(msgspec.Struct, frozen=True):
 
 
 class HookCall(msgspec.Struct, frozen=True):
-    """A hook of ``config.json`` to run."""
-
     command: str
     env: dict[str, str]
     stdin: str
 
 
 class ResultStats(msgspec.Struct, frozen=True):
-    """The outcome of a request, for the log and the metrics, without the caller's text.
+    """The outcome of a request for log and metrics, without the caller's text.
 
     Attributes:
-        command: its words, for example ``resource acquire``, or the name of an operation; "" if unknown.
-        code: of a refusal; "" if it was run.
-        status: the exit code of a command, or the HTTP status of an operation.
-        seconds: time in the worker, without the wait until it was durable.
-        again: the reply of an earlier request with this id.
-        made: the number of its change; None if it made none.
+        command: words of a command or the name of an operation; "" if unknown.
+        code: of a refusal.
+        status: exit code or HTTP status.
+        seconds: in the worker, without the wait until it was durable.
+        again: the reply was repeated.
+        made: sequence number of its change.
     """
 
     command: str = ""
@@ -220,7 +209,7 @@ class ResultStats(msgspec.Struct, frozen=True):
 
 
 class Ready(_Message, frozen=True, tag="ready"):
-    """The worker has opened the project: its first message, repeated after ``NewEpoch``. ``notes`` are for the log."""
+    """The project is open: the first message, repeated after ``NewEpoch``. ``notes`` are for the log."""
 
     epoch: str
     head: int
@@ -232,11 +221,11 @@ class Ready(_Message, frozen=True, tag="ready"):
 
 
 class RequestDone(_Message, frozen=True, tag="done"):
-    """One request (``id`` "": a reconciliation) is finished and durable; ``change`` and ``reply`` are encoded frames.
+    """One finished, durable request, or a reconciliation (``id`` ""). ``change`` and ``reply`` are encoded frames.
 
-    With ``waiting_for`` nothing was answered. It names a lock (``locks/tasks_...``) that another process holds, or a
-    resource whose next change, or expiry at ``retry_at`` (seconds since the epoch), is worth another try. A
-    reconciliation with ``retry_at`` has omitted files whose lock was busy.
+    With ``waiting_for`` it is unanswered: it waits for another process's lock (``locks/tasks_...``), or for the next
+    change of a resource or its expiry at ``retry_at`` (seconds since the epoch). A reconciliation with ``retry_at`` has
+    omitted files whose lock was busy.
     """
 
     id: str
@@ -253,14 +242,14 @@ class RequestDone(_Message, frozen=True, tag="done"):
     more: bool = False
     """Request it again."""
     is_extra: bool = False
-    """An outside change found before the oldest request, which is still unanswered (I12)."""
+    """An outside change before the oldest request, which is still unanswered (I12)."""
     report: ResultStats = ResultStats()
     synced_s: float | None = None
-    """Of the journal's fsync, in one message for all that it made durable."""
+    """Duration of the journal's fsync, in one message of all that it covers."""
 
 
 class WorkerFailed(_Message, frozen=True, tag="failed"):
-    """The journal cannot be written, or the tree cannot be read; the worker exits."""
+    """The journal cannot be written, or the tree not read; the worker exits."""
 
     message: str
 
@@ -275,7 +264,6 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def encode_frames(*messages: object) -> bytearray:
-    """Return frames to be sent in one write."""
     frames = bytearray()
     for message in messages:
         data = _encoder.encode(message)
@@ -284,7 +272,7 @@ def encode_frames(*messages: object) -> bytearray:
 
 
 class FrameBuffer:
-    """Received bytes that are not yet a whole frame of at most ``max_bytes``."""
+    """Decoder of frames of at most ``max_bytes``."""
 
     def __init__(self, max_bytes: int = 2**32) -> None:
         self._max_bytes = max_bytes
@@ -328,13 +316,13 @@ class ReceivedFrames:
         return len(self._frames)
 
     def arrived(self) -> int:
-        """Return the number of whole frames that have arrived, without waiting."""
+        """Return the number of whole frames that are there, without waiting."""
         with contextlib.suppress(BlockingIOError):
             self._receive(socket.MSG_DONTWAIT)
         return len(self._frames)
 
     def _receive(self, flags: int = 0) -> bool:
-        """Receive more; return False if the peer is gone."""
+        """Return False if the peer is gone."""
         try:
             size = self._connection.recv_into(self._received, 0, flags)
         except ConnectionError:
@@ -348,9 +336,8 @@ def start_child(
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """Start a process for a project; return it and the socket to it. Raises OSError.
 
-    Args:
-        command: the program; ``--fd``, ``--project-dir`` and ``--slug`` are appended.
-        inherited: descriptors that the process keeps open.
+    ``--fd``, ``--project-dir`` and ``--slug`` are appended to ``command``; the process keeps the ``inherited``
+    descriptors.
     """
     ours, theirs = socket.socketpair()
     with theirs:
@@ -372,15 +359,15 @@ def start_child(
 
 
 class TreeState(NamedTuple):
-    """State of the tree against the committed changes, in ``journal/tree-state``.
+    """State of the tree against the committed changes, in ``journal/tree-state``; not fsynced.
 
     The worker writes it before a transaction changes its first file and at its end; the server compares it before and
-    after a read (I2). It is not fsynced: it is not used after a power cut.
+    after a read (I2).
 
     Attributes:
-        is_open: a transaction has changed files, and is neither committed nor rolled back.
+        is_open: a transaction has changed files and has not ended.
         ended, rolled_back: numbers of transactions that changed files, and of those rolled back.
-        seq: the newest change whose files are in the tree, perhaps not durable yet.
+        seq: the newest change in the tree, perhaps not durable yet.
     """
 
     is_open: bool = False
@@ -390,7 +377,7 @@ class TreeState(NamedTuple):
 
     @classmethod
     def read(cls, journal: Path) -> Self:
-        """Return the state of the project with this journal; an empty one before the first transaction."""
+        """Return the published state; an empty one before the first transaction."""
         try:
             descriptor = os.open(journal / _TREE_STATE, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -416,9 +403,9 @@ _tree_state = struct.Struct("<?QQQ")
 
 
 class ReadCommand(msgspec.Struct, frozen=True, tag_field="type", tag="command"):
-    """Run this command line, which only reads; ``path`` are its words, for example ``resource list``.
+    """A read-only command line; ``path`` are its words, for example ``resource list``.
 
-    ``list_at`` leads to a list in the envelope, which is then returned as the data, with its index.
+    ``list_at`` leads to a list in the envelope: it becomes the data, with an index.
     """
 
     path: str
@@ -427,10 +414,10 @@ class ReadCommand(msgspec.Struct, frozen=True, tag_field="type", tag="command"):
 
 
 class ReadPage(msgspec.Struct, frozen=True, tag_field="type", tag="page"):
-    """Have the dashboard's own handlers answer a GET of this path.
+    """A GET to the dashboard's own handlers.
 
     Attributes:
-        base: entity tag of the body that the client has; the response is 304 if it is still this one.
+        base: entity tag of the client's body, for a 304.
         takes_difference: the response may be 226, the difference from that body.
         gzip: compress a large body.
         state: name of the tree's state, within which no file changes; "" if it has none.
@@ -447,13 +434,7 @@ Read = ReadCommand | ReadPage
 
 
 class ListIndex(msgspec.Struct, frozen=True):
-    """The items of a list, each between commas in a body that ends with them and ``]}``.
-
-    Attributes:
-        start: where the first one begins.
-        ids: of each; "" for one that has none.
-        ends: where each ends.
-    """
+    """Place and id ("": none) of each item of a list, separated by commas; the body ends with the list and ``]}``."""
 
     start: int
     ids: list[str]
@@ -464,11 +445,9 @@ class ReadResult(msgspec.Struct, frozen=True):
     """The result of a read.
 
     Attributes:
-        status: a command's exit code; a page's HTTP status.
-        body: standard output, or the page's body.
-        content_type, etag: of a page; "" for none. The tag is that of the whole, uncompressed body.
-        is_gzip: the body is compressed.
-        message: standard error.
+        status: exit code or HTTP status.
+        body, message: standard output or page; standard error.
+        content_type, etag: of a page; the tag is that of the whole, uncompressed body.
         items: of the requested list; None if it could not be read.
     """
 

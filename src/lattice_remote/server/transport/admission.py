@@ -1,9 +1,9 @@
 """Admission control: connection and request limits per address and per token.
 
-Each connection has a ``ConnectionQuota`` from its acceptance, before TLS, until it is closed. Connections without a
-token are counted by address and in total; beyond a limit, the address with the most loses its oldest, so a flood does
-not exclude clients that show a token at once. A request with a valid token counts for the token, any other for its
-address: agents that share an address do not affect each other, and a token gains nothing from many addresses.
+Each connection has a ``ConnectionQuota`` from its acceptance, before TLS, until it is closed. Beyond a limit of
+unauthenticated connections, the address with the most loses its oldest, so a flood does not exclude clients that show a
+token at once. A request with a valid token counts for the token, any other for its address: agents that share an
+address do not affect each other, and a token gains nothing from many addresses.
 
 State is bounded. Nothing here waits or does I/O.
 """
@@ -66,7 +66,6 @@ class UnauthenticatedConnections[T: Hashable]:
         return next(iter(self._at[next(iter(self._with[-1]))]))
 
     def _recount(self, address: str, before: int) -> None:
-        """Note a changed number of an address."""
         count = self.at(address)
         if before:
             del self._with[before][address]
@@ -105,7 +104,6 @@ def counted_as(host: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a listening address is of this machine alone."""
     address = _parsed(host)
     return address is not None and address.is_loopback
 
@@ -159,7 +157,7 @@ _BURST_S = 10
 _TOKEN_BURST_S = 4
 """Of requests with one token."""
 _PATIENCE_S = 1.0
-"""Age at which a connection without a token may be closed for the next of its address. A token comes with the first
+"""Age at which an unauthenticated connection may be closed for the next of its address. A token comes with the first
 packet; a shorter time would cut TLS handshakes when hundreds of agents reconnect together.
 """
 _LOG_EVERY_S = 10.0
@@ -173,7 +171,7 @@ class _Address:
     def __init__(self, name: str, limits: LimitSettings, now: float) -> None:
         self.name = name
         self.connections = 0
-        self.admitted = 0  # those of them that have shown a valid token
+        self.admitted = 0  # with a valid token
         self.arrivals = TokenBucket(limits.new_connections_per_second * _BURST_S, now)
         self.failures = TokenBucket(limits.failed_logins_per_minute, now)
 
@@ -188,7 +186,7 @@ class ConnectionQuota:
         self._host = host
         self.since = admission.clock()
         """By ``AdmissionControl.clock``."""
-        self._home: _Address | None = None  # behind a proxy it is known once a request has come
+        self._home: _Address | None = None  # behind a proxy known once a request has come
         self._refusal: ApiError | None = None
         self._requests = 0
         self._token_id = ""
@@ -206,7 +204,6 @@ class ConnectionQuota:
 
     @property
     def from_proxy(self) -> bool:
-        """Whether a trusted proxy made the connection."""
         return self._host in self._admission.proxies
 
     def enter(self, forwarded_for: Sequence[str], token_id: str = "") -> ApiError | None:
@@ -253,10 +250,7 @@ class ConnectionQuota:
         return self._admission.login_failed(self._admission.known(self.address))
 
     def admit(self, token_id: str) -> ApiError | None:
-        """Count it for this token, no longer as unauthenticated; or return the refusal.
-
-        A proxy's connection is counted for its last token.
-        """
+        """Count it for this token (a proxy's: the last one), no longer as unauthenticated; or return the refusal."""
         if token_id == self._token_id:
             return None
         if self._gone:  # closed while its request was checked: no later call would uncount it
@@ -307,12 +301,12 @@ class AdmissionControl:
         self.limits = limits
         self.proxies = Proxies(trusted_proxies)
         self.clock = clock
-        self._addresses: OrderedDict[str, _Address] = OrderedDict()  # the most recently seen is last
+        self._addresses: OrderedDict[str, _Address] = OrderedDict()  # most recently seen last
         self.unauthenticated: UnauthenticatedConnections[ConnectionQuota] = UnauthenticatedConnections()
         self._by_token: Counter[str] = Counter()
         self.held_by_token: Counter[str] = Counter()
         """Of unfinished messages."""
-        self._requests_of: dict[str, TokenBucket] = {}  # by token: bounded by the number of tokens
+        self._requests_of: dict[str, TokenBucket] = {}  # bounded by the number of tokens
         self._logged: dict[str, tuple[float, int]] = {}  # by reason: last line, omitted since
 
     def arrive(self, host: str) -> ConnectionQuota | None:
@@ -339,7 +333,7 @@ class AdmissionControl:
         leaving.cut()
 
     def log(self, reason: str, address: str) -> None:
-        """Log a refusal, at a limited rate per reason, which has no text of the client's."""
+        """Log a refusal at a limited rate per reason, which has no text of the client's."""
         now = self.clock()
         at, silent = self._logged.get(reason, (float("-inf"), 0))
         if now - at < _LOG_EVERY_S:
@@ -369,7 +363,6 @@ class AdmissionControl:
             self._addresses[name] = oldest
 
     def one_more_from(self, home: _Address, *, is_new: bool) -> ApiError | None:
-        """Return the refusal of a counted connection that is one too many."""
         if is_new and (refusal := self.too_fast(home)) is not None:
             return refusal
         if self.unauthenticated.at(home.name) > self.limits.waiting_connections_per_address:
@@ -378,7 +371,6 @@ class AdmissionControl:
         return None
 
     def one_more_admitted(self, home: _Address) -> ApiError | None:
-        """Return the refusal of one more authenticated connection."""
         most = self.limits.connections_per_address
         if home.admitted < most:
             return None
@@ -395,7 +387,6 @@ class AdmissionControl:
         return _too_many("too many new connections or requests from your address", wait_s)
 
     def too_fast_with(self, token_id: str, address: str) -> ApiError | None:
-        """Count a request with a token; return the refusal if there are too many."""
         rate, now = self.limits.messages_per_second, self.clock()
         requests = self._requests_of.setdefault(token_id, TokenBucket(rate * _TOKEN_BURST_S, now))
         wait_s = requests.take(now, rate=rate, burst=rate * _TOKEN_BURST_S)
@@ -405,14 +396,12 @@ class AdmissionControl:
         return _too_many(f"too many requests with token {token_id}", wait_s)
 
     def login_failed(self, home: _Address) -> ApiError | None:
-        """Count a failed login; return the refusal if there are too many."""
         per_minute = self.limits.failed_logins_per_minute
         wait_s = home.failures.take(self.clock(), rate=per_minute / 60, burst=per_minute)
         self.log("no valid token", home.name)
         return _too_many("too many requests without a valid token from your address", wait_s) if wait_s else None
 
     def one_more_with(self, token_id: str, address: str) -> ApiError | None:
-        """Count a connection for its token, or return the refusal."""
         most = self.limits.connections_per_token
         if self._by_token[token_id] >= most:
             self.log(f"too many connections with {token_id}", address)

@@ -1,12 +1,11 @@
 """Audit hook that records the files a command touches and enforces its limits (I9).
 
-The hook watches one thread while ``watch()`` is open. It sees every open, rename and removal before it happens. A
-command may read the project's ``.lattice/``, the private directory, and Python itself, and write the first two, never
-through a symbolic link.
+The hook watches one thread while ``watch()`` is open, and sees every open, rename and removal before it happens. A
+command may read ``.lattice/``, the private directory and Python, and write the first two, never through a symbolic
+link.
 
-Everything else (a process, a socket, another file, an event outside the tables) raises ``AccessDenied``, which is
-remembered if a command swallows it. Python has no event for ``stat``, nor for another process's actions between a
-check and the open.
+Everything else raises ``AccessDenied``, which is remembered if a command swallows it. Python has no event for ``stat``,
+nor for another process's actions between a check and the open.
 """
 
 import os
@@ -114,7 +113,7 @@ REFUSED = frozenset(
         *("ctypes.memoryview_at",),
     }
 )
-"""For the reader; the capture refuses every event outside the other two tables."""
+"""For the reader; every event outside the other two tables is refused."""
 
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -123,12 +122,12 @@ _HARMLESS_TREES = ("/usr/share/zoneinfo/", "/usr/lib/locale/", "/usr/share/local
 
 
 class AccessDenied(BaseException):
-    """A command tried a forbidden operation. No ``Exception``, so it passes a command's own error handling."""
+    """Forbidden operation. No ``Exception``, so it passes a command's own error handling."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """A rename within the replicated tree; both paths relative."""
+    """Rename within the tree; both paths relative."""
 
     source: str
     target: str
@@ -136,14 +135,14 @@ class Move:
 
 @dataclass
 class AccessLog:
-    """A command's actions on the replicated tree, by relative path.
+    """A command's actions on the tree, by relative path.
 
     Attributes:
         steps: first touches and renames, in order; a file that is written after its rename has both.
-        appended: the file before its first touch, for files that were only opened for appending.
-        written: status and content (appended bytes, or all) after the newest write of a file, if known.
+        appended: the file before its first touch, if only opened for appending.
+        written: status and content (appended bytes, or all) after the newest write, if known.
         unshared: written names that no cache would accept.
-        veto: the first refused operation; None if there was none.
+        veto: the first refused operation.
     """
 
     steps: list[str | Move] = field(default_factory=list)
@@ -155,10 +154,7 @@ class AccessLog:
 
 
 class PreImages(Protocol):
-    """Receiver of each change before it is made, by absolute path.
-
-    ``status`` is the regular file's, None if there is none.
-    """
+    """Receiver of each change before it is made, by absolute path; ``status`` is a regular file's."""
 
     def keep_for_append(self, path: str, status: os.stat_result | None) -> None:
         """The file will be appended to, or created."""
@@ -169,16 +165,14 @@ class PreImages(Protocol):
     def keep_for_replace(self, path: str, status: os.stat_result | None) -> None:
         """The name will be removed, or given to another file."""
 
-    def keep_for_move(self, path: str, status: os.stat_result | None) -> None:
-        """The file will be renamed."""
+    def keep_for_move(self, path: str, status: os.stat_result | None) -> None: ...
 
-    def keep_directory(self, path: str) -> None:
-        """The directory will be created."""
+    def keep_directory(self, path: str) -> None: ...
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A file that replaces another. ``digest`` is needed only if users edit the file in place."""
+    """Replacing file; ``digest`` is needed only if users edit the file in place."""
 
     inode: int
     digest: bytes | None = None
@@ -199,9 +193,8 @@ class Capture:
     """The hook and its rules. Create one per process: an audit hook cannot be removed.
 
     Args:
-        tree: the ``.lattice`` directory, as a real path.
-        private: the scratch directory of the process, as a real path.
-        undo: gets the pre-image of every file before it is changed.
+        tree, private: the ``.lattice`` and the scratch directory, as real paths.
+        undo: gets the pre-image of every file.
         code: directories of Python and its packages.
     """
 
@@ -212,9 +205,8 @@ class Capture:
         self._undo = undo
         self._readable = (*_HARMLESS_TREES, *(path.rstrip("/") + "/" for path in code))
         self.pending: Collection[str] = ()
-        """Files with pending writes, which ``before_change`` makes."""
+        """Files with pending writes, which ``before_change`` makes before any other change."""
         self.before_change: Callable[[], None] = lambda: None
-        """Called before any other change of the tree while writes are pending."""
         self._thread = 0
         self._touched = AccessLog()
         self._seen: set[str] = set()
@@ -252,7 +244,7 @@ class Capture:
             source: the replacing file, written in this transaction.
             target, status: the expected file's.
             inode: the replacing file's.
-            digest: of the new content; needed only if users edit the file in place.
+            digest: needed only if users edit the file in place.
         """
         self._announce(target, Replacement(inode, digest))
         self._undo.keep_for_move(source, None)
@@ -265,7 +257,7 @@ class Capture:
         self._change(path, status, appends=True)
 
     def note_written(self, path: str, status: os.stat_result, data: bytes) -> None:
-        """Note the status of a file after a noted change, and the appended bytes or the whole new content."""
+        """Note a file's status after a noted change, and the appended bytes or the whole new content."""
         self._touched.written[path.removeprefix(self._tree)] = status, data
 
     def _announce(self, path: str, after: bytes | Replacement) -> None:
@@ -274,7 +266,6 @@ class Capture:
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:
-        """Ignore the events of the block."""
         thread, self._thread = self._thread, 0
         try:
             yield
@@ -282,7 +273,7 @@ class Capture:
             self._thread = thread
 
     def _hook(self, event: str, args: tuple[object, ...]) -> None:
-        # This runs a hundred times per command: ignored events must cost next to nothing.
+        # Runs a hundred times per command: ignored events must cost next to nothing.
         if self._thread == 0 or event in HARMLESS or threading.get_ident() != self._thread:
             return
         self._check(event, args)
@@ -300,7 +291,6 @@ class Capture:
             self._thread = thread
 
     def _is_change(self, event: str, args: tuple[object, ...]) -> bool:
-        """Return whether an event changes a file that readers of the tree see."""
         if event == "open":
             return isinstance(args[2], int) and args[2] & _WRITES != 0 and self._is_visible(args[0])
         if event in {"os.remove", "os.truncate"}:
@@ -323,7 +313,6 @@ class Capture:
     # --- where a path leads ---
 
     def _absolute(self, given: object) -> str:
-        """Return an event's path, absolute and without ``..``."""
         if isinstance(given, bytes):
             given = os.fsdecode(given)
         if not isinstance(given, str):
@@ -341,7 +330,7 @@ class Capture:
             self._examine(path)
 
     def _examine(self, path: str) -> os.stat_result | None:
-        """Return the status of a path, None if there is nothing; refuse it as ``_check_real`` does."""
+        """Return the status of a path; refuse it as ``_check_real`` does."""
         self._check_real(path[: path.rindex("/")])
         status = _status(path)
         if status is None:
@@ -364,14 +353,14 @@ class Capture:
             self._refuse("read a file of the server")
 
     def _writable(self, given: object) -> tuple[str, os.stat_result | None] | None:
-        """Return the path and its status if it is in the tree and needs a pre-image, None if it may be written."""
+        """Return path and status of a tree file that needs a pre-image, None if it may be written without."""
         path = self._absolute(given)
         if path.startswith(self._locks):
             self._check_real(path)
             return None
         if path.startswith(self._tree):
             return path, self._examine(path)
-        # tempfile opens a file under the name of its directory, with an opener that chooses the real one.
+        # tempfile opens the name of its directory, with an opener that chooses the file.
         if f"{path}/".startswith(self._private):
             self._check_real(path)
             self._touched.private = True
@@ -489,7 +478,7 @@ class Capture:
 
 
 def _is_temporary(path: str) -> bool:
-    """Return whether a file has the name of those that lattice renames when they are whole."""
+    """Return whether lattice will rename this file once it is whole."""
     return path.startswith(".tmp.", path.rfind("/") + 1)
 
 

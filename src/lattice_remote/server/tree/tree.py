@@ -1,7 +1,7 @@
 """Replicated files of a project, and the operations from their known state to the disk.
 
-The tree on disk is the truth; ``ProjectTree.files`` is the clients' state. After a command only the paths it touched
-are compared. Operations have the order in which the command wrote: event logs before snapshots (I8).
+The tree on disk is the truth; ``ProjectTree.files`` is the clients' state. Operations have the order of the command's
+writes: event logs before snapshots (I8).
 """
 
 import contextlib
@@ -60,9 +60,9 @@ __all__ = [
 
 
 def patch_between(before: bytes, after: bytes) -> bytes | None:
-    """Return a patch that turns the canonical JSON ``before`` into exactly the bytes ``after``.
+    """Return a patch between two canonical JSON texts that yields exactly ``after``.
 
-    None if either is not JSON, ``after`` is not canonical, or the patch is not under half its size.
+    None if there is none, or it is not under half the size of ``after``.
     """
     try:
         flat = flat_value(before), flat_value(after)
@@ -85,7 +85,7 @@ def patch_between(before: bytes, after: bytes) -> bytes | None:
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     patch: dict[str, Any] = {key: None for key in old if key not in new}
     missing = object()
-    # Nearly all values are the same object if both come from the recent contents of ids.json.
+    # Nearly all values are the same object if both come from recent contents of ids.json.
     for key, value in [(key, value) for key, value in new.items() if old.get(key, missing) is not value]:
         before = old.get(key, missing)
         if isinstance(value, dict) and isinstance(before, dict):
@@ -97,11 +97,11 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any
 
 
 class SyncFailed(OSError):
-    """The disk lost written data, so nothing may be acknowledged. Other storage errors come before a promise."""
+    """The disk lost written data: nothing may be acknowledged. Other storage errors come before a promise."""
 
 
 class FileState(msgspec.Struct, frozen=True, array_like=True):
-    """One file: its size in bytes, SHA-256, and the signature by which a change is noticed."""
+    """Size, SHA-256 and signature of a file."""
 
     size: int
     digest: bytes
@@ -138,12 +138,12 @@ def load_manifest(path: Path) -> ManifestFile | None:
 
 
 def save_manifest(path: Path, content: bytes) -> None:
-    """Replace the manifest with encoded ``content``, atomically and durably. Raises OSError; the old one stays."""
+    """Replace the manifest atomically and durably. Raises OSError; the old one stays."""
     files.write_atomically(path, content, mode=0o600, temporary=path.with_name(path.name + ".new"), sync=sync)
 
 
 def sync(descriptor: int) -> None:
-    """Make the written content of an open file durable. Raises SyncFailed."""
+    """Fsync a file. Raises SyncFailed."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -151,7 +151,7 @@ def sync(descriptor: int) -> None:
 
 
 def sync_files(paths: Iterable[str]) -> None:
-    """Make the content and the names of these files durable; for missing files, their absence. Raises SyncFailed."""
+    """Make contents and names of files durable; for missing ones, their absence. Raises SyncFailed."""
     paths = list(paths)
     directories = {os.path.dirname(path) for path in paths}
     if len(paths) > _MANY_FILES and _sync_file_systems(directories):
@@ -170,11 +170,9 @@ def sync_files(paths: Iterable[str]) -> None:
 
 
 def _sync_file_systems(directories: Iterable[str]) -> bool:
-    """Make the whole file systems of these directories durable; return False where that reports no errors.
+    """Make whole file systems durable; return False where that reports no errors (Linux before 5.8). Raises SyncFailed.
 
-    Linux reports them since 5.8. An fsync of each of 10,000 files takes 40 s, this takes less than one.
-
-    Raises SyncFailed.
+    Takes less than a second; fsyncs of 10,000 files take 40 s.
     """
     release = re.match(r"(\d+)\.(\d+)", os.uname().release)
     if sys.platform != "linux" or release is None or tuple(map(int, release.groups())) < (5, 8):
@@ -202,39 +200,39 @@ def sync_directory(path: Path) -> None:
 
 
 _MANY_FILES = 500
-"""Beyond this number one sync of the file system is faster than an fsync of each file."""
+"""From here on one sync of the file system is faster."""
 EDITED_BY_HAND = (".md", "config.json")
-"""Ends of the paths of files that people edit, perhaps in place. Lattice replaces all others, or appends to them."""
+"""Path ends of files that people may edit in place; lattice replaces all others, or appends to them."""
 INLINE_BYTES = 256 * 1024
-"""A larger file or addition is announced, and each client fetches it in parts."""
+"""Larger files and additions are announced; clients fetch them in parts."""
 MAX_CHANGE_BYTES = 4 * 1024 * 1024
-"""Bound of one change's contents; further files are announced."""
+"""Of contents in one change; further files are announced."""
 MAX_FOUND = 20_000
-"""Most files reported by one scan: with the longest names they fit in one frame."""
+"""Files reported by one scan: with the longest names they fit in one frame."""
 MERGE_FROM_BYTES = 4096
-"""Size from which a slightly changed JSON file is sent as a patch."""
+"""Smallest JSON file sent as a patch."""
 _IN_MEMORY_BYTES = 8 * 1024 * 1024
 _MAX_LOGS = 1024
 _RACY_NS = 50_000_000
-"""A file younger than this may change again under the same modification time."""
+"""A younger file may change again under the same modification time."""
 
 
 @dataclass
 class TreeDiff:
     """Operations from ``ProjectTree.files`` to the disk, and the states after them (None: gone), by path.
 
-    Without operations the states only refresh signatures.
+    States without operations only refresh signatures.
     """
 
     operations: list[Operation] = field(default_factory=list)
     volatile: list[str] = field(default_factory=list)
-    """Files to be made durable themselves: rewritten in place, or without their content in the operations."""
+    """Files that the journal does not cover, to be fsynced: rewritten in place, or only announced."""
     states: dict[str, FileState | None] = field(default_factory=dict)
     is_partial: bool = False
-    """There may be more: scan again once this is accepted."""
+    """Scan again once this is accepted."""
 
     def without(self, paths: Collection[str]) -> "TreeDiff":
-        """Return the differences of all other files, for a comparison without renames."""
+        """Return the differences of all other files; only without renames."""
         if not paths:
             return self
         operations = [operation for operation in self.operations if operation.path not in paths]
@@ -254,19 +252,19 @@ class TrustedDigest:
 
 @dataclass(frozen=True)
 class _Content:
-    """A file as read at one moment. ``data`` is None if it is too large to hold."""
+    """A file as read at one moment; ``data`` is None if it is too large to hold."""
 
     state: FileState
     data: bytes | None
     grown: bytes | None
-    """Bytes after the first ``old.size`` if these are unchanged, else None."""
+    """Bytes after the first ``old.size`` if these are unchanged."""
     tail: bytes = b""
     """Digest of the last ``TAIL_BYTES`` before ``grown``."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Log:
-    """A file that is appended to: a hasher of its first ``size`` bytes, and the last ``TAIL_BYTES`` of these."""
+    """Hasher of an appended file's first ``size`` bytes, and the last ``TAIL_BYTES`` of these."""
 
     size: int
     hasher: "hashlib._Hash"
@@ -283,7 +281,6 @@ class ProjectTree:
         self._logs: OrderedDict[str, _Log] = OrderedDict()
 
     def accept(self, difference: TreeDiff) -> None:
-        """Take over the states of a numbered difference."""
         for path, state in difference.states.items():
             if state is None:
                 self.files.pop(path, None)
@@ -292,7 +289,7 @@ class ProjectTree:
                 self.files[path] = state
 
     def distrust(self, paths: Iterable[str]) -> None:
-        """Read these files at the next ``reconcile``, whatever their signatures."""
+        """Read these files at the next ``reconcile``, even with unchanged signatures."""
         for path in paths:
             if (state := self.files.get(path)) is not None:
                 self.files[path] = msgspec.structs.replace(state, settled=False)
@@ -308,7 +305,6 @@ class ProjectTree:
         """Compare the files that a command touched with their states before.
 
         Args:
-            touched: complete, from ``Capture.watch``.
             before: returns the earlier content of an absolute path, None if unknown.
             vouched: trusted digests by inode; large files among them are not read.
         """
@@ -321,8 +317,8 @@ class ProjectTree:
     ) -> TreeDiff:
         """Compare these paths (None: the whole tree) with their known states.
 
-        With ``trust_signatures`` a file with unchanged size, modification time and inode is unchanged. It stops after
-        ``limit`` operations, which fit in a frame. If the directory is missing, nothing is found: no file was deleted.
+        With ``trust_signatures``, files with an unchanged signature are not read. Stops after ``limit`` operations,
+        which fit in a frame. If the directory is missing, nothing is found: no file was deleted.
         """
         touched = AccessLog()
         if not os.path.isdir(self._prefix):
@@ -340,7 +336,7 @@ class ProjectTree:
         return _Comparison(self, touched, lambda _: None, limit, {}).run()
 
     def scan(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Yield every replicated regular file on disk, without symbolic links."""
+        """Yield every replicated regular file on disk; no symbolic links."""
         pending = [""]
         while pending:
             directory = pending.pop()
@@ -360,15 +356,11 @@ class ProjectTree:
                         continue
 
     def is_unchanged(self, path: str, status: os.stat_result) -> bool:
-        """Return whether a file still has its known, settled signature."""
         state = self.files.get(path)
         return state is not None and state.settled and has_signature(state, status)
 
     def is_as_known(self, path: str, status: os.stat_result | None) -> bool:
-        """Return whether a file is in its known state, by its signature.
-
-        An edit in place may keep the signature of a young file: then the content decides.
-        """
+        """Compare signatures, and contents if an edit in place may have kept the signature of a young file."""
         state = self.files.get(path)
         if state is None or status is None:
             return state is None and status is None
@@ -380,12 +372,11 @@ class ProjectTree:
         return content is not None and content.state.digest == state.digest
 
     def has_content(self, path: str, data: bytes | None) -> bool:
-        """Return whether a file's known content is ``data``; None if there is no file."""
         state = self.files.get(path)
         return (state.digest if state is not None else None) == (digest_of(data) if data is not None else None)
 
     def status(self, path: str) -> os.stat_result | None:
-        """Return the status of a file of the tree; None if it is missing or behind a symbolic link."""
+        """Return the status of a file; None if it is missing or behind a symbolic link."""
         status = _lstat(self._prefix + path)
         return status if status is not None and not self._leads_through_link(path) else None
 
@@ -403,13 +394,13 @@ class ProjectTree:
         vouched: Mapping[int, TrustedDigest] | None = None,
         written: tuple[os.stat_result, bytes] | None = None,
     ) -> _Content | None:
-        """Return the current content of a file, None if there is none or the server may not read it.
+        """Return the content of a file; None if there is none or the server may not read it.
 
         Args:
             path: relative.
             old: its previous state, or that of the file renamed to it.
             appended: its status before its first touch, if it was only appended to since.
-            vouched: trusted digests by inode; large files among them are not read.
+            vouched: as in ``after_command``.
             written: its status after its newest write, and the appended bytes or the whole new content.
         """
         status = self.status(path) if written is None else _lstat(self._prefix + path)  # the capture checked the path
@@ -442,7 +433,7 @@ class ProjectTree:
         return self._read_whole(path, old, status, written)
 
     def _read_growth(self, path: str, old: FileState, status: os.stat_result, written: bytes | None) -> _Content:
-        """Read only the added bytes, if these are not known; the earlier ones cannot have changed."""
+        """Read only the added bytes; the earlier ones cannot have changed."""
         known = self._logs.pop(path, None)
         if known is not None and known.size == old.size and written and status.st_size == old.size + len(written):
             hasher, tail, grown = known.hasher, known.tail, written
@@ -480,8 +471,6 @@ class ProjectTree:
 
 
 class _Comparison:
-    """One run of ``after_command``."""
-
     def __init__(
         self,
         tree: ProjectTree,
@@ -500,7 +489,7 @@ class _Comparison:
         self._moves = self._lasting_moves()
 
     def _lasting_moves(self) -> dict[str, str]:
-        """Return source by target for the renames whose outcome still exists."""
+        """Return source by target of the renames whose outcome still exists."""
         moves: dict[str, str] = {}
         for step in self._touched.steps:
             if isinstance(step, Move):
@@ -573,7 +562,6 @@ class _Comparison:
         self._result.states[target] = state
 
     def _emit(self, path: str, was: str, old: FileState | None, content: _Content) -> None:
-        """Add the operation from the known file at ``path`` to the one that was read, if they differ."""
         state = content.state
         if old is not None and old.digest == state.digest:
             return
@@ -605,12 +593,11 @@ class _Comparison:
 
 
 def has_signature(state: FileState, status: os.stat_result) -> bool:
-    """Return whether a status matches the recorded one, but for the status change time, which a hard link changes."""
+    """Compare all but the status change time, which a hard link changes."""
     return (state.size, state.mtime_ns, state.inode) == (status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 def _lstat(path: str) -> os.stat_result | None:
-    """Return the status of a regular file, None if there is none."""
     try:
         status = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):

@@ -1,7 +1,7 @@
-"""Undo log: pre-images of the files a command changes, so that a command is all or nothing (I6).
+"""Undo log: pre-images of the files of one transaction, so that a command is all or nothing (I6, decision 0001).
 
-It holds one transaction. Each pre-image is written with ``write()`` before the change: it survives the death of the
-process, but not a power cut, which the boot id reveals. See ``docs/decisions/0001``.
+Each is written with ``write()`` before the change: it survives the death of the process, but not a power cut, which the
+boot id reveals.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from lattice_remote.server.tree.capture import Replacement
 __all__ = ["Begin", "UndoLog"]
 
 SMALL_BYTES = 32 * 1024
-"""Size up to which content is copied; a larger file that is replaced as a whole gets a hard link."""
+"""Larger files that are replaced as a whole get a hard link instead of a copy."""
 
 
 class Begin(msgspec.Struct, frozen=True, tag="begin"):
@@ -35,7 +35,7 @@ class Begin(msgspec.Struct, frozen=True, tag="begin"):
 class _Absent(msgspec.Struct, frozen=True, tag="absent"):
     path: str
     inode_after: int = 0
-    """Inode of the new file, if known: another one is another process's."""
+    """Of the new file, if known: another one is another process's."""
 
 
 class _Directory(msgspec.Struct, frozen=True, tag="directory"):
@@ -46,7 +46,7 @@ class _Length(msgspec.Struct, frozen=True, tag="length"):
     path: str
     size: int
     added: bytes = b""
-    """The bytes that the transaction appends, if known: bytes after them are another process's."""
+    """Appended bytes, if known: bytes after them are another process's."""
 
 
 class _Content(msgspec.Struct, frozen=True, tag="content"):
@@ -54,7 +54,7 @@ class _Content(msgspec.Struct, frozen=True, tag="content"):
     data: bytes
     mode: int
     inode_after: int = 0
-    """Inode of the replacing file, if known: a third one is another process's."""
+    """Of the replacing file, if known: a third one is another process's."""
 
 
 class _Linked(msgspec.Struct, frozen=True, tag="linked"):
@@ -87,10 +87,10 @@ class UndoLog:
         self._images: dict[str, _Image] = {}
         self.of_others: list[str] = []
         self._announced: tuple[str, bytes | Replacement | None] = ("", None)  # a path, and its next change's outcome
-        self._expected: set[str] = set()  # files for which ``before_first_changes`` was called
+        self._expected: set[str] = set()  # ``before_first_changes`` was called
         self._made: dict[str, Replacement] = {}  # announced replacements that were made, by path
         self.before_first_changes: Callable[[Mapping[str, os.stat_result | None]], None] = lambda _statuses: None
-        """Called with the statuses of files, by path, before the transaction's first change of them; may raise."""
+        """Called with statuses by path before the transaction's first change of these files; may raise."""
         self.before_overwrite: Callable[[str, int], None] = lambda _path, _size: None
         """Called with path and size before a content is changed in place, replaced or removed."""
         self._begin: Begin | None = None
@@ -100,7 +100,6 @@ class UndoLog:
 
     @classmethod
     def open(cls, directory: Path) -> Self:
-        """Open the log with its transaction, if any."""
         log = cls(directory)
         data = os.pread(log._descriptor, os.fstat(log._descriptor).st_size, 0)
         for _, payload in frames(data):
@@ -117,7 +116,7 @@ class UndoLog:
 
     @property
     def pending(self) -> Begin | None:
-        """The transaction with pre-images in the log; None if there is nothing to restore."""
+        """The transaction to undo, if there are pre-images."""
         return self._begin if self._size else None
 
     def begin(self, transaction: Begin) -> None:
@@ -127,7 +126,7 @@ class UndoLog:
         self._announced = "", None
 
     def clear(self, seq: int | None = None) -> None:
-        """Drop the pre-images: the transaction stays, or there was none. ``seq`` is the number of its change."""
+        """Drop the pre-images: the transaction stays as change ``seq``, or there was none."""
         if self._size:
             os.ftruncate(self._descriptor, 0)
         for number in range(self._linked):
@@ -147,25 +146,22 @@ class UndoLog:
 
     @property
     def paths(self) -> list[str]:
-        """The files that the transaction has changed."""
         return list(self._images)
 
     # --- before a change ---
 
     def expect(self, statuses: Mapping[str, os.stat_result | None]) -> None:
-        """Note that these files, with their statuses, will be changed next."""
         self.before_first_changes({path: statuses[path] for path in statuses if path not in self._images})
         self._expected.update(statuses)
 
     def announce(self, path: str, after: bytes | Replacement) -> None:
-        """Note that the next change of this file appends these bytes, or replaces it by this file.
+        """Note the next change of a file: these bytes are appended, or this file replaces it.
 
-        A process that dies releases lattice's locks. Later writes of plain lattice are recognized by this, and stay.
+        If the process dies, lattice's locks are free; later writes of plain lattice are recognized by this, and stay.
         """
         self._announced = path, after
 
     def keep_for_append(self, path: str, status: os.stat_result | None) -> None:
-        """Note that the file will be appended to, or created."""
         after, known = self._take_announced(path), self._images.get(path)
         added = after if isinstance(after, bytes) else b""
         if known is None:
@@ -175,7 +171,6 @@ class UndoLog:
             self._keep(_Length(path, known.size, known.added + added if added else b""))
 
     def keep_for_rewrite(self, path: str, status: os.stat_result | None) -> None:
-        """Note that the file will be changed in place, or created."""
         known = self._images.get(path)
         if known is None:
             self._require_known(path, status)
@@ -186,7 +181,7 @@ class UndoLog:
             return
         self.before_overwrite(path, status.st_size)
         for image in list(self._images.values()):
-            # A hard link protects against replacing, not against changing the one file behind both names.
+            # A hard link does not protect against changes in place.
             if isinstance(image, _Linked) and image.inode == status.st_ino:
                 self._keep_content(image.path, path, image.size)
         if known is None:
@@ -195,7 +190,6 @@ class UndoLog:
             self._keep_content(path, path, known.size)
 
     def keep_for_replace(self, path: str, status: os.stat_result | None) -> None:
-        """Note that the name will be removed, or given to another file."""
         if path not in self._images:
             self._require_known(path, status)
         if status is not None:
@@ -203,7 +197,6 @@ class UndoLog:
         self._keep_whole(path, status)
 
     def keep_for_move(self, path: str, status: os.stat_result | None) -> None:
-        """Note that the file will be renamed."""
         if path not in self._images:
             self._require_known(path, status)
         self._keep_whole(path, status)
@@ -231,7 +224,6 @@ class UndoLog:
             self._keep_content(path, path, size, inode_after)
 
     def keep_directory(self, path: str) -> None:
-        """Note that the directory will be created."""
         if path not in self._images and not os.path.lexists(path):
             self._keep(_Directory(path))
 
@@ -264,7 +256,7 @@ class UndoLog:
 
     @property
     def replaced(self) -> Mapping[str, Replacement]:
-        """The announced replacements that the transaction has made, by path, and not changed again."""
+        """The announced replacements that were made and not changed again, by path."""
         return self._made
 
     def _is_overwritten(self, path: str) -> bool:
@@ -276,7 +268,6 @@ class UndoLog:
         return made.digest is not None and digest_of(Path(path).read_bytes()) != made.digest
 
     def _take_announced(self, path: str) -> bytes | Replacement | None:
-        """Return the announced outcome of this change of a file; None if there is none."""
         self._made.pop(path, None)
         announced, after = self._announced
         if announced != path:
@@ -314,7 +305,7 @@ class UndoLog:
         return paths
 
     def _is_anothers(self, path: str, inode_after: int) -> bool:
-        """Return whether a file is neither as before the transaction nor as the transaction made it."""
+        """Return whether a file is neither as before nor as the transaction made it."""
         status = _status(path)
         if not inode_after or status is None or (status.st_ino == inode_after and not self._is_overwritten(path)):
             return False
@@ -357,7 +348,7 @@ def _status(path: str) -> os.stat_result | None:
 
 
 def _cut(path: str, size: int, added: bytes) -> bool:
-    """Remove the bytes that the transaction appended; return whether another process's bytes stay."""
+    """Remove the appended bytes; return whether another process's bytes stay."""
     if os.stat(path).st_size <= size:
         return False
     with open(path, "rb") as file:

@@ -32,7 +32,7 @@ class Owner(msgspec.Struct, frozen=True):
     """Token that started a session."""
 
     session: str
-    """The session's own unique id."""
+    """Its own unique id."""
     token_id: str
     actor: str
 
@@ -55,9 +55,8 @@ class SessionOwners:
         return owner if owner is not None and owner.session == session else None
 
     def note(self, operations: Iterable[Operation], token_id: str, actor: str) -> None:
-        """Record the owner of the sessions that these operations start; durable once this returns.
-
-        Raises Rejected or OSError, with nothing changed.
+        """Record the owner of the sessions that these operations start, durably. Raises Rejected or OSError: nothing
+        changed.
         """
         assert self._path is not None and self._sessions is not None, "only a project has sessions that start"
         started = {Path(each.path).stem: each.data for each in operations if _is_session(each)}  # type: ignore[union-attr]
@@ -136,7 +135,7 @@ class Identity:
 def _as_regex(pattern: str) -> str:
     """Return a pattern of actors as a regular expression that never backtracks past a star.
 
-    The first match of each piece is sufficient, because the next star matches the rest. Without the atomic groups a few
+    The first match of each piece suffices, because the next star matches the rest. Without the atomic groups a few
     stars could occupy the worker for hours.
     """
     first, *pieces = (re.escape(piece) for piece in pattern.split("*"))
@@ -217,7 +216,7 @@ def _actor_to_be(values: Mapping[str, Any]) -> str:
     prefix = "human" if values.get("model") == "human" else "agent"
     name = values.get("base_name")
     if name is None:
-        # Without either, lattice picks a name, so the token must be allowed every name.
+        # Without either, lattice picks any name.
         name = values.get("agent_type", "*").capitalize()
     return f"{prefix}:{name}"
 
@@ -231,8 +230,8 @@ def unsupported(message: str) -> Rejected:
     return Rejected(message, code="REMOTE_UNSUPPORTED")
 
 
-# Python's repr and JSON both double a backslash. So the output shows how a path was quoted, and the caller's own
-# argument can be quoted alike.
+# Python's repr and JSON both double a backslash: the output shows how a path was quoted, and the caller's own argument
+# is quoted alike.
 _DIRECTORY_MARK = "\\"
 
 
@@ -266,8 +265,8 @@ class Attached:
     ) -> Self:
         """Put the files below ``directory``, which the caller empties after the command.
 
-        ``uploaded`` returns the path of uploaded content by its digest. Without ``is_argv`` the strings are file
-        arguments: one that looks like an option is not split.
+        ``uploaded`` returns the path of uploaded content by its digest. Without ``is_argv`` an argument that looks like
+        an option is not split.
 
         Raises:
             Rejected: an invalid index or name; REMOTE_NOT_UPLOADED for missing content.
@@ -312,7 +311,6 @@ class Attached:
         self.vouched[status.st_ino] = TrustedDigest(size, status.st_mtime_ns, digest)
 
     def restore_names(self, output: bytes, *, is_json: bool) -> bytes:
-        """Restore the caller's own arguments in ``output``."""
         for path, given in self._given.items():
             if is_json:
                 output = output.replace(_in_json(path), _in_json(given))

@@ -166,14 +166,11 @@ class Editor:
     def edit(self, request: Edit) -> None:
         """Merge an edit into the file and commit it with its reply, which may report a conflict.
 
-        Raises:
-            Rejected: the text cannot be stored.
-            OutsideChange: the file has an outside change.
-            OSError: the storage failed.
+        Raises Rejected: the text cannot be stored; OutsideChange; OSError: the storage failed.
         """
         if not is_editable(request.path):
             raise Rejected(f"{request.path!r} is not a plan or notes of a task", code="REMOTE_UNSUPPORTED")
-        if not _is_utf8(request.text):  # otherwise lattice's status and next would fail for all users
+        if not _is_utf8(request.text):  # lattice's status and next would fail for all users
             raise Rejected(f"{request.path} is not UTF-8 text: save it as UTF-8", code="REMOTE_UNSUPPORTED")
         path = self._store.tree.absolute(request.path)
         if self._store.tree.status(request.path) is None and os.path.lexists(path):
@@ -186,7 +183,7 @@ class Editor:
             raise Rejected(f"{request.path} has changed since the named version", code="REMOTE_STALE_BASE")
         outcome, text = merge_text(base, request.text, current)
         if outcome in ("stored", "merged") and not self._is_active(request.path):
-            outcome = "conflict"  # the task was archived or does not exist: the client keeps the text
+            outcome = "conflict"  # archived or missing task: the client keeps the text
         difference = TreeDiff()
         if outcome in ("stored", "merged"):
             assert text is not None, "these outcomes come with a text"
@@ -236,15 +233,13 @@ _MAX_OUTPUT_BYTES = 8 * 1024 * 1024
 _LOCK_RETRY_S = 0.25
 _MAX_RUNS = 20
 _MAX_RERUN_S = 10.0
-"""Time after which a request disturbed by other programs does not run again."""
+"""From here on a request disturbed by other programs does not run again."""
 
 
 class Dispatcher:
-    """Executor of the server's requests.
+    """Runner of the server's requests.
 
-    Args:
-        project, scratch: real paths; ``scratch`` is emptied after each command.
-        plugin_commands: commands of installed plugins that the administrator allows.
+    ``plugin_commands`` are those of installed plugins that the administrator allows.
     """
 
     def __init__(
@@ -343,9 +338,8 @@ class Dispatcher:
     def _run_apart[R: _Request](self, request: R, run: Callable[[R], None]) -> None:
         """Run a request; outside changes of its files are numbered before it (I12, I13).
 
-        Each further run holds the locks of the earlier ones, so only files without a lock can change again.
-
-        Raises Rejected if it was refused, or such a file kept changing.
+        Each further run holds the locks of the earlier ones, so only files without a lock can change again: Rejected if
+        they keep changing.
         """
         began = time.monotonic()
         for number in itertools.count(1):
@@ -481,7 +475,6 @@ class Dispatcher:
 
 
 def _with_fingerprint[R: _Request](request: R) -> R:
-    """Return the request with a digest of its content, if it has none."""
     if isinstance(request, AbandonRequest | ImportProject) or request.fingerprint:
         return request
     contents = [_plain(value) for value in asked_by(request)]
@@ -499,7 +492,6 @@ def _plain(value: object) -> object:
 
 
 def _require_same(request: _Request, fingerprint: bytes, *, is_own: bool) -> None:
-    """Refuse a request that differs from the one done with its id."""
     if not is_own:
         raise Rejected("this request id belongs to another token", code="REMOTE_FORBIDDEN")
     known = fingerprint.strip(b"\0")  # none in records of an earlier version

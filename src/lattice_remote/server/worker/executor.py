@@ -35,11 +35,11 @@ __all__ = ["CommandOutcome", "Executor", "ResourceBusy"]
 
 _log = logging.getLogger(__name__)
 _FAILED = 400
-"""Lowest status of a failed operation."""
+"""Of operations."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
-"""Errors of a full or failing disk."""
+"""Full or failing disk."""
 _MAX_WAIT_S = 7 * 24 * 3600.0
-"""Maximum wait of ``resource acquire --wait``."""
+"""Of ``resource acquire --wait``."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class CommandOutcome:
 
     Attributes:
         answer: of an operation that did not crash.
-        failure: one line if it crashed; None otherwise.
-        no_room: the error, if the disk is full.
+        failure: one line if it crashed.
+        no_room: the error of a full disk.
         is_final: it would end the same again; otherwise the reply is not remembered.
         waiting: it must wait; nothing was printed.
         timeout: lattice's message, if another process held a lock for the whole timeout.
@@ -97,15 +97,15 @@ class _WouldWait(BaseException):
 
 
 class Executor:
-    """Runner of commands in the project at ``root``, a real path, the directory that contains ``.lattice``.
+    """Runner of commands in the project at ``root``, the real path of the directory that contains ``.lattice``.
 
-    Creating one patches lattice in this process, see ``patches``. Create one per process.
+    Patches lattice in this process, see ``patches``: create one per process.
 
     Args:
         lazy: omit lattice's fsyncs; the journal repairs files after a power cut.
         capture: of a shared project: writes to existing files are published only after the command succeeds.
         make_id: makes the ULIDs, by which the repair identifies the writes of commands.
-        locks: takes lattice's locks; None for a new table.
+        locks: takes lattice's locks.
     """
 
     def __init__(
@@ -119,9 +119,7 @@ class Executor:
     ) -> None:
         os.environ["LATTICE_ROOT"] = str(root)
         os.environ["LATTICE_REMOTE_SERVER"] = "1"
-        os.environ.pop(
-            "_LATTICE_COMPLETE", None
-        )  # otherwise Click completes the line for a shell instead of running it
+        os.environ.pop("_LATTICE_COMPLETE", None)  # Click would complete the line for a shell
         import mimetypes
 
         from lattice.cli import artifact_cmds, resource_cmds
@@ -177,7 +175,7 @@ class Executor:
 
         Args:
             argv: without the program's name.
-            checked: the words of the only command that may run; empty for a line that only prints.
+            checked: words of the only command that may run; empty for a line that only prints.
             last_try: do not wait for a resource.
             may_wait: wait for a lock held by another process instead of failing as lattice does.
             ahead: resources and locks that earlier requests wait for; not taken.
@@ -204,10 +202,7 @@ class Executor:
         may_wait: bool = False,
         ahead: Collection[str] = (),
     ) -> CommandOutcome:
-        """Run an operation of a surface; never raises an ``Exception``.
-
-        It runs commands only through ``run_step``. Output is discarded. The rest is as for ``run``.
-        """
+        """Run an operation of a surface as ``run`` does, commands only by ``run_step``. Output is discarded."""
         self._begin("", ahead, last_try=True, may_wait=may_wait)
         outcome = CommandOutcome()
         with _captured_output(), self._ending(outcome, label):
@@ -216,7 +211,7 @@ class Executor:
         return outcome
 
     def run_step(self, argv: Sequence[str], checked: str) -> CommandOutput:
-        """Run a command line within the running operation. A crash ends the operation."""
+        """Run a command line within the running operation, which a crash ends."""
         self._checked = checked
         self._clock.restart(is_over=True)
         exit_code = 0
@@ -326,7 +321,7 @@ def _captured_output() -> Iterator[tuple[Callable[[], bytes], Callable[[], bytes
 def _collected(stream: io.TextIOWrapper) -> bytes:
     stream.flush()
     buffer = stream.buffer
-    assert isinstance(buffer, io.BytesIO), "made by _printing"
+    assert isinstance(buffer, io.BytesIO), "made by _captured_output"
     return buffer.getvalue()
 
 

@@ -52,7 +52,7 @@ _RENAME_EXCHANGE = 2
 
 
 class Clock:
-    """Replacement of ``time`` in lattice's resource commands: ``pause``, which does not return, instead of a sleep."""
+    """Replacement of ``time`` in resource commands: calls ``pause``, which does not return, instead of sleeping."""
 
     def __init__(self, pause: Callable[[], NoReturn]) -> None:
         self._pause = pause
@@ -60,7 +60,7 @@ class Clock:
         self._asked = 0
 
     def restart(self, *, is_over: bool) -> None:
-        """Start a command; with ``is_over`` its timeout expires after the first attempt."""
+        """With ``is_over`` the command's timeout expires after the first attempt."""
         self.is_over, self._asked = is_over, 0
 
     def monotonic(self) -> float:
@@ -76,7 +76,7 @@ class Clock:
 
 
 class Mover:
-    """Replacement of ``shutil`` in lattice's ``attach``: an attached file is moved, not copied again."""
+    """Replacement of ``shutil`` in ``attach``: moves an attached file instead of copying it again."""
 
     def __init__(self) -> None:
         self.own_copies: Collection[str] = ()
@@ -93,7 +93,7 @@ class Mover:
 
 
 def parse_faster(command: click.Command) -> None:
-    """Make a command build its parameters and parser once; Click builds both several times for each line."""
+    """Make a command build its parameters and parser once; Click does it several times for each line."""
     context = click.Context(command, info_name=command.name, **command.context_settings)
     parameters, parser = command.get_params(context), command.make_parser(context)
 
@@ -118,16 +118,16 @@ class LockBusy(BaseException):
 
 
 class LockTable:
-    """Lattice's locks held by the running transaction, from first use to ``release_all``.
+    """Lattice's locks, held from first use until ``release_all``, so plain ``lattice`` never reads files that may be
+    undone.
 
-    So plain ``lattice`` never reads files that may be rolled back. A lock held by another process is not awaited here.
-    Files of recent locks stay open.
+    Does not wait for a lock of another process. Files of recent locks stay open.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._taken: dict[str, _LockFile] = {}
-        self._open: dict[str, _LockFile] = {}  # free ones, the newest last
+        self._open: dict[str, _LockFile] = {}  # free, newest last
         self._behind: Collection[str] = ()
 
     def begin(self, behind: Collection[str] = ()) -> None:
@@ -137,9 +137,7 @@ class LockTable:
     def acquire(self, path: Path, timeout_s: float) -> None:
         """Take a lock, unless already held.
 
-        Raises:
-            LockBusy: another process holds it, or an earlier request waits for it.
-            OSError: as raised by ``filelock``.
+        Raises LockBusy, also if an earlier request waits for it; OSError as raised by ``filelock``.
         """
         name = str(path)
         if name in self._taken:
@@ -150,7 +148,6 @@ class LockTable:
         self._taken[name] = file
 
     def _try_lock(self, path: str) -> "_LockFile | None":
-        """Return the locked file; None if another process holds it."""
         for known in (self._open.pop(path, None), None):
             file = known or _open_lock(path)
             if file is None or not _lock(file.descriptor):
@@ -162,7 +159,7 @@ class LockTable:
 
     @contextmanager
     def trying(self, *keys: str) -> Iterator[bool]:
-        """Hold locks for the block, and those that were held already for longer; yield False if one is busy."""
+        """Hold locks for the block (those already held for longer); yield False if one is busy."""
         held = set(self._taken)
         try:
             for key in keys:
@@ -189,7 +186,6 @@ class LockTable:
 class _LockFile(NamedTuple):
     descriptor: int
     identity: tuple[int, int]
-    """Its device and inode."""
 
 
 class Lock:
@@ -202,7 +198,7 @@ class Lock:
         self._take(self._path, self._timeout_s)
 
     def release(self) -> None:
-        """Do nothing: the lock is held until the end of the transaction."""
+        """Do nothing: the transaction holds the lock to its end."""
 
 
 def _open_lock(path: str) -> _LockFile | None:
@@ -213,14 +209,14 @@ def _open_lock(path: str) -> _LockFile | None:
     except BlockingIOError:
         return None
     except (FileNotFoundError, NotADirectoryError):
-        # A project that comes from git or a zip file has no empty directory.
+        # A project from git or a zip file has no empty directory.
         os.makedirs(os.path.dirname(path), exist_ok=True)
         descriptor = os.open(path, flags, 0o666)
     return _LockFile(descriptor, _identity(os.fstat(descriptor)))
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock an open file; otherwise close it, and return False if another process holds the lock."""
+    """Lock an open file; otherwise close it and return False."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -249,20 +245,19 @@ class WriteSet:
     """Pending writes of the running command to existing files, published when it succeeds.
 
     Deferred are ``atomic_write`` to a file, ``jsonl_append`` to a log, and ``write_text`` to a plan or notes, if it
-    exists. Only the command reads them. Plain ``lattice`` reads a snapshot before it locks, so it never builds on a
-    command that is refused later. Any other write first publishes the pending ones, in lattice's order: the event log
-    before the snapshot (I8).
+    exists. Plain ``lattice`` reads a snapshot before it locks, so it never builds on a command that is refused later.
+    Any other write first publishes the pending ones, the event log before the snapshot (I8).
 
     Args:
         sync_directory: makes a rename durable; None if lattice's fsyncs are omitted.
-        capture: notes each write before it is published; None if none are captured.
+        capture: notes each write before it is published.
     """
 
     def __init__(self, sync_directory: Callable[[Path], None] | None, capture: Capture | None = None) -> None:
         self._sync_directory = sync_directory
         self._capture = capture
         self._open: Callable[..., IO[Any]] = io.open
-        self._waiting: dict[str, str | list[str]] = {}  # by target: the file that replaces it, or the lines to append
+        self._waiting: dict[str, str | list[str]] = {}  # by target: the replacing file, or the lines to append
         self._written: dict[int, bytes] = {}  # whole contents of new files, by inode
         if capture is not None:
             capture.pending, capture.before_change = self._waiting, self.publish
@@ -324,7 +319,7 @@ class WriteSet:
     # --- replaced functions ---
 
     def write(self, descriptor: int, data: bytes | memoryview) -> int:
-        """Replace ``os.write`` in ``atomic_write``, which writes to a new file."""
+        """Replace ``os.write`` in ``atomic_write``."""
         size = os.write(descriptor, data)
         inode = os.fstat(descriptor).st_ino
         if size == len(data) <= INLINE_BYTES and inode not in self._written:
@@ -363,7 +358,7 @@ class WriteSet:
         lines.append(text)
 
     def rewrite(self, path: str, text: str) -> None:
-        """Write a plan or notes to a new file, which replaces it with its mode."""
+        """Write to a new file, which replaces the text with its mode."""
         data = text.encode()
         descriptor, scratch = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".tmp.")
         try:
@@ -392,10 +387,10 @@ class WriteSet:
 
 
 def _replace(source: str, target: str) -> None:
-    """Replace an existing file by exchanging the two names, then removing the old file.
+    """Replace a file by exchanging the two names, then removing the old one.
 
-    A rename over a file makes ext4 write the content to the disk at once (``auto_da_alloc``), which costs more than the
-    rest of a command. The journal is the durable copy.
+    A rename over a file makes ext4 write the content at once (``auto_da_alloc``), which costs more than the rest of a
+    command. The journal is the durable copy.
     """
     if _exchange(source, target):
         os.unlink(source)
@@ -405,7 +400,6 @@ def _replace(source: str, target: str) -> None:
 
 @cache
 def _renameat2() -> Callable[[int, bytes, int, bytes, int], int] | None:
-    """Return the C library's function, None on systems without one."""
     import ctypes
 
     function = getattr(ctypes.CDLL(None), "renameat2", None)
@@ -416,7 +410,7 @@ def _renameat2() -> Callable[[int, bytes, int, bytes, int], int] | None:
 
 
 def _exchange(one: str, other: str) -> bool:
-    """Exchange two files' names atomically; return False if the system cannot."""
+    """Exchange two names atomically; return False if the system cannot."""
     call = _renameat2()
     return call is not None and call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
 
@@ -434,7 +428,7 @@ def _reader(  # noqa: PLR0917 - in the order of open()
 
 
 class _Deferred(io.StringIO):
-    """A text file that passes its content to ``take`` when it is closed."""
+    """A text file that passes its content to ``take`` when closed."""
 
     def __init__(self, take: Callable[[str], None]) -> None:
         super().__init__()
@@ -451,12 +445,7 @@ class _Deferred(io.StringIO):
 
 
 class Disk:
-    """Replacement of ``os`` in lattice's file functions.
-
-    Args:
-        writes: defers replacements; None to replace at once.
-        lazy: omit fsyncs.
-    """
+    """Replacement of ``os`` in lattice's file functions. ``writes`` defers replacements; ``lazy`` omits fsyncs."""
 
     def __init__(self, writes: WriteSet | None, *, lazy: bool) -> None:
         self._lazy = lazy
@@ -475,7 +464,7 @@ class Disk:
 
 
 class FlatJson:
-    """Replacement of ``json`` in lattice's index of short ids: equal results, faster for large flat objects."""
+    """Replacement of ``json`` in the index of short ids: equal results, faster for large flat objects."""
 
     def loads(self, text: str) -> Any:
         value = flat_value(text.encode()) if len(text) >= MIN_MEMO_BYTES and text.isascii() else None

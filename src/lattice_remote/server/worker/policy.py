@@ -1,7 +1,7 @@
 """Policy: the commands and parameters that a client may use, and the checks of their values (I9).
 
-Lattice's own Click objects parse the command line, so the checked values are the ones that run. Values are checked
-before Click converts them, because converting a path already accesses the disk.
+Lattice's own Click objects parse the line, so the checked values are the ones that run. They are checked before Click
+converts them: converting a path accesses the disk.
 """
 
 import json
@@ -47,19 +47,19 @@ class Kind(Enum):
     TEXT = "text"
     """Also a flag or a number; Click converts it without accessing the disk."""
     JSON = "JSON"
-    """Stored in an event log as given, so every reader must be able to parse it."""
+    """Stored in an event log as given: every reader must be able to parse it."""
     ID = "id"
     """Lattice refuses a malformed id, but ignores case and a final newline, and ids become file names."""
     IDS = "ids"
     """Separated by commas."""
     NEW_ID = "new id"
-    """The id of a new item, in lattice's own spelling: it becomes a file name."""
+    """Becomes a file name in lattice's own spelling."""
     NAME = "name"
-    """Of a resource: becomes a file or directory name unchecked."""
+    """Becomes a file or directory name unchecked."""
     LOG = "task's log"
     """Becomes a file name unchecked; not one of lattice's own logs, which start with an underscore."""
     SESSION = "session name"
-    """The name of a session's file, not the index in that directory."""
+    """A session's file, not the index in that directory."""
     ACTOR = "actor"
     FILE = "file"
 
@@ -73,7 +73,7 @@ _NESTING = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
 def check(kind: Kind, name: str, value: str) -> None:
-    """Check ``value`` for the parameter ``name``. Raises Rejected, with the reason in one line."""
+    """Raises Rejected, with the reason in one line."""
     _CHECKS[kind](name, value)
 
 
@@ -155,7 +155,7 @@ _CHECKS: Mapping[Kind, Callable[[str, str], None]] = {
 
 
 def shown(value: str) -> str:
-    """Return a text from a peer, quoted and cut for one line."""
+    """Return a peer's text, quoted and cut for one line."""
     return repr(value if len(value) <= 60 else value[:60] + "...")
 
 
@@ -217,9 +217,8 @@ ROUTED: Mapping[str, Mapping[str, Kind]] = {
     "doctor": _takes("fix"),
     "rebuild": _takes("rebuild_all", task_id=Kind.LOG),
 }
-"""The commands that a client may run here, with all their parameters, by their names in lattice's Click commands.
-
-Everything else is refused: a command or option of a newer lattice may do anything.
+"""The commands that a client may run, with all their parameters, by their names in lattice's Click commands. Others are
+refused: a command or option of a newer lattice may do anything.
 """
 
 
@@ -230,7 +229,7 @@ class Command:
     Attributes:
         path: the command's words; empty if the line only prints help or a usage error.
         values: given parameters by name: a text, True for a flag, or a tuple.
-        actor: named by the command; None if it names none.
+        actor: named by the command.
     """
 
     path: str
@@ -256,10 +255,9 @@ def parse(
     Args:
         cli: lattice's top-level command.
         argv: without the program's name.
-        identity: the requester.
         files: the private paths of attached files.
         lattice_dir: the project's ``.lattice``.
-        plugin_commands: commands of the server's plugins that the administrator allows.
+        plugin_commands: those of the server's plugins that the administrator allows.
 
     Raises:
         Rejected: REMOTE_UNSUPPORTED, or REMOTE_FORBIDDEN for an actor that this token may not use.
@@ -296,7 +294,7 @@ def _split_line(cli: click.Group, argv: list[str], files: Collection[str]) -> tu
     while True:
         context = _context_of(command)
         parsed, rest, _ = command.make_parser(context).parse_args(list(argv))
-        # A parameter that was not given is absent, or is one of Click's markers.
+        # A parameter that was not given is absent, or one of Click's markers.
         values = {name: v for name, v in parsed.items() if isinstance(v, str | bool | int | float | tuple | list)}
         help_option = command.get_help_option(context)
         if help_option is not None and values.get(help_option.name or ""):
@@ -343,10 +341,7 @@ def _refusal_reason(cli: click.Group, path: str) -> str:
 
 @cache
 def _kinds_of_plugins(cli: click.Group, path: str) -> Mapping[str, Kind]:
-    """Return the parameters of a plugin's command: texts, and the two by which lattice names the actor.
-
-    Raises Rejected if one is a file, which would be the server's.
-    """
+    """Return the parameters of a plugin's command. Raises Rejected if one is a file, which would be the server's."""
     known = {"actor": Kind.ACTOR, "session_name": Kind.SESSION}
     kinds: dict[str, Kind] = {}
     command = _command_at(cli, path)
@@ -379,7 +374,7 @@ def _context_of(command: click.Command) -> click.Context:
 def _check_files(path: str, values: Mapping[str, Any], kinds: Mapping[str, Kind], files: Collection[str]) -> None:
     """Check that only attached files are given, and only for file parameters.
 
-    This comes first: later messages quote refused values, and must not reveal the server's paths.
+    Comes first: later messages quote refused values, and must not reveal the server's paths.
     """
     given = {value for name in values if kinds.get(name) is Kind.FILE for value in _as_tuple(values[name])}
     if not given.issuperset(files):

@@ -51,10 +51,10 @@ class _History:
     Attributes:
         journal: None if it cannot be read or does not match the manifest.
         abandoned: the journal that does not match the manifest.
-        files: the files at the journal's head.
+        files: at the journal's head.
         unsynced: paths changed since the manifest was written.
         listed: the manifest's files; other versions on disk are at least that new.
-        is_in_doubt: the machine may have stopped before the last worker, so a differing file may be a lost write.
+        is_in_doubt: the machine may have stopped before the last worker: a differing file may be a lost write.
         notes: problems found.
     """
 
@@ -78,7 +78,6 @@ def open_store(
         project, scratch: real paths.
         committer: commits the differences found.
         code: directories of Python and its packages, which commands may read.
-        retention: how much history is kept.
     """
     adopted = put_in_place(project)
     directory = project / "journal"
@@ -86,7 +85,7 @@ def open_store(
     boot_id = _boot_id(project)
     listed = load_manifest(directory / "manifest")
     if not (project / ".lattice").is_dir():
-        raise FileNotFoundError(f"{project} has no .lattice")  # moved away, which must not count as deleting all files
+        raise FileNotFoundError(f"{project} has no .lattice")  # moved away: no file was deleted
     was_cache = _make_locks(project / ".lattice" / "locks")
     copied = is_copied(directory, listed)
     undo = UndoLog.open(directory)
@@ -94,7 +93,7 @@ def open_store(
     repaired: list[str] = []
     if adopted is None and copied and listed is not None and journal is not None:
         repaired = repair_copy(ProjectTree(project / ".lattice", {}), journal, listed, kept=undo.before)
-        undo.clear()  # copied later than the files, so its pre-images may belong to a later command
+        undo.clear()  # copied later than the files: its pre-images may belong to a later command
     is_new = adopted is not None and (journal is None or journal.find(adopted.id) is None)
     if adopted is not None and is_new:
         repaired = [f"{adopted.actor} pushed a whole project: started a new epoch"]

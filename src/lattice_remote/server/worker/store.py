@@ -1,7 +1,6 @@
 """Durable store of a project: tree, undo log and journal committed together (I1, I2, I5, I6).
 
-``with store.transaction():`` ends with ``commit`` or ``roll_back``. Until the record is in the journal, a crash undoes
-the transaction.
+Until a transaction's record is in the journal, a crash undoes it.
 """
 
 import contextlib
@@ -77,7 +76,7 @@ _MAX_MOVED_BYTES = 8 * 1024 * 1024
 """Larger contents are not journalled: they would displace too much history."""
 _MAX_ENCODED_BYTES = MAX_FRAME_BYTES - 64 * 1024
 _MAX_LOCKED_TASKS = 64
-"""Most tasks that are locked to number their outside changes; more come from a copied project, for example."""
+"""More changed tasks come from a copied project, for example; they are not locked."""
 _REPLY_RETENTION_S = 600.0
 """How long replies survive the end of their history."""
 
@@ -87,7 +86,7 @@ class ChangeTooLarge(Exception):
 
 
 class OutsideChange(BaseException):
-    """Another program has changed files that the request is about to change (``paths``, relative): it must run again.
+    """Another program has changed ``paths`` (relative), which the request is about to change: it must run again.
 
     No ``Exception``, so it passes a command's own error handling.
     """
@@ -99,9 +98,8 @@ class OutsideChange(BaseException):
 
 @dataclass(frozen=True)
 class ChangeOrigin:
-    """Origin of a change: a request (``id``) of a token, or the server.
-
-    ``actor`` acts, with the token of ``token_actor``.
+    """Origin of a change: a request (``id``) of a token, or the server. ``actor`` acts with the token of
+    ``token_actor``.
     """
 
     id: str
@@ -114,7 +112,7 @@ class ChangeOrigin:
 
 
 def server_origin(cause: str) -> ChangeOrigin:
-    """Return the origin of a change without a request: cause ``edit`` or ``recovery``."""
+    """Return the origin ``edit`` or ``recovery``."""
     return ChangeOrigin("", "", "server", cause)
 
 
@@ -149,14 +147,12 @@ class Store:
         self._boot_id = boot_id
         self._current = ("", time.perf_counter())
         self.is_keyed = False
-        """Whether the id of the running request is the caller's key; see ``Record``."""
+        """Whether the running request's id is the caller's key; see ``Record``."""
 
     def begin_request(self, command: str, *, is_keyed: bool) -> None:
-        """Begin a request, called ``command`` in its report."""
         self._current, self.is_keyed = (command, time.perf_counter()), is_keyed
 
     def make_id(self) -> str:
-        """Return an id for one of lattice's objects, see ``ids.make_id``."""
         return make_id(self.journal.epoch)
 
     def set_label(self, command: str) -> None:
@@ -164,7 +160,7 @@ class Store:
 
     @contextmanager
     def transaction(self) -> Iterator[AccessLog]:
-        """Record accesses and pre-images in the block. Then call ``difference`` and ``commit``, or ``roll_back``.
+        """Record accesses and pre-images in the block; then ``difference`` and ``commit``, or ``roll_back``.
 
         Raises OutsideChange, with the block undone, before it changes a file with an outside change.
         """
@@ -188,7 +184,6 @@ class Store:
             raise OutsideChange(changed)
 
     def replace_text(self, path: str, text: bytes) -> None:
-        """Replace a plan or notes, or create it, within a transaction."""
         target = self.tree.absolute(path)
         directory, name = os.path.split(target)
         os.makedirs(directory, exist_ok=True)
@@ -202,10 +197,11 @@ class Store:
     def find_outside_changes(
         self, paths: Iterable[str] | None = None, *, trust_signatures: bool = True
     ) -> tuple[TreeDiff, bool]:
-        """Return the differences of these files and of their tasks' other files (None: of all), to be committed.
+        """Return the differences of these files and their tasks' other files (None: of all), and whether a task was
+        busy.
 
-        Logs and snapshots of tasks are compared under lattice's locks, so no half of a command is numbered, and stale
-        snapshots are repaired first. Those of a task whose lock is busy are omitted; then the second value is True.
+        Files of tasks are compared under lattice's locks, so no half of a command is numbered, and stale snapshots are
+        repaired first. Those of a busy task are omitted.
         """
         if paths is not None:
             paths = {file for path in paths for file in files_of_task(path)}
@@ -225,9 +221,7 @@ class Store:
     def commit_outside_changes(self, paths: Iterable[str]) -> None:
         """Number the outside changes of files, and of their tasks' other files, apart from the running request.
 
-        Raises:
-            Rejected: the disk is full.
-            SyncFailed: the disk could not keep a content that the record refers to.
+        Raises Rejected: the disk is full; SyncFailed: it lost a content that the record refers to.
         """
         found, _ = self.find_outside_changes(paths)
         if not found.operations:
@@ -288,10 +282,7 @@ class Store:
         A killed process leaves all or nothing of it. A power cut may undo it until it has been reported.
 
         Args:
-            difference: without operations only the reply is journalled.
-            cause: its id can be repeated if there is a reply.
             answer: makes the reply, given the sequence number that it is valid from.
-            hooks: run after the commit.
             waiting: the request waits instead of getting a reply.
             report: send ``RequestDone``; otherwise the change is only journalled.
             is_extra: the running request is still unanswered.
@@ -301,7 +292,7 @@ class Store:
             ChangeTooLarge: the transaction must be rolled back.
             Rejected: the disk is full; the request was undone.
             OSError: the same, without a request.
-            SyncFailed: the disk could not keep a content that the record refers to.
+            SyncFailed: the disk lost a content that the record refers to.
         """
         seq, mark, change = self.journal.head, self.journal.mark, None
         if difference.operations:
@@ -322,7 +313,7 @@ class Store:
                 *(seq, mark, time.time(), id_, cause.token_id, change, reply, states, moved, fingerprint),
                 is_keyed=self.is_keyed and bool(id_),
             )
-            # The kernel may write the record before any fsync, so contents it refers to are fsynced first.
+            # The kernel may write the record before any fsync: the contents it refers to come first.
             sync_files(map(self.tree.absolute, difference.volatile))
             try:
                 descriptor = self.journal.append(record)
@@ -352,10 +343,11 @@ class Store:
         self.keep_retention()
 
     def _write_ahead(self, path: str, size: int) -> None:
-        """Journal the only durable copy of a content before a command overwrites it.
+        """Journal the only durable copy of a content before a command overwrites it, with one fsync per file and
+        segment.
 
-        Without lattice's fsyncs a power cut could leave the file empty although the command was never acknowledged.
-        Costs one fsync per file and segment. Snapshots follow from their logs.
+        Lattice's fsyncs are omitted: a power cut could leave the file empty although the command was never
+        acknowledged. Snapshots follow from their logs.
         """
         relative = path.removeprefix(self.tree.absolute(""))
         state = self.tree.files.get(relative)
@@ -379,9 +371,7 @@ class Store:
     def _undo_unrecorded(self, cause: ChangeOrigin, error: OSError) -> NoReturn:
         """Undo a transaction that the journal has no room for.
 
-        Raises:
-            Rejected: it belongs to a request.
-            OSError: it does not: the files stay, and the next start numbers them.
+        Raises Rejected for a request; else OSError: the files stay, and the next start numbers them.
         """
         if not cause.id:
             raise error
@@ -408,7 +398,7 @@ class Store:
         self._report_reply(result.id, encode(result), self.journal.head, self._stats(status=_status_of(result)))
 
     def refuse(self, refused: Refused) -> None:
-        """Send, in order, a refusal. It is not journalled, since the request had no effect."""
+        """Send a refusal in order; not journalled, since it had no effect."""
         self._report_reply(refused.id, encode(refused), self.journal.head, self._stats(code=refused.code))
 
     def _report_reply(self, request_id: str, reply: bytes | None, seq: int, report: ResultStats) -> None:
@@ -422,7 +412,6 @@ class Store:
     # --- the journal's upkeep ---
 
     def keep_retention(self) -> None:
-        """Start a new segment if due; remove expired ones."""
         if self.journal.is_rotation_due(now := time.time()):
             self._rotate()
         elif expired := self.journal.expire(now):
@@ -441,7 +430,7 @@ class Store:
             sync_files(unsynced)
             try:
                 save_manifest(self._manifest_path, content)
-            except OSError as error:  # a full disk: the older manifest and segments are sufficient
+            except OSError as error:  # full disk: the older manifest and segments suffice
                 _log.warning("cannot write the manifest: %s", error)
                 return
             self._list_beside(segment)
@@ -480,9 +469,9 @@ class Store:
             self._list_beside(self.journal.segment)
 
     def _list_beside(self, segment: Path) -> None:
-        """Link the manifest, which describes the segment's beginning, beside the segment.
+        """Link the manifest beside the segment that it precedes; skipped without hard links.
 
-        A copied directory may have a newer manifest than its journal reaches. Skipped without hard links.
+        A copied directory may have a newer manifest than its journal reaches.
         """
         with contextlib.suppress(OSError):
             os.link(self._manifest_path, list_beside(segment))
@@ -520,7 +509,7 @@ def _status_of(result: Result | None) -> int:
 
 
 def start_new_epoch(journal: Journal) -> Journal:
-    """Close a journal and start a new history that knows its readable recent replies (I6). Raises OSError."""
+    """Close a journal; start a new history with its readable recent replies (I6). Raises OSError."""
     since = max(journal.since, time.time() - _REPLY_RETENTION_S)
     answered = [_carried_over(record) for record in journal.answered_since(since)]
     journal.close()
@@ -531,7 +520,7 @@ def start_new_epoch(journal: Journal) -> Journal:
 
 
 def _carried_over(record: Record) -> Record:
-    """Return a record for a new history, whose files at number 0 contain the effects."""
+    """Return the record for a history whose files at number 0 have its effects."""
     assert record.reply is not None, "a record with an id has an answer"
     answer = decode_server_frame(record.reply, max_bytes=len(record.reply))
     assert isinstance(answer, Result), "nothing else is journalled"
