@@ -32,11 +32,10 @@ __all__ = [
 ]
 
 UNKNOWN_TOKEN = "missing or unknown token"  # noqa: S105 - a message
-"""Message of the refusal; the sign-in page has its own text for it."""
+"""Of the refusal; the sign-in page has its own text for it."""
 _CHECK_S = 0.25
-"""Interval of token checks: connections of a revoked, rotated or expired token end within a second."""
+"""Connections of a revoked, rotated or expired token end within a second."""
 _SAVE_S = 60.0
-"""Interval at which last uses are written."""
 _KEY_BYTES = 32
 
 _log = logging.getLogger(__name__)
@@ -103,7 +102,7 @@ class Logins:
         return None if token is None else Login(token, sha256)
 
     def objection(self, login: Login) -> Bye | None:
-        """Return why this client may not stay, None if it may."""
+        """Return why this client may not stay."""
         was, now = login.token, self._now()
         token = self._by_id.get(was.id)
         if token is None:
@@ -161,9 +160,9 @@ class Authenticator:
 
     def __init__(self, data: DataDir) -> None:
         self.stopping = False
-        """Set while the server stops: no client is admitted."""
+        """No client is admitted."""
         self.signing_key = b""
-        """Signs the cookies of browsers; known after ``start()``."""
+        """Of browsers' cookies; known after ``start()``."""
         self._key_path = data.signing_key
         self._logins = Logins(data.tokens)
         self._last_use = LastUse(data.tokens_used)
@@ -171,7 +170,7 @@ class Authenticator:
         self._error = ""  # the last logged error, to log it once
 
     def start(self) -> None:
-        """Read the tokens and the signing key. Raises StorageError."""
+        """Raises StorageError."""
         self.signing_key = signing_key(self._key_path)
         self._logins.refresh()
 
@@ -210,14 +209,14 @@ class Authenticator:
         return "" if login is None or self._logins.objection(login) is not None else login.token.id
 
     def ended(self, login: Login) -> ApiError | None:
-        """Return why an admitted client may no longer continue, None if it may: a request may take its time."""
+        """Return why an admitted client may no longer continue: its request may take its time."""
         self.refresh()
         objection = self._logins.objection(login)
         return None if objection is None else _unauthorized(objection.reason)
 
     @contextlib.contextmanager
     def staying(self, login: Login, end: Callable[[Bye], None]) -> Iterator[None]:
-        """Within this, ``end`` is called, at once or later, when the client may not stay any longer."""
+        """Call ``end``, at once or later, when the client may not stay any longer."""
         self._staying[end] = login
         try:
             if (objection := self._logins.objection(login)) is not None:  # it may have arisen since the admission
@@ -242,13 +241,11 @@ class Authenticator:
                 end(objection)
 
     async def watch(self) -> None:
-        """Refresh the tokens at intervals, until cancelled."""
         while True:
             await asyncio.sleep(_CHECK_S)
             self.refresh()
 
     async def note_uses(self) -> None:
-        """Save the last uses at intervals, until cancelled."""
         while True:
             await asyncio.sleep(_SAVE_S)
             self._last_use.used({login.token.id for login in self._staying.values()})

@@ -2,7 +2,7 @@
 
 The command locks ``projects/<slug>/.closing`` and writes a message for its clients there. A running server notices
 within a quarter of a second, disconnects them, and ends the project's worker; the command waits for the worker's own
-lock. The kernel releases both locks when the command ends in any way: nothing stays closed.
+lock. The kernel releases both locks when the command ends in any way.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ class LockedElsewhere(Exception):
 def lock(path: Path) -> int:
     """Lock ``path``, write this process's id into it, and return the descriptor that holds the lock.
 
-    The lock lives until every process that inherited the descriptor (``pass_fds``) has closed it or died. The file is
-    never removed: that would let two processes lock two files of one name.
+    The lock lives until every process that inherited the descriptor has closed it or died. The file is never removed:
+    that would let two processes lock two files of one name.
 
-    Raises LockedElsewhere if another process holds it, or OSError.
+    Raises LockedElsewhere or OSError.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

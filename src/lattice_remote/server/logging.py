@@ -1,7 +1,7 @@
 """Server log on stderr: one line per event, as text or JSON.
 
-Logged text may come from a client: control characters are escaped, long lines cut and credentials masked. A log that is
-not read (a stopped terminal, a full pipe) blocks nothing: lines are then dropped and counted.
+Control characters, which may come from a client, are escaped, long lines cut and credentials masked. A log that is not
+read (a stopped terminal, a full pipe) blocks nothing: lines are then dropped and counted.
 
 Fields of an event travel in ``extra={"fields": {...}}`` and become members of a JSON line; the text format omits them.
 """
@@ -33,12 +33,12 @@ _NAMED = re.compile(
 
 
 def masked(text: str) -> str:
-    """Return the text with tokens, and passwords in URLs, masked."""
+    """Mask tokens, and passwords in URLs."""
     return text if _is_harmless(text) else _SECRETS.sub(lambda found: f"{found[1] or found[2]}***", text)
 
 
 def masked_output(line: str) -> str:
-    """Return a line of another program with these masked, and whatever follows a word such as ``password``."""
+    """Mask these in another program's line, and all that follows a word such as ``password``."""
     return _NAMED.sub(r"\1***", masked(line))
 
 
@@ -49,14 +49,14 @@ def _is_harmless(text: str) -> bool:
 
 FORMAT_VARIABLE = "LATTICE_REMOTE_LOG_FORMAT"
 LEVEL_VARIABLE = "LATTICE_REMOTE_LOG_LEVEL"
-"""Log settings that a server's workers and readers inherit, as they do stderr."""
+"""Inherited by workers and readers, as stderr is."""
 
 _MAX_CHARACTERS = 1000
 _MAX_TRACE_CHARACTERS = 16_000
 _PIECE_BYTES = 4096
 """Bytes that a pipe takes at once when it takes any."""
 _MOST_A_SECOND = 1000
-"""Lines per second; more are dropped, so that a client refused a thousand times a second does not fill the disk."""
+"""Lines; more are dropped, so that a client refused a thousand times a second does not fill the disk."""
 
 
 class _Text(logging.Formatter):
@@ -143,7 +143,7 @@ class _Unhurried(logging.StreamHandler[TextIO]):
         return not self._is_torn
 
     def _write(self, line: bytes) -> None:
-        """Write as much of a line as is taken, past Python's buffers, which would keep the rest."""
+        """Write past Python's buffers, which would keep the rest."""
         rest = memoryview(b"\n" + line if self._is_torn else line)
         while True:
             rest = rest[os.write(self._descriptor, rest[: self._piece_bytes]) :]
@@ -163,7 +163,7 @@ def log_to_stderr(pattern: str, context: Mapping[str, str] | None = None) -> Non
     level = os.environ.get(LEVEL_VARIABLE, "").upper()
     logging.basicConfig(level=level if level in logging.getLevelNamesMapping() else logging.INFO, handlers=[handler])
     logging.captureWarnings(True)
-    # No line contains thread, process, task, file or line, so they are not looked up.
+    # No line contains thread, process, task, file or line: they are not looked up.
     for name in ("logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks", "_srcfile"):
         setattr(logging, name, None)  # "Optimization" in the how-to of logging names them
     sys.excepthook = _log_the_end
@@ -175,7 +175,7 @@ def log_to_stderr(pattern: str, context: Mapping[str, str] | None = None) -> Non
 
 
 def _log_the_end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Log the exception that ends this process like any other event."""
+    """Log the exception that ends this process."""
     logging.getLogger(__name__).critical("ended by an error", exc_info=(kind, error, trace))
 
 

@@ -70,7 +70,7 @@ class Overviews:
         self._known: dict[str, _Known] = {}
 
     async def of(self, slug: str) -> Overview:
-        """Return the summary of an existing project, at most ``_FRESH_S`` old. Raises OSError."""
+        """Return a summary at most ``_FRESH_S`` old. Raises OSError."""
         known = self._known.setdefault(slug, _Known(self._data, slug))
         async with known.turn:
             if known.overview is None or time.monotonic() - known.taken_at >= _FRESH_S:
@@ -85,7 +85,7 @@ class _Known:
         self.overview: Overview | None = None
         self.taken_at = 0.0
         self._data, self._slug = data, slug
-        self._statuses: dict[str, tuple[Signature, str]] = {}  # by the task's file name
+        self._statuses: dict[str, tuple[Signature, str]] = {}  # by file name
         self._last: tuple[tuple[str, Signature] | None, LastChange | None] = (None, None)
 
     def take(self) -> Overview:
@@ -151,7 +151,6 @@ class _Known:
 
 
 def _status_of(path: str) -> str:
-    """Return a task's status; ``unknown`` if it has none."""
     try:
         with open(os.open(path, READ), "rb") as file:
             return _task_decoder.decode(file.read()).status

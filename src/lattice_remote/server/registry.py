@@ -34,13 +34,13 @@ from lattice_remote.server.transport.websocket import Handoff, Request, Response
 __all__ = ["STOP_S", "ProjectRegistry", "State"]
 
 State = Literal["ready", "starting", "closed", "failed"]
-"""Availability of a project. ``closed``: an administrator's command holds it for a moment."""
+"""``closed``: an administrator's command holds it for a moment."""
 
 _CLOSING_CHECK_S = 0.25
 RESCAN_S = 300.0
-"""Of whole projects, for edits that the system did not report."""
+"""For edits that the system did not report."""
 STOP_S = 1.5
-"""Longest stop, with all its waits. The process then needs some 0.2 s to end: under 2 s in all."""
+"""With all its waits. The process then needs some 0.2 s to end: under 2 s in all."""
 _DRAIN_S = 0.7
 _WORKER_STOP_S = 0.3
 _TASKS_STOP_S = 0.2
@@ -135,7 +135,6 @@ class ProjectRegistry:
 
     @property
     def stopping(self) -> bool:
-        """Whether new clients are refused."""
         return self.auth.stopping
 
     @property
@@ -149,7 +148,6 @@ class ProjectRegistry:
     # --- clients ---
 
     async def wait_until_alone(self, timeout_s: float) -> None:
-        """Wait until every client is gone, at most ``timeout_s``."""
         if self._peers:
             self._alone.clear()
             with contextlib.suppress(TimeoutError):
@@ -221,7 +219,6 @@ class ProjectRegistry:
         return "starting" if project.failure is None else "failed"
 
     async def serve(self, connection: Handoff) -> None:
-        """Serve a client admitted by ``check()``."""
         login, project = connection.who
         peer = ClientConnection(connection, login.token, project, self.send_budget)
         self._peers.add(peer)
@@ -267,7 +264,6 @@ class ProjectRegistry:
                     self._keep(f"release {slug}", self._release(slug, project, why))
 
     async def _release(self, slug: str, project: Project, why: str) -> None:
-        """Disconnect a project's clients and end its worker."""
         _log.info("%s: closed: %s", slug, why)
         try:
             await project.drain(_DRAIN_S)
@@ -302,7 +298,6 @@ class ProjectRegistry:
 
 
 def _note_changes(project: Project, paths: set[str] | None) -> None:
-    """Have a project check files."""
     replicated = None if paths is None else set(filter(is_replicated, paths))
     if replicated is None or any((project.paths.lattice / path).is_dir() for path in replicated):
         project.files_touched(None)  # files moved in with a directory are not reported one by one

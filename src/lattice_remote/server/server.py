@@ -33,18 +33,18 @@ from lattice_remote.server.transport.websocket import Handoff, PlainHttp, websoc
 __all__ = ["bind", "make_server", "run"]
 
 _USER_TIMEOUT_MS = 20_000
-"""Time for which the kernel keeps sending to a peer that acknowledges nothing."""
+"""The kernel keeps sending for this time to a peer that acknowledges nothing."""
 _BACKLOG = 2048
 _OPEN_FILES = 65_536
 _GOODBYE_S = 0.3
 _CERTIFICATE_CHECK_S = 5.0
-"""Interval at which the certificate is checked for renewal; SIGHUP does it at once."""
+"""Between looks for a renewed certificate; SIGHUP looks at once."""
 
 _log = logging.getLogger(__name__)
 
 
 def bind(host: str, port: int, *, host_option: str = "--host", port_option: str = "--port") -> socket.socket:
-    """Return a listening socket; port 0 picks a free one. The options are those that its message names.
+    """Return a listening socket; port 0 picks a free one. A message names the options.
 
     Raises Misuse if the address is taken, not ours, or cannot be resolved.
     """
@@ -69,9 +69,8 @@ def bind(host: str, port: int, *, host_option: str = "--host", port_option: str 
 def run(data: DataDir, config: Config, listener: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT; print one line with the address once ready. The caller holds the directory's lock.
 
-    Raises:
-        Misuse: a setting, a listening address, the certificate or its key is invalid.
-        StorageError: ``tokens.json`` cannot be read.
+    Raises Misuse: a setting, a listening address, the certificate or its key is invalid; StorageError: ``tokens.json``
+    cannot be read.
     """
     notify = service_manager()
     certificate = _certificate(config, data.path)
@@ -106,7 +105,7 @@ def _bind_figures(address: str) -> socket.socket:
 
 
 def _certificate(config: Config, root: Path) -> Certificate | None:
-    """Return the certificate that the settings name, by paths relative to the data directory, if any."""
+    """Return the certificate of the settings, by paths relative to the data directory."""
     tls = config.tls
     if not tls.cert and not tls.key:
         return None
@@ -194,7 +193,7 @@ class _Server(uvicorn.Server):
         self._upkeep: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start our listeners, which apply admission control; uvicorn's own do not."""
+        """Start our listeners, which apply admission control."""
         assert sockets, "run() passes the one it listens on"
         [listener] = sockets
         context = None if self._certificate is None else self._certificate.context

@@ -138,7 +138,7 @@ def stopped_status(data: DataDir) -> ServerStatus:
 
 
 def journal_bytes(journal: Path) -> int:
-    """Return the size of a journal, manifests included."""
+    """Return the bytes of a journal, manifests included."""
     total = 0
     try:
         for entry in os.scandir(journal):
@@ -297,10 +297,9 @@ _MAX_PATH_BYTES = 100
 """A socket's path may have 103 bytes on some systems."""
 _TIMEOUT_S = 5.0
 _PAUSE_S = 1.0
-"""Pause before accepting again after the system refused."""
+"""Before accepting again after the system refused."""
 _MAX_BYTES = 64 * 1024 * 1024
 _END = b"}"
-"""Of a complete document, one object."""
 
 _log = logging.getLogger(__name__)
 
@@ -356,8 +355,8 @@ def remove(directory: Path) -> None:
 def ask(directory: Path) -> bytes | None:
     """Return the answer of a data directory's server; None if none runs.
 
-    One that is just stopping is asked once more, to see whether it has ended. Raises StorageError if a server is there
-    and does not answer, or the permission is missing.
+    A stopping server is asked again, to see whether it has ended. Raises StorageError: it does not answer, or the
+    permission is missing.
     """
     answer = _answer_of(directory)
     if answer is not None and not answer.endswith(_END):
@@ -419,7 +418,7 @@ def present_status(data: DataDir) -> ServerStatus:
 
 
 class Gauges(Collector):
-    """Metrics of a registry, counted and looked up: one for each."""
+    """Metrics of a registry, counted and looked up."""
 
     def __init__(self, registry: ProjectRegistry) -> None:
         self._registry = registry
@@ -436,7 +435,7 @@ class Gauges(Collector):
         return encode(self._registry.metrics.registry), content_type
 
     def describe(self) -> list[Metric]:
-        """Nothing is looked up before a scrape."""
+        """Look nothing up before a scrape."""
         return []
 
     def collect(self) -> Iterator[Metric]:

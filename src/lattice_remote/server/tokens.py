@@ -1,7 +1,6 @@
 """``tokens.json``: tokens, each for some projects and one actor, stored as digests.
 
-The file is replaced atomically, mode 0600, under a lock, so that the command line can change it while a server runs.
-``auth.py`` is the running server's view.
+The file is replaced atomically, mode 0600, under a lock: the command line can change it while a server runs.
 """
 
 import hashlib
@@ -66,7 +65,7 @@ class Token(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     read_only: bool = False
     """Every write is refused."""
     server: str = ""
-    """URL of the only server to which clients send it unasked; "": none. See ``protocol.mark_of_server``."""
+    """URL of the only server to which clients send it unasked. See ``protocol.mark_of_server``."""
     revoked: Moment | None = None
     """It stays listed."""
 
@@ -83,10 +82,7 @@ class _Tokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TokenFile:
-    """``tokens.json`` for the command line: each call reads, changes and replaces it under a lock.
-
-    Every method raises StorageError if the file cannot be read or written.
-    """
+    """``tokens.json`` for the command line. Every method raises StorageError if the file cannot be read or written."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -114,7 +110,7 @@ class TokenFile:
         read_only: bool = False,
         server: str = "",
     ) -> tuple[Token, str]:
-        """Create a token; return it and its text, which is not stored and cannot be shown again.
+        """Create a token; return it and its text, which is not stored.
 
         Raises Misuse if the actor, a pattern or the server's URL is malformed, or no project is named.
         """
@@ -126,7 +122,6 @@ class TokenFile:
         return self._add(sorted(set(projects)), actor, act_as, expires, read_only=read_only, server=server)
 
     def create_for_metrics(self, *, expires: datetime | None = None) -> tuple[Token, str]:
-        """Create a token for the metrics alone, like ``create``."""
         return self._add([], METRICS_ACTOR, [], expires, metrics=True)
 
     def _add(
@@ -157,10 +152,10 @@ class TokenFile:
         return token, text
 
     def rotate(self, id_or_text: str, *, grace: timedelta = timedelta()) -> tuple[Token, str]:
-        """Give a token a new text and return both; its other fields stay. The old text stays valid for ``grace``.
+        """Give a token a new text and return both. The old text stays valid for ``grace``; one still in its grace stops
+        at once.
 
-        A text that was itself still in its grace stops at once. Raises Misuse if there is no such token, it has
-        expired, or the grace ends after the year 9999.
+        Raises Misuse if there is no such token, it has expired, or the grace ends after the year 9999.
         """
         text, now = "", datetime.now(UTC)
         try:
@@ -188,10 +183,7 @@ class TokenFile:
         read_only: bool | None = None,
         expires: datetime | EllipsisType | None = ...,
     ) -> Token:
-        """Change a token's rights and return it; what is not named stays. Its live connections end and come back.
-
-        Args:
-            expires: the new end of its validity, None: never.
+        """Change a token's rights and return it. Its live connections end and come back. ``expires`` None: never.
 
         Raises Misuse if there is no such token, a pattern is malformed, or no project would remain.
         """
@@ -216,7 +208,7 @@ class TokenFile:
         return self._replace(id_or_text, edited)
 
     def revoke(self, id_or_text: str) -> Token:
-        """Revoke a token, named by its id or text. Raises Misuse if there is none."""
+        """Raises Misuse if there is none."""
         now = datetime.now(UTC).replace(microsecond=0)
         return self._replace(id_or_text, lambda token: msgspec.structs.replace(token, revoked=now))
 
@@ -277,7 +269,7 @@ def _for_projects(token: Token, projects: set[str]) -> Token:
 
 
 def digest_of_text(text: str) -> str:
-    """Return the stored digest of a token's text. It is 256 random bits, so a plain digest cannot be reversed."""
+    """Return the stored digest. A text is 256 random bits, so a plain digest cannot be reversed."""
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
@@ -340,7 +332,7 @@ def expiry(text: str, now: datetime) -> datetime | None:
 
 
 def shown(moment: datetime | None, otherwise: str) -> str:
-    """Return a moment in UTC, to the second; ``otherwise`` if there is none."""
+    """Return a moment in UTC, to the second."""
     return otherwise if moment is None else moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

@@ -1,7 +1,7 @@
 """Metrics and access log of HTTP requests, one line each with the number of the change it made.
 
-A line has no query, headers or bodies, and parts of the path that are not plain names are masked. Lines for requests
-without a token are rate limited; all requests are counted.
+No query, headers or bodies; parts of the path that are not plain names are masked. Lines of unauthenticated requests
+are rate limited; all requests are counted.
 """
 
 import contextlib
@@ -27,11 +27,10 @@ _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _NOWHERE = "(none)"
 """Label of requests without a route."""
 _PROBES = {"/healthz", "/readyz", "/metrics"}
-"""Polled often: logged only on an error, or with ``--log-level debug``."""
+"""Logged only on an error, or with ``--log-level debug``."""
 _PLAIN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
 _ANONYMOUS_PER_S, _ANONYMOUS_BURST = 2, 50
-"""For unauthenticated requests."""
 _LEFT = 499
 """The client disconnected before the response, as in nginx."""
 
@@ -39,14 +38,12 @@ _log = logging.getLogger("lattice_remote.requests")
 
 
 class AccessLogEntry:
-    """One request, completed while it is processed."""
-
     def __init__(self, scope: Scope, patterns: "_Patterns") -> None:
         self._scope, self._patterns = scope, patterns
         self._quota: ConnectionQuota = scope["state"]["quota"]
         self.method = scope["method"] if scope["method"] in _METHODS else "other"
         self.since = time.time()
-        """Seconds since 1970."""
+        """Since 1970."""
         self.login: Login | None = None
         self.project = ""
         """Once access to it is granted."""
@@ -58,7 +55,7 @@ class AccessLogEntry:
 
     @property
     def address(self) -> str:
-        """The client's address, which a proxy names in the headers."""
+        """Behind a proxy, from its headers."""
         return self._quota.address
 
     @property
@@ -79,7 +76,6 @@ class AccessLogEntry:
         self.sent_bytes += http.take_streamed()
 
     def take(self, outcome: RequestOutcome) -> None:
-        """Take the outcome of a write, the last of several."""
         if self._outcome is not None:
             self._outcome.log()
         self._outcome = outcome
@@ -118,7 +114,6 @@ def log_entry_of(request: Request) -> AccessLogEntry:
 
 
 def with_access_log(app: ASGIApp, registry: ProjectRegistry, routes: Sequence[BaseRoute]) -> ASGIApp:
-    """Return the app with all requests counted and logged."""
     patterns, anonymous = _Patterns(routes), _AnonymousLines()
 
     async def recording(scope: Scope, receive: Receive, send: Send) -> None:
@@ -176,7 +171,6 @@ class _AnonymousLines:
         return not wait_s
 
     def take_left_out(self) -> int:
-        """Return the number suppressed since the last call."""
         left_out, self._left_out = self._left_out, 0
         return left_out
 

@@ -108,7 +108,7 @@ _log = logging.getLogger(__name__)
 
 
 def http_app(registry: ProjectRegistry, gauges: Gauges) -> ASGIApp:
-    """Return the HTTP application for a started registry. ``scope["state"]["quota"]`` must be a ``ConnectionQuota``."""
+    """Return the application for a started registry. ``scope["state"]["quota"]`` must be a ``ConnectionQuota``."""
     routes = [
         *pages.routes,
         *pages.sign_in_routes,

@@ -37,16 +37,14 @@ _READING = {"GET", "HEAD"}
 
 
 def is_https(request: Request) -> bool:
-    """Return whether the browser uses TLS."""
     quota: ConnectionQuota = request.state.quota
     by_proxy = quota.from_proxy and request.headers.get("X-Forwarded-Proto", "").split(",")[0].strip() == "https"
     return by_proxy or request.url.scheme == "https"
 
 
 def cross_site_objection(request: Request) -> str:
-    """Return why a request with a cookie is refused as cross-site; "" if it is not.
-
-    Allowed are links that open a tab, which the linking page cannot read, and reads without an origin.
+    """Return why a request with a cookie is refused as cross-site; "" for links that open a tab, and reads without an
+    origin.
     """
     reads, headers = request.method in _READING, request.headers
     site = headers.get("Sec-Fetch-Site")
@@ -104,7 +102,7 @@ class Cookies:
         return token_id, digest
 
     def give(self, request: Request, response: Response, login: Login) -> None:
-        """Set the cookie for ``login``: for this server and its own pages, invisible to scripts."""
+        """Set the cookie: for this server and its own pages, invisible to scripts."""
         value = self._signer.dumps((login.token.id, login.sha256))
         self._set(request, response, value, self._max_age_s)
 
@@ -123,7 +121,7 @@ class Cookies:
         )
 
     def _name_for(self, request: Request) -> str:
-        """Return the cookie's name; with TLS one that only this host can set."""
+        """Return a name; with TLS one that only this host can set."""
         return f"__Host-{self._name}" if is_https(request) else self._name
 
 
@@ -180,7 +178,7 @@ def authenticated(request: Request) -> Login:
 def signed_in(request: Request) -> Login | ApiError | None:
     """Return the login of the browser's cookie, or why it has ended; None without a cookie.
 
-    An expired cookie is no failed login, because open pages keep sending it. Raises ApiError for another site's page.
+    An expired cookie is no failed login: open pages keep sending it. Raises ApiError for another site's page.
     """
     try:
         shown = cookies_for(request).read(request)
@@ -196,7 +194,7 @@ def signed_in(request: Request) -> Login | ApiError | None:
 
 
 def refuse_cross_site(request: Request) -> None:
-    """Raise ApiError if the request comes from a page of another site."""
+    """Raise ApiError for a request from a page of another site."""
     if why := cross_site_objection(request):
         raise ApiError(HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN", why)
 
@@ -204,10 +202,7 @@ def refuse_cross_site(request: Request) -> None:
 async def request_context(request: Request) -> RequestContext:
     """Return the authenticated client and the project in the path, once it is open.
 
-    Raises:
-        ApiError: not authorized.
-        Rejected: the token has too many responses outstanding.
-        StorageError: the project is not usable.
+    Raises ApiError: not authorized; Rejected: the token has too many responses outstanding; StorageError.
     """
     slug = request.path_params["slug"]
     login, project = authenticated(request), _entered(request, slug, None)

@@ -73,13 +73,11 @@ class EventId:
 
     @property
     def whole(self) -> int:
-        """The number of the last change that was sent completely."""
+        """The last change that was sent completely."""
         return self.position.seq if self.events is None else self.position.seq - 1
 
 
 class Wanted(NamedTuple):
-    """A file whose content an event includes, if it has this digest."""
-
     path: str
     digest: bytes
 
@@ -105,7 +103,7 @@ def events_of(change: Change) -> list[ChangeEvent]:
 
 
 def _log_events(change: Change, reported: set[str]) -> Iterator[ChangeEvent]:
-    """Yield the lines added to logs; a replaced log yields none, as its new lines are unknown."""
+    """Yield the lines added to logs; none of a replaced log, whose new lines are unknown."""
     resources = {path.split("/")[1]: path for path in _paths(change) if re.fullmatch(r"resources/[^/]+/[^/]+", path)}
     name = next(iter(resources)) if len(resources) == 1 else None
     for operation in change.ops:
@@ -133,7 +131,6 @@ class _Line(msgspec.Struct):
 
 
 def _spread(line: msgspec.Raw | None) -> dict[str, Any]:
-    """Return an event's type and the fields that it changed."""
     assert line is not None, "a log with a malformed line is not reported"
     try:
         event = msgspec.json.decode(line, type=_Line)
@@ -210,7 +207,7 @@ def _paths(change: Change) -> list[str]:
 def blocks(position: EventPosition, events: Sequence[ChangeEvent], contents: Mapping[Wanted, bytes]) -> list[bytes]:
     """Return the encoded events of the change at ``position``.
 
-    A wanted file that ``contents`` lacks is null: it has changed again, and a later change includes it.
+    A wanted file that ``contents`` lacks is null: a later change includes it.
     """
     sent = []
     for number, event in enumerate(events, 1):
@@ -223,12 +220,10 @@ def blocks(position: EventPosition, events: Sequence[ChangeEvent], contents: Map
 
 
 def position_block(behind: EventId) -> bytes:
-    """Return an event that names the stream's position."""
     return block("position", behind, {"epoch": behind.position.epoch, "seq": behind.position.seq})
 
 
 def block(kind: str, behind: EventId, data: Mapping[str, Any]) -> bytes:
-    """Return one encoded event."""
     return b"event: %b\nid: %b\ndata: %b\n\n" % (
         kind.encode(),
         str(behind).encode(),

@@ -55,7 +55,7 @@ class _Named(msgspec.Struct, frozen=True):
 async def _data(request: Request) -> Response:
     """Return the project's data, and its position for ``events/stream?since=``.
 
-    ``exact``: the data is the state there. Otherwise it may include later changes, which the events then repeat.
+    Unless ``exact`` it may include later changes, which the events then repeat.
     """
     context = await request_context(request)
     project = context.project
@@ -83,10 +83,7 @@ _KINDS: dict[str, TextKind] = {"plans": "plan", "notes": "notes"}
 
 
 class _Text(msgspec.Struct, frozen=True):
-    """A plan or notes on the server; ``text`` is None if missing.
-
-    It is not editable, for ``reason``, in the archive and if it is not UTF-8.
-    """
+    """A plan or notes on the server; None if missing. Not editable, for ``reason``, in the archive and if not UTF-8."""
 
     text: str | None
     editable: bool = True
@@ -153,7 +150,7 @@ def _text_path(request: Request) -> str:
 
 
 async def _text(context: RequestContext, path: str) -> _Text:
-    """Return the file's text, from the archive if the task is there. Raises Rejected."""
+    """Return the text, also from the archive. Raises Rejected."""
     files = context.project.history.files
     task = f"tasks/{Path(path).stem}.json"
     if task not in files and f"archive/{task}" not in files:
@@ -205,7 +202,6 @@ async def _page(request: Request) -> Response:
 
 
 async def _project_name(context: RequestContext) -> str:
-    """Return the name in the project's configuration, or its slug."""
     found = await context.project.reader.read(ReadPage("/api/config"), context.share)
     try:
         name = msgspec.json.decode(found.body, type=_Named).data.project_name
@@ -265,7 +261,7 @@ _DIFFERENCE = "lattice-ranges"
 
 
 async def _read(request: Request) -> Response:
-    """Return the response of lattice's handler, or the difference from the one that the client has."""
+    """Return the response of lattice's handler, or the difference from the client's."""
     context = await request_context(request)
     query = f"?{request.url.query}" if request.url.query else ""
     base = request.headers.get("If-None-Match", "")
@@ -353,9 +349,9 @@ routes = [
 
 
 def policy_for(page: bytes, *, has_handlers: bool = True) -> str:
-    """Return the Content-Security-Policy of the page, which allows only scripts that the page itself brings.
+    """Return the Content-Security-Policy of the page: only scripts that the page itself brings.
 
-    ``has_handlers``: whether the page needs ``on…`` attributes. They cannot be distinguished from injected ones.
+    ``has_handlers``: the page needs ``on…`` attributes, which cannot be distinguished from injected ones.
     """
     scripts = _Scripts()
     scripts.feed(page.decode(errors="replace").replace("\r\n", "\n"))

@@ -50,7 +50,7 @@ _LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 
 
 def with_security_headers(app: ASGIApp) -> ASGIApp:
-    """Return the app with security headers; handlers may override ``_UNLESS_SAID``."""
+    """Add security headers; handlers may override ``_UNLESS_SAID``."""
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
         async def sending(message: Message) -> None:
@@ -118,9 +118,9 @@ def _too_large(most: int) -> ApiError:
 
 
 def closing_after_unread_body(app: ASGIApp) -> ASGIApp:
-    """Return the app such that a response before the end of the request body closes the connection.
+    """Close the connection after a response that comes before the end of the request body.
 
-    It first discards the rest for at most ``_LINGER_S``: data that arrives at a closed socket makes the kernel drop the
+    The rest is discarded for at most ``_LINGER_S``: data that arrives at a closed socket makes the kernel drop the
     response, and a proxy then answers 502.
     """
 
@@ -157,7 +157,7 @@ def closing_after_unread_body(app: ASGIApp) -> ASGIApp:
 
 
 def with_paced_bodies(app: ASGIApp, budget: ResponseBudget) -> ASGIApp:
-    """Return the app with large response bodies counted against the budget and sent in pieces.
+    """Count large response bodies against the budget and send them in pieces.
 
     ``scope["state"]["share"]`` is the request's ``ResponseShare``. A request's body counts until its response is over.
     """

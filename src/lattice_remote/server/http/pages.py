@@ -58,7 +58,6 @@ _TYPES = {"pages.css": "text/css", "icon.svg": "image/svg+xml"}
 
 
 def asset(name: str) -> str:
-    """Return the path of an asset."""
     return f"/pages/{hashlib.sha256(_content(name)).hexdigest()[:12]}/{name}"
 
 
@@ -89,7 +88,7 @@ asset_routes = [
 
 _MAX_CHARS = 2000
 _LOCAL = re.compile(r"/(?![/\\])[^\x00-\x20\\\x7f-\x9f]*")
-"""A path of this server in every browser. ``//`` and ``/\\`` start a host; browsers first drop tabs and line ends."""
+r"""A path of this server in every browser. ``//`` and ``/\`` start a host; browsers first drop tabs and line ends."""
 
 
 def local_path(wanted: str) -> str:
@@ -105,7 +104,7 @@ def wanted_path(request: Request) -> str:
 
 
 def from_here(request: Request, path: str) -> str:
-    """Return a path of this server relative to the requested one: a proxy may serve it below any path."""
+    """Return a path relative to the requested one: a proxy may serve this server below any path."""
     depth = request.scope["raw_path"].count(b"/") - 1
     return ("../" * depth or "./") + path.removeprefix("/")
 
@@ -143,7 +142,7 @@ def page(
 
 
 def error_response(request: Request, error: ApiError) -> Response:
-    """Return an error: a form or page for a browser, JSON for a program."""
+    """Return a form or page for a browser, JSON for a program."""
     if not wants_page(request):
         return Response(error.body, error.status, error.headers)
     if error.status is HTTPStatus.UNAUTHORIZED and request.method in ("GET", "HEAD"):
@@ -155,9 +154,8 @@ def error_response(request: Request, error: ApiError) -> Response:
 
 
 def retry_page(request: Request, path: str) -> Response:
-    """Return a page that repeats a request from another site, so that the browser sends its cookie.
-
-    A link in an e-mail needs no second sign-in.
+    """Return a page that repeats a request from another site, such as a link in an e-mail, so that the browser sends
+    its cookie.
     """
     return page(request, "onward", path=from_here(request, path))
 
@@ -310,7 +308,6 @@ def did(command: str) -> str:
 
 
 def _line(project: Listed, now: datetime) -> dict[str, Any]:
-    """Return a project's template values besides its counts."""
     called = [project.code or ""] if project.name in (None, project.slug) else [project.slug, project.code or ""]
     last = project.last
     return {
@@ -330,7 +327,6 @@ async def _home(request: Request) -> Response:
 
 
 async def _board(request: Request) -> Response:
-    """Redirect to the token's only board, else to the list."""
     slugs = [project.slug for project in await listed(registry_of(request), authenticated(request))]
     target = from_here(request, f"/projects/{slugs[0]}/dashboard/" if len(slugs) == 1 else "/")
     return RedirectResponse(target, HTTPStatus.SEE_OTHER)

@@ -36,10 +36,7 @@ _UNKNOWN = "it is unknown whether the request took effect: check before you repe
 
 @dataclass(frozen=True)
 class IdempotencyKey:
-    """The id under which a request runs at most once (I6): 32 hexadecimal digits.
-
-    The same id with another ``fingerprint`` is refused.
-    """
+    """The id, 32 hexadecimal digits, under which a request of one ``fingerprint`` runs at most once (I6)."""
 
     id: str
     fingerprint: bytes = b""
@@ -82,13 +79,9 @@ async def run(
     once: IdempotencyKey | None = None,
     files: list[Attachment] | None = None,
 ) -> Reply:
-    """Run a command line once for its id; return its output and exit code.
+    """Run a command line once for its id; return its output and exit code. Cancelling only ends waiting for a resource.
 
-    Cancelling only ends waiting for a resource.
-
-    Raises:
-        ApiError: the token was revoked since it was checked.
-        RemoteError: the command was refused, or its outcome is unknown.
+    Raises ApiError: the token was revoked since it was checked; RemoteError: refused, or the outcome is unknown.
     """
     token, once = context.login.token, once or unique_key()
     message = RunCommand(once.id, argv, files or [], token.id, token.actor, token.act_as, fingerprint=once.fingerprint)
@@ -115,7 +108,7 @@ async def edit(
     base_digest: bytes = b"",
     once: IdempotencyKey | None = None,
 ) -> Stored:
-    """Store a plan or notes edited from ``base``, or from the server's text of this digest, like ``run``."""
+    """Store a text edited from ``base``, or from the server's text of this digest, like ``run``."""
     token, once = context.login.token, once or unique_key()
     message = Edit(
         *(once.id, path, base, text, token.id, token.actor), base_digest=base_digest, fingerprint=once.fingerprint

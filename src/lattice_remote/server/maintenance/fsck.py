@@ -50,7 +50,6 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def check_server(data: DataDir) -> Iterator[Finding]:
-    """Yield the findings outside the projects."""
     try:
         data.config()
     except Misuse as error:
@@ -146,7 +145,7 @@ _LOOK_AGAIN_S = 0.7
 
 @dataclass
 class FsckReport:
-    """The findings. ``notes`` are the recovery's log lines during repair."""
+    """``notes`` are the recovery's log lines."""
 
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -171,7 +170,6 @@ def chosen(data: DataDir, slugs: Sequence[str] | None) -> list[str]:
 
 
 def as_lines(report: FsckReport) -> list[str]:
-    """Return lines for a terminal, the last one a summary."""
     lines = [printable(found.line()) for found in report.findings] + [printable(note) for note in report.notes]
     repaired = len(report.findings) - report.left
     counts = counted(len(report.findings), "finding") + (

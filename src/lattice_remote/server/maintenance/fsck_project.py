@@ -26,7 +26,7 @@ class Finding(msgspec.Struct, frozen=True):
     """One deviation.
 
     Attributes:
-        project: its slug; "" for the server itself.
+        project: "" for the server itself.
         where: a path, relative to the project's directory or to the data directory.
         repair: the action of ``--repair``; "" if a person has to decide.
     """
@@ -54,7 +54,7 @@ class JournalCheck:
     """The content of a journal, and its findings.
 
     Attributes:
-        epoch, oldest, head, mark: as in ``Journal``; without an epoch the journal is unreadable.
+        epoch: "": the journal is unreadable.
         states: number and files of each commit of the history, oldest first.
         unreachable: segments that are no longer replayed because of damage.
     """
@@ -104,7 +104,6 @@ class JournalCheck:
             self._start(header)
 
     def _start(self, header: Segment) -> None:
-        """Start a history here."""
         self.epoch, self.head, self.mark, self._number = header.epoch, header.head, header.mark, header.number
         self.oldest = header.head + 1
         self.states.clear()
@@ -150,7 +149,7 @@ class JournalCheck:
 
 
 def check_journal(project: str, directory: Path) -> JournalCheck:
-    """Read every segment. Raises OSError."""
+    """Raises OSError."""
     check = JournalCheck(project)
     paths = segment_paths(directory)
     for path in paths:
@@ -208,10 +207,10 @@ class ProjectCheck:
     """The check of one project.
 
     Attributes:
-        files: the files at the journal's head, as far as known.
+        files: at the journal's head, as far as known.
         damaged: paths of the tree whose content changed without a write.
         difference: the repair of a file that differs from the head.
-        leftovers: files left behind by interrupted programs.
+        leftovers: of interrupted programs.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -223,9 +222,8 @@ class ProjectCheck:
 
 
 def check_project(slug: str, paths: ProjectPaths, *, at_rest: bool) -> ProjectCheck:
-    """Check one project. ``at_rest``: no worker runs, so its scratch directory and undo log are not in use.
-
-    Raises OSError if a file cannot be read.
+    """Check one project. ``at_rest``: no worker runs, so its scratch directory and undo log are not in use. Raises
+    OSError.
     """
     check = ProjectCheck()
     check.journal = check_journal(slug, paths.journal) if paths.journal.is_dir() else JournalCheck(slug)

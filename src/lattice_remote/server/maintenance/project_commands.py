@@ -1,4 +1,4 @@
-"""Transfer of whole projects: export, import, rename, archive and delete, while the server runs or not.
+"""Commands for whole projects, while the server runs or not: export, import, rename, archive and delete.
 
 Export works as a backup does: the tree is copied, then the journal, which completes every partly copied file; then a
 worker opens the copy and brings it to one number (decision 0011).
@@ -60,9 +60,7 @@ def export_project(data: DataDir, slug: str, target: Path) -> Exported:
 
     ``target`` is missing or empty; it appears whole, or not at all.
 
-    Raises:
-        Misuse: there is no such project, or ``target`` is not empty.
-        StorageError: a file cannot be read or written, or the copy is incomplete.
+    Raises Misuse: there is no such project, or ``target`` is not empty; StorageError.
     """
     data.config()
     source = _project(data, slug)
@@ -139,11 +137,9 @@ def import_project(data: DataDir, slug: str, source: Path, *, keep_hooks: bool, 
     """Import the lattice project in ``source`` (or in its ``.lattice``) as ``slug``, which is new or empty.
 
     A running server serves it at once. A crash at any moment leaves the project unchanged or imported as a whole.
-    ``keep_hooks`` keeps the hooks of its ``config.json``; ``dry_run`` checks everything and changes nothing.
+    ``keep_hooks`` keeps the hooks of its ``config.json``; ``dry_run`` changes nothing.
 
-    Raises:
-        Misuse: there is no project in ``source``, or it is refused, or ``slug`` is in use; nothing was changed.
-        StorageError: a file cannot be read or written.
+    Raises Misuse: there is no project in ``source``, or it is refused, or ``slug`` is in use; StorageError.
     """
     data.config()
     lattice = _lattice_in(source)
@@ -206,9 +202,8 @@ def rename_project(data: DataDir, old: str, new: str) -> int:
 
     A crash leaves the old name, or the new one with ``finish_renames`` still to do. May be repeated.
 
-    Raises:
-        Misuse: there is no such project, or the new name is taken or invalid.
-        StorageError: a file cannot be written, or the project's worker does not end.
+    Raises Misuse: there is no such project, or the new name is taken or invalid; StorageError, also if its worker does
+    not end.
     """
     data.config()
     renamed = data.renamed()
@@ -237,10 +232,7 @@ def finish_renames(data: DataDir) -> int:
 
 
 def archive_project(data: DataDir, slug: str) -> None:
-    """Archive a project: it is no longer served. Its tokens stay.
-
-    Raises Misuse: there is none; StorageError: it cannot be moved, or its worker does not end.
-    """
+    """Raises Misuse: there is none; StorageError: it cannot be moved, or its worker does not end."""
     data.config()
     _require(data, slug)
     with closing(data.project(slug).root, f"project {slug!r} is archived; ask its administrator"):
