@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 CHECK_TIMEOUT_S = 45.0
-"""Bound of one check; the whole takes at most this for each ``concurrency`` checks."""
+"""Of one check; the whole takes at most this for each ``concurrency`` checks."""
 
 
 class CheckFailed(Exception):
@@ -33,22 +33,17 @@ class CheckFailed(Exception):
 
 
 class NotOffered(Exception):
-    """The implementation does not offer the optional part that the check is about."""
+    """The implementation lacks the optional part that the check is about."""
 
 
 def expect(condition: object, message: str) -> None:
-    """Raise ``CheckFailed`` with this message unless the condition holds."""
     if not condition:
         raise CheckFailed(message)
 
 
 @contextlib.asynccontextmanager
 async def within(seconds: float, what: str) -> AsyncIterator[None]:
-    """Bound a wait.
-
-    Raises:
-        CheckFailed: it takes longer.
-    """
+    """Bound a wait. Raises CheckFailed."""
     try:
         async with asyncio.timeout(seconds):
             yield
@@ -68,7 +63,7 @@ async def all_of(parts: Iterable[Coroutine[None, None, None]]) -> None:
 
 @dataclass(frozen=True)
 class Check[T]:
-    """One check: ``run`` returns if it holds; it may be skipped with ``NotOffered``."""
+    """One check: ``run`` returns if it holds."""
 
     section: str
     """Of SPEC.md, or the invariant."""
@@ -82,8 +77,6 @@ class CheckList[T](list[Check[T]]):
     def __call__(
         self, section: str, name: str
     ) -> Callable[[Callable[[T], Awaitable[None]]], Callable[[T], Awaitable[None]]]:
-        """Add the decorated function."""
-
         def add(run: Callable[[T], Awaitable[None]]) -> Callable[[T], Awaitable[None]]:
             self.append(Check(section, name, run))
             return run
@@ -92,13 +85,10 @@ class CheckList[T](list[Check[T]]):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """Result of one check."""
-
     section: str
     name: str
     result: Literal["ok", "failed", "not offered"]
     message: str = ""
-    """Why it failed or is not offered."""
     seconds: float = 0.0
 
     def line(self) -> str:

@@ -54,8 +54,6 @@ CLOSE_TIMEOUT_S = 10.0
 
 
 class ClientTarget:
-    """The client under test."""
-
     def __init__(self, command: list[str], directory: Path) -> None:
         self.command = command
         self._directory = directory
@@ -129,7 +127,7 @@ class Play:
         await self.until(lambda: not self.server.links, "the end of the client's connections")
 
     async def run(self, *argv: str) -> tuple[int, bytes, bytes]:
-        """Run one command; return its exit code and what it prints."""
+        """Run one command; return its exit code and its output."""
         process = await self._start(*(argv or ("comment", "LAT-1", "x", "--actor", "human:ana")))
         out, err = await process.communicate()
         return process.returncode or 0, out, err
@@ -161,11 +159,7 @@ class Play:
             await asyncio.sleep(max(0.02, 3 * (time.monotonic() - began)))
 
     async def until(self, condition: Callable[[], object], what: str, seconds: float = EQUAL_TIMEOUT_S) -> None:
-        """Wait for a condition.
-
-        Raises:
-            CheckFailed: it does not come true.
-        """
+        """Wait for a condition. Raises CheckFailed."""
         end = time.monotonic() + seconds
         while not condition():
             expect(time.monotonic() < end, f"no {what} within {seconds:.0f} s")
@@ -178,7 +172,6 @@ class Play:
         await self.until(lambda: self.server.attempts > before, "attempt to connect")
 
     def is_asked(self) -> bool:
-        """Whether pieces for the client are held back."""
         return any(link.connection.pending for link in self.server.links)
 
     def sent(self, kind: type[Any]) -> list[Any]:

@@ -86,11 +86,7 @@ async def _try_client(command: str, *, only: str, as_json: bool) -> int:
 
 
 def chosen[T](checks: CheckList[T], text: str) -> CheckList[T]:
-    """Return the checks whose section or name has this text.
-
-    Raises:
-        Misuse: there is none.
-    """
+    """Return the checks whose section or name has this text. Raises Misuse: there is none."""
     found = CheckList(check for check in checks if text.casefold() in f"{check.section} {check.name}".casefold())
     if not found:
         raise Misuse(f"no check has {text!r} in its section or name")

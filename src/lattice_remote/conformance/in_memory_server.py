@@ -43,11 +43,10 @@ from lattice_remote.protocol.operations import (
 
 Files = dict[str, bytes]
 PIECE = 7
-"""Default of ``InMemoryServer.piece``: small, so that everything comes in several."""
+"""Small, so that everything comes in several pieces."""
 
 
 def append_to(path: str, before: bytes, data: bytes) -> AppendBytes:
-    """Return the operation that adds ``data`` to a file with the content ``before``."""
     return AppendBytes(path, offset=len(before), tail=digest_of(before[-TAIL_BYTES:]), data=data)
 
 
@@ -94,14 +93,14 @@ class Moment:
 
 
 class InMemoryConnection:
-    """One connection: two FIFO streams of encoded frames, and the pieces that are still to be sent."""
+    """Two FIFO streams of encoded frames, and the pieces that are still to be sent."""
 
     def __init__(self) -> None:
         self.to_client: deque[bytes] = deque()
         self.to_server: deque[bytes] = deque()
-        self.cursor: int | None = None  # number of the last change sent; None before the greeting
+        self.cursor: int | None = None  # last change sent; None before the greeting
         self.pending: deque[ServerFrame | str] = deque()
-        """Pieces of files and manifests, sent one at a time, and paths whose files are read when their turn comes."""
+        """Pieces of files and manifests, and paths whose files are read when their turn comes."""
 
     def send(self, frame: ServerFrame) -> None:
         self.to_client.append(encode(frame))
@@ -266,5 +265,4 @@ class InMemoryServer:
 
 
 def received(connection: InMemoryConnection) -> ServerFrame:
-    """Return the next frame of the server, decoded."""
     return decode_server_frame(connection.to_client.popleft())

@@ -36,7 +36,7 @@ from lattice_remote.protocol.messages import (
 __all__ = ["Probe", "Refusal", "ServerTarget", "new_id"]
 
 FRAME_TIMEOUT_S = 15.0
-"""Longest wait for a frame that must come."""
+"""For a frame that must come."""
 
 
 def new_id() -> str:
@@ -44,7 +44,7 @@ def new_id() -> str:
 
 
 class _Connection(ClientConnection):
-    """A connection that notes the server's pings."""
+    """Notes the server's pings."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -57,17 +57,17 @@ class _Connection(ClientConnection):
 
 
 class ServerTarget:
-    """The server under test: one project, one token."""
+    """One project, one token."""
 
     def __init__(self, url: str, token: str) -> None:
         self.url, self.token = url.rstrip("/"), token
         self.project = urlsplit(self.url).path.rsplit("/", 1)[-1]
         self.actor = ""
-        """The token's actor."""
+        """Of the token."""
         self.act_as: list[str] = []
         self.capabilities: list[str] = []
         self.task = ""
-        """Id of the task that the checks made."""
+        """Made by the checks."""
         self.welcome: Welcome | None = None
 
     def require(self, capability: str) -> None:
@@ -76,7 +76,7 @@ class ServerTarget:
             raise NotOffered(f"the server does not name {capability!r}")
 
     def get(self, path: str, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
-        """Send an HTTP request for a path; return status, headers in lower case, and body."""
+        """Return status, headers in lower case, and body."""
         address = urlsplit(self.url)
         make = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
         connection = make(address.hostname or "", address.port, timeout=FRAME_TIMEOUT_S)
@@ -89,10 +89,8 @@ class ServerTarget:
 
     @contextlib.asynccontextmanager
     async def open(self, **options: Any) -> AsyncIterator["Probe"]:
-        """Open a WebSocket; the client has yet to greet. Options are those of ``websockets``.
-
-        Raises:
-            CheckFailed: the server refuses it.
+        """Open a WebSocket; the client has yet to greet. Options are those of ``websockets``. Raises CheckFailed:
+        refused.
         """
         headers = {"Authorization": f"Bearer {options.pop('token', self.token)}"}
         slug = options.pop("slug", self.project)
@@ -123,7 +121,7 @@ class ServerTarget:
 
     @contextlib.asynccontextmanager
     async def greeted(self, **fields: Any) -> AsyncIterator["Probe"]:
-        """Open a connection and exchange greetings; ``probe.welcome`` is the server's."""
+        """Open a connection and exchange greetings."""
         async with self.open() as probe:
             await probe.greet(**fields)
             yield probe
@@ -138,11 +136,7 @@ class Refusal(CheckFailed):
 
     @property
     def code(self) -> str:
-        """The code in its body.
-
-        Raises:
-            CheckFailed: the body is not of section 2.2.
-        """
+        """The code in its body. Raises CheckFailed: the body is not of section 2.2."""
         try:
             refusal = json.loads(self.body)
             expect(refusal["ok"] is False and isinstance(refusal["error"]["message"], str), f"body {self.body[:200]!r}")
@@ -157,9 +151,9 @@ class Probe:
     def __init__(self, socket: ClientConnection) -> None:
         self.socket = socket
         self.welcome: Welcome
-        """The server's Welcome, once greeted."""
+        """Once greeted."""
         self.changes: list[Change] = []
-        """The changes received so far."""
+        """Received so far."""
         self.raw_changes: dict[int, bytes] = {}
         """Their bytes, by number."""
 
@@ -180,11 +174,7 @@ class Probe:
         return frame
 
     async def receive(self) -> ServerFrame:
-        """Return the next frame.
-
-        Raises:
-            CheckFailed: it is malformed, or none comes.
-        """
+        """Return the next frame. Raises CheckFailed: it is malformed, or none comes."""
         try:
             async with within(FRAME_TIMEOUT_S, "frame"):
                 message = await self.socket.recv()
@@ -232,7 +222,6 @@ class Probe:
             raise CheckFailed(f"the server sent a frame that a client must refuse: {error.message}") from None
 
     async def pinged(self) -> None:
-        """Wait for the server's next ping."""
         assert isinstance(self.socket, _Connection), "open() makes it"
         self.socket.pinged.clear()
         async with within(20, "ping of the server"):

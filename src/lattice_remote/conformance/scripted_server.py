@@ -51,7 +51,7 @@ __all__ = ["EXIT_CODE", "LINE", "LOG", "STDOUT", "TOKEN", "Link", "ScriptedServe
 
 TOKEN = "ltr_of_a_scripted_server"  # noqa: S105 - known to everyone
 LOG = "events/task_01ARZ3NDEKTSV4RRFFQ69G5FAV.jsonl"
-"""File to which every Run appends ``LINE``."""
+"""Every Run appends ``LINE`` to it."""
 LINE = b'{"type":"comment_added"}\n'
 STDOUT, EXIT_CODE = b"answered by a scripted server\n", 7
 """Reply to every Run."""
@@ -75,7 +75,7 @@ class Link:
 
 
 class _Connection(ServerConnection):
-    """A connection that notes the client's pings."""
+    """Notes the client's pings."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -94,23 +94,22 @@ class ScriptedServer:
         self.model = InMemoryServer(history=[Moment(b"", files)])
         self.port = 0
         self.links: list[Link] = []
-        """The open connections."""
         self.first: Link | None = None
-        """The first connection, which may have ended."""
+        """It may have ended."""
         self.frames: list[ClientFrame] = []
-        """All frames of the client."""
+        """Of the client."""
         self.faults: list[str] = []
         """Violations by the client."""
         self.refuses: tuple[HTTPStatus, str] | None = None
-        """Status and code of a refusal of every upgrade, "": from a proxy; None: upgrades are accepted."""
+        """Status and code ("": from a proxy) with which every upgrade is refused."""
         self.attempts = 0
-        """Number of upgrades that the client requested."""
+        """Upgrades that the client requested."""
         self.next_run: Literal["answer", "cut before", "cut after", "new epoch"] = "answer"
         """Whether the next Run is answered, or its connection cut before it runs, after it, or with a new epoch."""
         self.refusals: dict[type[Run | Put], str] = {}
         """Codes with which requests of a kind are Refused."""
         self.outcome = ""
-        """Outcome of every Put; "": that of its base."""
+        """Of every Put; "": that of its base."""
         self.holds_pieces = False
         """Keeps the pieces of files and manifests back."""
         self.rewrite: Callable[[dict[str, Any]], dict[str, Any]] | None = None
@@ -150,7 +149,6 @@ class ScriptedServer:
             await self._server.wait_closed()
 
     def cut(self) -> None:
-        """Abort every connection."""
         for link in list(self.links):
             link.socket.transport.abort()
 
@@ -169,7 +167,6 @@ class ScriptedServer:
         await self.write(delta(self.files, after, announced=announced), after)
 
     async def write(self, operations: list[Operation], after: Files, *, cause: str = "edit") -> None:
-        """Number a change and send it."""
         self.model.write(operations, after, cause=cause)
         await self.flush()
 
@@ -178,7 +175,6 @@ class ScriptedServer:
             await self._flush(link)
 
     async def send(self, *messages: bytes | str) -> None:
-        """Send messages on every connection."""
         for link in list(self.links):
             await link.send(*messages)
 

@@ -64,16 +64,12 @@ CHECKS: CheckList[ServerTarget] = CheckList()
 check = CHECKS
 
 OLD_S = 10 * 365 * 86400.0
-"""Age of a request that is older than any journal."""
+"""A request of this age is older than any journal."""
 PIECE = os.urandom(4096)
 
 
 async def prepare(target: ServerTarget, *, may_be_in_use: bool) -> None:
-    """Make the task that the checks write to.
-
-    Raises:
-        CheckFailed: the server cannot be tried, or its project is in use.
-    """
+    """Make the task that the checks write to. Raises CheckFailed: no such server, or its project is in use."""
     async with target.greeted() as probe:
         target.welcome = probe.welcome
         target.capabilities, target.actor = probe.welcome.capabilities, probe.welcome.actor
@@ -99,7 +95,7 @@ def comment(target: ServerTarget, **fields: Any) -> Run:
 
 
 async def manifest(probe: Probe) -> dict[str, Entry]:
-    """Request the manifest; return it by path."""
+    """Return the manifest by path."""
     await probe.send(Manifest())
     first = frame = await probe.until(Entries)
     found = {entry.path: entry for entry in frame.entries}
@@ -115,7 +111,7 @@ async def manifest(probe: Probe) -> dict[str, Entry]:
 
 
 async def fetch(probe: Probe, path: str) -> tuple[Part, bytes]:
-    """Fetch one file; return its first part and its content."""
+    """Return a file's first part and its content."""
     await probe.send(Fetch([path]))
     first = part = await probe.until(Part, lambda part: part.path == path)
     data = part.data
@@ -349,11 +345,7 @@ class MemoryCache:
         return frame
 
     async def pump(self) -> None:
-        """Take one frame.
-
-        Raises:
-            CheckFailed: it violates the protocol.
-        """
+        """Take one frame. Raises CheckFailed: it violates the protocol."""
         frame = await self.probe.receive()
         try:
             await self._perform(self.replica.receive(frame))
@@ -361,7 +353,6 @@ class MemoryCache:
             raise CheckFailed(error.message) from None
 
     async def catch_up(self) -> None:
-        """Take frames until the files are current."""
         while not self.replica.is_current:
             await self.pump()
 

@@ -24,7 +24,7 @@ _NOT_BY_COMMAND = ("edit", "recovery")
 @dataclass
 class About:
     tasks: list[str] = field(default_factory=list)
-    """Ids of the tasks whose snapshot, log, plan or notes it touches. All lists are sorted, but ``events``."""
+    """With a changed snapshot, log, plan or notes. All lists are sorted, but ``events``."""
     events: list[dict[str, Any]] = field(default_factory=list)
     """New events of tasks and resources, in order."""
     is_complete: bool = True
@@ -32,7 +32,7 @@ class About:
     resources: list[str] = field(default_factory=list)
     sessions: list[str] = field(default_factory=list)
     plans: list[str] = field(default_factory=list)
-    """Ids of the tasks whose plan it writes or removes, except by archiving."""
+    """Tasks whose plan it writes or removes, except by archiving."""
     notes: list[str] = field(default_factory=list)
     """The same of notes."""
     snapshots: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -48,7 +48,7 @@ def is_log(path: str) -> bool:
 
 
 def snapshot_of(path: str) -> str | None:
-    """Return the id of the task whose snapshot this is, archived or not; None for other paths."""
+    """Return the id of the task whose snapshot this is, archived or not."""
     match = _SNAPSHOT.fullmatch(path)
     return match[1] if match else None
 
@@ -85,7 +85,7 @@ def about(change: Change) -> About:
 
 
 def described(change: Change, found: About) -> dict[str, Any]:
-    """Return author, cause and touched objects of a change, as JSON. ``found`` is its summary."""
+    """Return author, cause and touched objects of a change, as JSON."""
     return {
         "seq": change.seq,
         "time": change.time,

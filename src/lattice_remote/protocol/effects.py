@@ -58,7 +58,7 @@ NOWHERE = Position("", 0, b"")
 class ApplyChange:
     """Apply ``operations`` in order; report mismatching paths with ``drifted()``.
 
-    Do not apply an operation on a file with a local edit: call ``hold()`` with its path, and for a move also
+    Do not apply an operation on a file with a local edit: call ``block()`` with its path, and for a move also
     ``drifted()`` with its target.
     """
 

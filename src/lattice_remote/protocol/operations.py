@@ -141,7 +141,7 @@ _MAX_MEMO_BYTES = 2 * 1024 * 1024
 _MAX_RECENT_FLAT = 2
 _flat_decoder = msgspec.json.Decoder(FlatObject)
 _recent_flat: list[tuple[bytes, FlatObject]] = []
-"""Contents with their values, the newest last."""
+"""With their values, the newest last."""
 
 
 def flat_value(data: bytes) -> FlatObject | None:

@@ -82,7 +82,6 @@ def parse_path(path: str) -> tuple[str, ...]:
 
 
 def is_component(name: str, max_bytes: int = _MAX_COMPONENT_BYTES) -> bool:
-    """Return whether a file or directory of the tree can have this name."""
     try:
         return parse_path(name) == (name,) and len(name.encode()) <= max_bytes
     except HostilePath:
@@ -125,5 +124,5 @@ def is_editable(path: str) -> bool:
 
 
 def is_payload(path: str) -> bool:
-    """Return whether this file is an artifact's content, which no lattice command needs."""
+    """Return whether this is an artifact's content, which no lattice command needs."""
     return path.startswith("artifacts/payload/")

@@ -2,8 +2,8 @@
 
     python -m lattice_remote.server.project.bundle_check --into PLACE --pack FILE --max-bytes N
 
-Its input is untrusted: memory, processor time and file size are bounded, and lattice runs under the same audit hook as
-in a worker. It prints one ``ImportReport`` as JSON.
+Its input is untrusted: memory, processor time and file size are bounded, and lattice runs under the audit hook. It
+prints one ``ImportReport`` as JSON.
 """
 
 import argparse
@@ -49,12 +49,12 @@ class Candidate:
         self.lattice = place / ".lattice"
         self.layout = layout
         self.digests: dict[str, bytes] = {}
-        """Digest of each file as received."""
+        """As received."""
         for directory in DIRECTORIES:
             (self.lattice / directory).mkdir(parents=True, exist_ok=True)
 
     def add(self, path: str, size: int, pieces: Iterable[bytes]) -> None:
-        """Create a file. Raises Misuse if a project cannot contain it, or OSError."""
+        """Raises Misuse if a project cannot contain the file, or OSError."""
         self.layout.add(path, size)
         target = self.lattice / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,6 @@ class ImportReport(msgspec.Struct, kw_only=True):
     warnings: list[str] = []
 
     def notes(self) -> list[str]:
-        """Return messages for the user."""
         lines = []
         if self.hooks and not self.hooks_kept:
             lines.append("its hooks were removed: an administrator must allow them")

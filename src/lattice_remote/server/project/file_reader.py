@@ -29,7 +29,7 @@ _MAX_BYTES = 64 * 1024 * 1024
 
 
 async def text_at_head(project: Project, path: str, share: ResponseShare) -> bytes | None:
-    """Return the content of a plan or notes at the head; None if there is none. It counts as part of ``share``.
+    """Return the content of a plan or notes at the head. It counts as part of ``share``.
 
     Raises Rejected: REMOTE_TOO_LARGE, or REMOTE_BUSY, too many responses outstanding; StorageError: it cannot be read,
     or differed from the head for ``_TEXT_SETTLE_S``.
@@ -59,7 +59,7 @@ async def _settled(project: Project, path: str) -> bytes | None:
 
 
 def read_content(path: Path, content: Content) -> bytes | None:
-    """Return a file's bytes if they are this content, else None. Blocking. Raises OSError."""
+    """Return a file's bytes if they are this content. Blocking. Raises OSError."""
     size, digest = content
     try:
         descriptor = os.open(path, READ)
@@ -104,7 +104,6 @@ class Snapshot:
 
     @classmethod
     def _read(cls, descriptor: int, expected_size: int) -> "Snapshot":
-        """Digest the file in one pass."""
         digest = hashlib.sha256()
         first = (0, digest.copy())
         data: bytes | None = b""
@@ -137,7 +136,7 @@ class Snapshot:
         return digest.digest() if len(grown) == size - seen else None
 
     def piece(self, offset: int, size: int) -> bytes:
-        """Return a piece of content with ``size`` bytes. Raises OSError."""
+        """Return a piece of the content that has ``size`` bytes. Raises OSError."""
         if self._data is not None:
             return self._data[offset : min(size, offset + PIECE_BYTES)]
         assert self._descriptor is not None, "a large file stays open until close()"
@@ -190,7 +189,7 @@ class FileSender:
                 snapshot.close()
 
     async def _send(self, path: str, expected: Content | None, snapshot: Snapshot | None) -> bool:
-        """Send one file; return whether it was possible. Does not yield between checking the manifest and pushing."""
+        """Send one file if possible. Does not yield between checking the manifest and pushing."""
         content = self._project.history.files.get(path)
         if content is None:
             self._push(Part(path, self._project.history.head, gone=True))

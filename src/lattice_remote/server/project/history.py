@@ -1,7 +1,7 @@
 """Durable history of a project: head, files at the head, recent changes and the subscribers.
 
-Everything here is durable (I2). Each change reaches all subscribers in the tick in which it becomes the head. Code that
-reads the head, the files or the manifest and queues the result without yielding is therefore consistent.
+Everything here is durable (I2). Each change reaches all subscribers in the tick in which it becomes the head: code that
+reads head, files or manifest and queues the result without yielding is consistent.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ __all__ = ["REPLAY_BYTES", "CommitTimes", "Content", "History", "Recent", "Start
 
 
 class Recent:
-    """Bounded run of consecutive changes up to the head, at least the newest."""
+    """Consecutive changes up to the head, bounded, at least the newest."""
 
     def __init__(self, max_bytes: int = 8 * 1024 * 1024) -> None:
         self._max_bytes = max_bytes
@@ -46,7 +46,7 @@ class Recent:
         self._bytes = 0
 
     def after(self, seq: int, max_bytes: int) -> list[tuple[int, bytes]]:
-        """Return numbers and frames of about ``max_bytes`` of changes; empty when not kept."""
+        """Return about ``max_bytes`` of changes; empty when not kept."""
         index = self._index(seq + 1)
         found: list[tuple[int, bytes]] = []
         if index is None:
@@ -91,15 +91,11 @@ class Subscriber(Protocol):
     def change_committed(self, seq: int, frame: bytes) -> None:
         """Handle a durable change in a WebSocket frame that all share."""
 
-    def end(self, bye: Bye) -> None:
-        """Send a ``Bye`` and close."""
+    def end(self, bye: Bye) -> None: ...
 
 
 class History:
-    """Head, files and recent changes of a project. Belongs to the event loop's thread.
-
-    ``committed`` is called with the number of each change.
-    """
+    """Head, files and recent changes of a project. Belongs to the event loop's thread."""
 
     def __init__(self, journal: Path, committed: Callable[[int], None] = lambda _: None) -> None:
         self.epoch = ""
@@ -120,7 +116,7 @@ class History:
 
     @property
     def used(self) -> str | None:
-        """The project's first sign of use; None if its files show that it is empty."""
+        """The project's first sign of use."""
         return first_sign_of_use((path, size) for path, (size, _) in self.files.items())
 
     @property
@@ -130,7 +126,6 @@ class History:
     # --- subscribers ---
 
     def join(self, subscriber: Subscriber) -> None:
-        """Send every change from now on."""
         self._subscribers.add(subscriber)
 
     def leave(self, subscriber: Subscriber) -> None:
@@ -263,8 +258,6 @@ _MINUTE_S = 60.0
 
 
 class CommitTimes:
-    """Commit times of the newest changes."""
-
     def __init__(self, most: int = 20_000) -> None:
         self._times: deque[float] = deque(maxlen=most)
         self._last = 0
@@ -277,7 +270,7 @@ class CommitTimes:
         self._last = seq
 
     def age_of(self, seq: int, now: float) -> float | None:
-        """Return a change's age in seconds, if known."""
+        """Return seconds, if known."""
         back = self._last - seq
         return now - self._times[-1 - back] if 0 <= back < len(self._times) else None
 

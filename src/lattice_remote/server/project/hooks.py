@@ -52,7 +52,6 @@ class HookRunner:
         self._closing = threading.Event()
 
     def submit(self, seq: int, calls: list[HookCall]) -> None:
-        """Queue the hooks of a change."""
         for call in calls:
             if len(self._waiting) >= _MAX_WAITING:
                 self._failed(seq, call, f"was dropped: {_MAX_WAITING} are waiting")
@@ -110,7 +109,7 @@ class HookRunner:
                         os.killpg(process.pid, signal.SIGKILL)
 
     def _watch(self, process: "subprocess.Popen[bytes]", stderr: IO[bytes]) -> tuple[int | None, bytes]:
-        """Wait for a hook's end; return its exit code (None on timeout) and the start of its stderr."""
+        """Return a hook's exit code (None on timeout) and the start of its stderr."""
         os.set_blocking(stderr.fileno(), False)
         deadline = time.monotonic() + self._timeout_s
         said = bytearray()

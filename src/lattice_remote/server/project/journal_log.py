@@ -56,7 +56,7 @@ def read_version(
     """Return a text as of one change, without a request id.
 
     It is rebuilt from the journal's operations, with its beginning from the file on disk if the first of them only
-    appends. The digest in the record verifies it.
+    appends, and verified by the record's digest.
 
     Args:
         change: epoch and number of a change that wrote it; an empty epoch selects the newest one.
@@ -189,7 +189,7 @@ class LogReader:
 
 
 def present_epoch(paths: ProjectPaths) -> str:
-    """Return the project's epoch; empty without a readable journal. Blocking. Raises OSError."""
+    """Return "" without a readable journal. Blocking. Raises OSError."""
     headers = map(header_of, reversed(segment_paths(paths.journal)))
     return next((header.epoch for header in headers if header is not None), "")
 
@@ -221,15 +221,13 @@ def read_page(
     before: int | None = None,
     head: tuple[str, int] | None = None,
 ) -> LogPage:
-    """Return the newest ``limit`` changes before a record; fewer if that would exceed ``MAX_SCAN_BYTES``. Blocking.
+    """Return the newest ``limit`` changes before a record; fewer over ``MAX_SCAN_BYTES``. Blocking. Raises OSError.
 
     Args:
         task: a task's id: only changes that touched it.
         text: only changes that wrote this text of the task.
-        before: ``before`` of the previous page.
+        before: of the previous page.
         head: epoch and number of the last change to include.
-
-    Raises OSError.
     """
     found: list[LogEntry] = []
     scanned = 0
@@ -252,7 +250,7 @@ def read_page(
 
 
 def find_task(lattice: Path, name: str) -> str | None:
-    """Return the id of an active or archived task, given its id or short id; None if unknown. Raises OSError."""
+    """Return the id of an active or archived task, given its id or short id. Raises OSError."""
     return name if _TASK_ID.fullmatch(name) else _ids(lattice).get(name.upper())
 
 
@@ -288,7 +286,7 @@ def _entries(
             continue
         change = _change_decoder.decode(item.change)
         tasks = tasks_in(path for operation in change.ops for path in (operation.path, operation.to))
-        # Archiving a text moves it, which does not count as a write.
+        # Archiving moves a text, which does not count as a write.
         written = [operation.path for operation in change.ops if operation.path in paths and not operation.to]
         if text and written:
             state = item.files.get(written[-1])

@@ -1,8 +1,8 @@
-"""Metrics for Prometheus, and the outcomes of write requests: one log line each with the number of the change.
+"""Metrics for Prometheus (docs/run/monitor.md), and the outcomes of write requests: one log line each.
 
-docs/run/monitor.md explains each metric. Events are counted as they happen, values that can be looked up (queues,
-clients, heads) at a scrape (``status.Gauges``). Labels are bounded: projects, codes, routes; never an address, a token,
-or a client's text. Of the caller's input a log line contains only the words of the command.
+Events are counted as they happen, values that can be looked up (queues, clients, heads) at a scrape
+(``status.Gauges``). Labels are bounded: projects, codes, routes; never an address, a token, or a client's text. Of the
+caller's input a log line contains only the words of the command.
 """
 
 import logging
@@ -168,7 +168,7 @@ class RequestLog:
         self._add(message, ResultStats(code=code), None, time.monotonic(), on_result)
 
     def found(self, seq: int) -> None:
-        """Record a change that another program made to the files."""
+        """Record an outside change."""
         fields = {"project": self._project, "actor": "server", "command": "", "outcome": "found", "seq": seq}
         _log.info("%s: another program changed files, change %d", self._project, seq, extra={"fields": fields})
 

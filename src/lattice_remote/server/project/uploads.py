@@ -1,4 +1,4 @@
-"""Uploads of one project: staged contents on disk, written in a thread so that no disk access delays the event loop.
+"""Uploads of one project: staged contents, written in a thread so that no disk access delays the event loop.
 
 Pieces are written in order of arrival. The bytes waiting for the thread are bounded; more are refused as busy.
 """
@@ -49,7 +49,7 @@ class _Content:
     have: int
     is_whole: bool
     used_at: float
-    """Seconds since 1970."""
+    """Since 1970."""
     is_admitted: bool = False
     """Its size was checked since the start."""
     unsynced: int = 0
@@ -69,7 +69,7 @@ class Staging:
     def take(self, frame: Upload, token_id: str) -> int:
         """Append a piece if it is the next; return the number of bytes present. Complete content survives a power cut.
 
-        Its bytes are removed on an error. Raises Rejected if it is over a limit, or its digest differs, or OSError.
+        Raises Rejected, and removes the content, if it is over a limit, or its digest differs; OSError.
         """
         name = self._paths.upload(token_id, frame.digest).name
         content = self._admitted(frame, name)
@@ -97,9 +97,8 @@ class Staging:
     # --- admission ---
 
     def _admitted(self, frame: Upload, name: str) -> _Content:
-        """Return the content of a piece, registering it if new.
-
-        Raises Rejected if it is too large, no room is left, or its size differs from before.
+        """Return the content of a piece, registering it if new. Raises Rejected: too large, no room, another size than
+        before.
         """
         contents = self._known()
         content = contents.get(name)
@@ -158,7 +157,7 @@ class Staging:
 
     @contextlib.contextmanager
     def _directory(self) -> Iterator[int]:
-        """Open the directory. Raises OSError if it is a symbolic link."""
+        """Raises OSError if it is a symbolic link."""
         descriptor = os.open(self._paths.uploads, READ | os.O_DIRECTORY)
         try:
             yield descriptor
@@ -201,8 +200,8 @@ class Staging:
         assert content.hasher is not None, "it has seen every piece"
         if content.hasher.digest() != frame.digest:
             raise Rejected("the uploaded content does not match its digest", code="REMOTE_PROTOCOL")
-        # A recently written file may change again within the same mtime, so the worker would have to read it again.
-        # This one is complete; an older mtime avoids that.
+        # A recently written file may change again within the same mtime, and the worker would read it again. This one
+        # is complete: it gets an older mtime.
         before = time.time_ns() - _SETTLED_NS
         os.utime(descriptor, ns=(before, before))
         os.fsync(descriptor)
@@ -320,7 +319,7 @@ class _Push:
     frame: Push
     token: Token
     requesters: list[Requester] = field(default_factory=list)
-    """Recipients of a refusal by the check."""
+    """Of a refusal by the check."""
     task: "asyncio.Task[None] | None" = None
     request: ImportProject | None = None
     """Once the check has passed; repeated pushes join it."""
@@ -359,7 +358,7 @@ class Pushes:
     ) -> None:
         """Start or join a push. Calls ``requester.answer()`` when it is done.
 
-        ``first_sent_at`` as in ``ipc.RunCommand``; ``used`` is the project's first sign of use, None if it looks empty.
+        ``first_sent_at`` as in ``ipc.RunCommand``; ``used`` is the project's first sign of use.
         """
         push = self._under_way.get(frame.id)
         if push is not None and push.token.id != token.id:
@@ -469,7 +468,7 @@ def _fingerprint(frame: Push) -> bytes:
 
 
 class _Cleaner:
-    """Internal requester that runs a cleanup after the reply, since clients may be gone by then."""
+    """Requester that runs a cleanup after the reply, since clients may be gone by then."""
 
     def __init__(self, settled: Callable[[], None]) -> None:
         self._settled = settled

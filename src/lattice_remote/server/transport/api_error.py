@@ -36,7 +36,6 @@ class ApiError(Exception):
     Attributes:
         code: one of ``errors.CODES``, or a code of lattice.
         message: one line for people.
-        retry_after_s: seconds until a retry may succeed; None: no ``Retry-After`` header.
         closes: whether the response ends the connection.
     """
 

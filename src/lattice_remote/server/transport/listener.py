@@ -69,7 +69,7 @@ class Certificate:
         return context
 
     def _stat(self) -> tuple[int, ...]:
-        """Return the signature of both files. Raises Misuse as the class."""
+        """Return the signature of both files. Raises Misuse."""
         numbers: list[int] = []
         for path in (self._cert, self._key):
             try:
@@ -105,7 +105,7 @@ _NO_ROOM = ApiError(
 
 
 class Acceptor:
-    """One listening socket: ``start()`` it. ``close()`` and ``wait_closed()`` are as of an ``asyncio.Server``."""
+    """One listening socket. ``close()`` and ``wait_closed()`` are as of an ``asyncio.Server``."""
 
     def __init__(
         self,

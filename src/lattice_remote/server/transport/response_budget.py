@@ -110,7 +110,6 @@ class ResponseBudget:
             lock.release()
 
     def add(self, token_id: str, body: bytes) -> None:
-        """Count a body until ``remove``."""
         self._of.setdefault(token_id, _Bodies()).add(body)
         self._all.add(body)
 
@@ -182,6 +181,5 @@ class ResponseShare:
             self._budget.remove(self.token_id, body)
 
     def close(self) -> None:
-        """Uncount all. Idempotent."""
         while self._bodies:
             self._budget.remove(self.token_id, self._bodies.pop())

@@ -66,9 +66,8 @@ class _Ids(msgspec.Struct):
 
 
 def decide(project: Path, request: ImportProject) -> None:
-    """Commit to the request's candidate, even after a crash. The calling worker must exit afterwards.
-
-    Raises OSError if nothing has happened.
+    """Commit to the candidate, even after a crash. The calling worker must exit. Raises OSError if nothing has
+    happened.
     """
     candidate = project / request.candidate
     descriptor = os.open(candidate / "cause", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -87,7 +86,7 @@ def is_adopting(project: Path) -> bool:
 
 
 def put_in_place(project: Path) -> ImportProject | None:
-    """Put a waiting candidate in place; return its request, None if no candidate waits. Idempotent after a crash.
+    """Put a waiting candidate in place; return its request, if there is one. Idempotent after a crash.
 
     The caller starts a new epoch, then calls ``finish``. Raises OSError; the next start tries again.
     """

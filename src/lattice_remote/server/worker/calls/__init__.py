@@ -39,8 +39,7 @@ class CallRequest:
 
     Attributes:
         payload: possibly not JSON.
-        attach: puts the caller's files on disk and replaces the values that name them. Not called by operations without
-            files. Raises Rejected.
+        attach: puts the caller's files on disk and replaces the values that name them. Raises Rejected.
         run_line: runs a command line accepted by the policy, and only its checked command, as a step of the operation.
     """
 
@@ -88,19 +87,11 @@ class Surface(Protocol):
         """Import the surface's dependencies, outside any transaction. Idempotent; the first call may take a second."""
 
     def prepare(self, request: CallRequest) -> Operation:
-        """Check a call completely; run nothing.
-
-        Raises:
-            Rejected: it may not run here.
-        """
+        """Check a call completely; run nothing. Raises Rejected."""
 
 
 def check_fields(fields: object) -> None:
-    """Check the types of a task's fields that lattice stores unchecked.
-
-    Raises:
-        Rejected: a type would break readers of the project.
-    """
+    """Check the types of a task's fields that lattice stores unchecked and readers rely on. Raises Rejected."""
     for name, value in fields.items() if isinstance(fields, dict) else ():
         if name in _TEXTS and value is not None and not isinstance(value, str):
             raise unsupported(f"{name} must be a text")
@@ -109,11 +100,7 @@ def check_fields(fields: object) -> None:
 
 
 def json_object(payload: bytes) -> dict[str, Any]:
-    """Return the JSON object of a payload that every JSON parser reads alike.
-
-    Raises:
-        Rejected: it is not an object, is nested too deep, or contains values that not every program can read.
-    """
+    """Return the JSON object of a payload that every JSON parser reads alike. Raises Rejected."""
     try:
         text = payload.decode()
         check(Kind.JSON, "the payload", text)
@@ -153,11 +140,7 @@ def is_offered(name: str) -> bool:
 
 
 def surface_named(name: str) -> Surface:
-    """Return a surface, loaded.
-
-    Raises:
-        Rejected: the surface is unknown or its dependencies are not installed.
-    """
+    """Return a surface, loaded. Raises Rejected: unknown, or its dependencies are not installed."""
     if name not in _SURFACES:
         raise Rejected(f"the server has no surface {name!r}: upgrade the server", code="REMOTE_UNSUPPORTED")
     if not is_offered(name):

@@ -1,7 +1,7 @@
 """Dashboard surface: POST requests served by the handlers of lattice's own dashboard, without a socket.
 
-``name`` is the request's path, ``payload`` its body; the response is the handler's status and body. Pages served by a
-client's machine and by the server itself use it alike.
+``name`` is the request's path, ``payload`` its body; the response is the handler's status and body. Pages of a client's
+machine and of the server use it alike.
 """
 
 import io
@@ -65,7 +65,7 @@ _REFUSED, _UNSUPPORTED = 400, 422
 _SETTINGS = "/api/config/dashboard"
 _UNKNOWN = "the server does not know this value of POST {}: {}"
 _PAGE_ACTOR = "dashboard:web"
-"""Actor that the page sends because it does not know its user; replaced by the token's actor."""
+"""The page does not know its user; replaced by the token's actor."""
 
 
 def _takes(*values: str, **others: Kind) -> Mapping[str, Kind]:
@@ -128,7 +128,7 @@ def _route(path: str) -> str:
 
 
 def _handler_refuses(body: bytes) -> bool:
-    """Return whether a body is too large, or not JSON, so that the handler refuses it itself."""
+    """Return whether the handler refuses a body itself: too large, or not JSON."""
     from lattice.dashboard.server import MAX_REQUEST_BODY_BYTES
 
     if len(body) > MAX_REQUEST_BODY_BYTES:
@@ -143,11 +143,7 @@ def _handler_refuses(body: bytes) -> bool:
 
 
 def _check(route: str, values: dict[str, Any], takes: Mapping[str, Kind], identity: Identity) -> str:
-    """Check the fields of a body, set a missing actor, and return the actor.
-
-    Raises:
-        Rejected: a field is not in the table, a value is not allowed, or the token may not use the actor.
-    """
+    """Check the fields of a body, set a missing actor, and return the actor. Raises Rejected."""
     from lattice.core.ids import validate_actor
 
     for name, value in values.items():
@@ -195,8 +191,7 @@ class _HandlerExists(Exception): ...
 def _not_found(lattice_dir: Path, path: str) -> CallResponse:
     """Return the dashboard's response to an unknown path; runs only its routing.
 
-    Raises:
-        Rejected: the dashboard knows the path, for example to start a program, or in a newer version.
+    Raises Rejected: the dashboard knows the path, for example to start a program, or in a newer version.
     """
     try:
         return _post(_routing(lattice_dir), path, b"")

@@ -86,12 +86,9 @@ def prepare(request: CallRequest) -> Operation:
 
 
 def _arguments(name: str, payload: bytes) -> dict[str, Any]:
-    """Return the arguments as the tool will get them, without nulls.
+    """Return the arguments as the tool will get them, without nulls. Raises Rejected.
 
     The MCP library parses a text as JSON where a tool takes no text, so the parsed values are checked.
-
-    Raises:
-        Rejected: they contain values that not every program can read.
     """
     given = json_object(payload)
     try:
@@ -125,11 +122,7 @@ def _call(name: str, arguments: dict[str, Any], lattice_dir: Path) -> CallRespon
 
 
 def _tool(name: str) -> Any:
-    """Return a tool of lattice's MCP server.
-
-    Raises:
-        Rejected: the installed lattice has no such tool.
-    """
+    """Return a tool of lattice's MCP server. Raises Rejected: the installed lattice has none."""
     from lattice.mcp.server import mcp
 
     tool = mcp._tool_manager.get_tool(name)

@@ -52,10 +52,7 @@ def load() -> None:
 
 
 def prepare(request: CallRequest) -> Operation:
-    """Check the actor and the form of a write; see ``Surface``.
-
-    Its content is checked when it is written, since that depends on the current state.
-    """
+    """Check the actor and the form of a write; its content is checked when it is written, against the current state."""
     takes = _WRITES.get(request.name)
     if takes is None:
         raise unsupported(f"the server does not know a write {shown(request.name)} of programs")
@@ -81,11 +78,7 @@ def _require(identity: Identity, actor: str, *, session: Mapping[str, Any] | Non
 
 
 def _actor(storage: LocalStorage, events: list[dict[str, Any]], identity: Identity) -> str:
-    """Return the actor of the first event, after checking all.
-
-    Raises:
-        Rejected: an event is malformed, or the token may not use its actor.
-    """
+    """Return the actor of the first event, after checking all. Raises Rejected."""
     actors = [storage.require_actor(event) for event in plain(events)]
     return actors[0] if actors else identity.actor
 
@@ -124,4 +117,4 @@ _WRITES: Mapping[str, tuple[type[Any], Callable[[Any, LocalStorage], _Outcome]]]
     "write-plan": (_Text, _write_plan),
     "write-notes": (_Text, _write_notes),
 }
-"""The writes, with the type of their arguments and their function."""
+"""With the type of their arguments."""
