@@ -22,7 +22,18 @@ from typing import IO, Protocol
 
 from lattice_remote.protocol.paths import is_replicated
 
-__all__ = ["Client", "Process", "Programs", "Sandbox", "Server", "board", "differences", "tree_of", "wait_for"]
+__all__ = [
+    "Client",
+    "Process",
+    "Programs",
+    "Sandbox",
+    "Server",
+    "board",
+    "descendants",
+    "differences",
+    "tree_of",
+    "wait_for",
+]
 
 BIN = Path(sys.executable).parent
 COMMAND_TIMEOUT_S = 60.0
@@ -56,6 +67,15 @@ def differences(one: Path, other: Path) -> list[str]:
     """Return the paths on which two ``.lattice`` directories differ, byte for byte."""
     a, b = tree_of(one), tree_of(other)
     return sorted(path for path in a.keys() | b.keys() if a.get(path) != b.get(path))
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the process ids of a process's children, and of theirs."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [found for child in map(int, children) for found in (child, *descendants(child))]
 
 
 class Process(Protocol):
@@ -187,10 +207,12 @@ class Server:
         """Return the process ids of the project workers; those that only read are none."""
         if self.process is None:
             return []
-        with contextlib.suppress(OSError):
-            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-            return [int(pid) for pid in children if b".worker.main\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        return []
+        found = []
+        for pid in descendants(self.process.pid):
+            with contextlib.suppress(OSError):
+                if b".worker.main\0" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(pid)
+        return found
 
     def _end(self, sign: signal.Signals) -> int:
         process, self.process = self.process, None

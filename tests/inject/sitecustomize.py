@@ -13,6 +13,7 @@ Nothing here does what a command in the worker may not do: it only looks whether
 """
 
 import errno
+import functools
 import importlib.util
 import os
 import pathlib
@@ -22,6 +23,7 @@ import sys
 _EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.link", "os.truncate"}
 _directory = os.environ.get("LATTICE_TEST_FAULTS")
 _steps: dict[str, int] = {}
+_processes: dict[str, int] = {}
 
 
 def _step() -> None:
@@ -52,14 +54,10 @@ def _watched(real):
     return call
 
 
-if _directory and "lattice_remote.server.worker.main" in sys.orig_argv:
-    _processes = {
-        f"{_directory}/worker-dies-{os.getpid()}": os.pidfd_open(os.getpid()),
-        f"{_directory}/server-dies-{os.getpid()}": os.pidfd_open(os.getppid()),
-    }
-    os.fsync = _watched(os.fsync)
-    os.fdatasync = _watched(os.fdatasync)
-    sys.addaudithook(_hook)
+def _begin(server: int) -> None:
+    """Obey the files from here on, in the worker of this server."""
+    _processes[f"{_directory}/worker-dies-{os.getpid()}"] = os.pidfd_open(os.getpid())
+    _processes[f"{_directory}/server-dies-{os.getpid()}"] = os.pidfd_open(server)
     if os.path.exists(f"{_directory}/boot"):
         from lattice_remote.server.worker import recovery
 
@@ -71,3 +69,15 @@ if _directory and "lattice_remote.server.worker.main" in sys.orig_argv:
         sys.modules["power_cut"] = power_cut
         spec.loader.exec_module(power_cut)
         power_cut.trace_fsyncs(pathlib.Path(pathlib.Path(_directory, "trace").read_text()))
+
+
+_is_worker = "lattice_remote.server.worker.main" in sys.orig_argv
+_is_template = "lattice_remote.server.worker.template" in sys.orig_argv
+if _directory and (_is_worker or _is_template):
+    os.fsync = _watched(os.fsync)
+    os.fdatasync = _watched(os.fdatasync)
+    sys.addaudithook(_hook)
+    if _is_worker:
+        _begin(os.getppid())
+    else:
+        os.register_at_fork(after_in_child=functools.partial(_begin, os.getppid()))

@@ -13,6 +13,7 @@ from typing import Any
 from websockets.asyncio.client import ClientConnection, connect
 
 from lattice_remote.server.datadir import DataDir
+from sandbox import descendants
 
 COMMAND = [sys.executable, "-c", "from lattice_remote.server.cli import main; main()"]
 
@@ -68,8 +69,7 @@ class Process:
 
 def children_of(server: Process, what: bytes) -> list[int]:
     """Return the processes that a server has started with these words in their command lines."""
-    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-    return [int(pid) for pid in children if what in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [pid for pid in descendants(server.process.pid) if what in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def is_gone(pid: int) -> bool:

@@ -10,16 +10,19 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import requests
 from harness import Copy, tree_of
-from server_process import COMMAND, Process, children_of
+from server_process import COMMAND, Process, children_of, is_gone
 
 from lattice_remote.protocol.messages import Reply, Run, encode
 from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.registry import STOP_S
 from lattice_remote.server.tokens import TokenFile
+from sandbox import descendants, wait_for
 
 
 def make_data(path: Path) -> DataDir:
@@ -171,7 +174,7 @@ async def test_a_worker_killed_under_load_answers_everything_once(process: Proce
             for _ in range(2):
                 answered.clear()
                 await answered.wait()  # the next request is on its way by then
-                for pid in _children(process.process.pid):
+                for pid in descendants(process.process.pid):
                     os.kill(pid, signal.SIGKILL)
 
         killing = asyncio.create_task(kill())
@@ -191,5 +194,32 @@ async def test_a_worker_killed_under_load_answers_everything_once(process: Proce
         assert bodies == [f"comment {i}" for i in range(sent)]
 
 
-def _children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def test_processes_of_an_unused_project_leave_and_come_back(data: DataDir) -> None:
+    (data.path / "config.json").write_text('{"idle_seconds": 0.05}')
+    server = Process(data)
+    url, headers = f"http://127.0.0.1:{server.port}/projects/web/tasks", {"Authorization": f"Bearer {make_token(data)}"}
+
+    def work(thread: int) -> list[str]:
+        """Write and read; every third time only the template is left before."""
+        made = []
+        for n in range(8):
+            if n % 3 == thread % 3:
+                wait_for(lambda: len(descendants(server.process.pid)) <= 1, "workers and readers to leave")
+            answer = requests.post(url, json={"title": f"{thread}.{n}"}, headers=headers, timeout=60)
+            assert answer.status_code == 201, answer.text
+            made.append(answer.json()["data"]["id"])
+            listed = requests.get(url, headers=headers, timeout=60)
+            assert listed.status_code == 200, listed.text
+            assert made[-1] in [task["id"] for task in listed.json()["data"]]
+        return made
+
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            made = [task for tasks in pool.map(work, range(2)) for task in tasks]
+        assert len(set(made)) == 16
+        wait_for(lambda: len(descendants(server.process.pid)) == 1, "workers and readers to leave")
+        [template] = descendants(server.process.pid)
+    finally:
+        assert server.end() == 0
+    assert is_gone(template)
+    assert "ERROR" not in (data.path.parent / "log").read_text()

@@ -96,6 +96,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     """Whether the hooks of the projects' own ``config.json`` run on this server."""
     pushed_hooks: bool = False
     """Whether a project that a client pushes may bring hooks of its own."""
+    idle_seconds: Annotated[float, Meta(gt=0, le=31_536_000)] = 300.0
+    """Time without a request after which a project's worker and readers end; the next request starts them."""
     journal: JournalSettings = JournalSettings()
     limits: LimitSettings = LimitSettings()
     metrics_listen: str = ""

@@ -1,4 +1,4 @@
-"""Messages between a project's server side and its child processes, their framing, and the start of a child.
+"""Messages between a project's server side and its child processes, and their framing.
 
 A frame is a length (4 bytes, big endian) and one msgpack map. The worker answers in order; a ``RequestDone`` is durable
 (I2).
@@ -8,9 +8,8 @@ import contextlib
 import os
 import socket
 import struct
-import subprocess
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -45,7 +44,6 @@ __all__ = [
     "WorkerFailed",
     "asked_by",
     "encode_frames",
-    "start_child",
 ]
 
 
@@ -257,7 +255,7 @@ class WorkerFailed(_Message, frozen=True, tag="failed"):
 ToServer = Ready | RequestDone | WorkerFailed
 
 
-# --- framing and processes ---
+# --- framing ---
 
 _RECEIVE_BYTES = 256 * 1024
 _encoder = msgspec.msgpack.Encoder()
@@ -329,30 +327,6 @@ class ReceivedFrames:
             return False
         self._frames.extend(self._buffer.receive(memoryview(self._received)[:size]))
         return size > 0
-
-
-def start_child(
-    command: Sequence[str], project: Path, slug: str, *, inherited: Sequence[int] = ()
-) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """Start a process for a project; return it and the socket to it. Raises OSError.
-
-    ``--fd``, ``--project-dir`` and ``--slug`` are appended to ``command``; the process keeps the ``inherited``
-    descriptors.
-    """
-    ours, theirs = socket.socketpair()
-    with theirs:
-        try:
-            process = subprocess.Popen(
-                [*command, "--fd", str(theirs.fileno()), "--project-dir", str(project), "--slug", slug],
-                pass_fds=(theirs.fileno(), *inherited),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                process_group=0,  # Ctrl-C in the server's terminal is the server's to handle
-            )
-        except BaseException:
-            ours.close()
-            raise
-    return process, ours
 
 
 # --- beside the messages ---

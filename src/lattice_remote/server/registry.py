@@ -19,6 +19,7 @@ from lattice_remote.server.config import Config
 from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.locks import closed_because
 from lattice_remote.server.maintenance.project_commands import finish_renames
+from lattice_remote.server.project.child_process import Template
 from lattice_remote.server.project.connection import ClientConnection
 from lattice_remote.server.project.hooks import HookRunner
 from lattice_remote.server.project.metrics import Metrics
@@ -95,6 +96,7 @@ class ProjectRegistry:
         given = (part for name, value in settings.items() for part in (name, msgspec.json.encode(value).decode()))
         self._worker_command = (*worker_command, *given)
         self.address = ""
+        self.template = Template()
         self._projects: dict[str, Project] = {}
         self._watchers: dict[str, FileWatcher] = {}
         self._releasing: set[str] = set()
@@ -131,6 +133,7 @@ class ProjectRegistry:
         await asyncio.gather(*(project.stop(_WORKER_STOP_S) for project in projects))
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_TASKS_STOP_S)
+        self.template.close()
         await self.auth.save_uses()
 
     @property
@@ -214,7 +217,7 @@ class ProjectRegistry:
         if slug in self._releasing or closed_because(self.data.project(slug).root) is not None:
             return "closed"
         project = self._projects.get(slug)
-        if project is None or (project.is_working and project.failure is None):
+        if project is None or (project.is_ready and project.failure is None):
             return "ready"
         return "starting" if project.failure is None else "failed"
 
@@ -244,6 +247,7 @@ class ProjectRegistry:
                 config=self.config,
                 worker_command=self._worker_command,
                 metrics=self.metrics.of(slug),
+                start_child=self.template.start_child,
             )
             self._projects[slug] = project
             project.start()

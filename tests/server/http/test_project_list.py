@@ -15,7 +15,7 @@ from test_server import make_data
 
 from lattice_remote.server.locks import closing
 from lattice_remote.server.tokens import TokenFile
-from sandbox import wait_for
+from sandbox import descendants, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +91,9 @@ def test_what_is_no_plain_file_hides_no_project(server: Process, session: reques
 
 
 def test_nothing_is_started_for_a_list(server: Process, session: requests.Session) -> None:
-    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
-    before = children.read_text()
+    before = descendants(server.process.pid)
     listed(server, session)
-    assert children.read_text() == before
+    assert descendants(server.process.pid) == before
 
 
 def test_ready_means_that_every_project_can_be_used(server: Process) -> None:

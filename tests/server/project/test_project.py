@@ -1,6 +1,7 @@
 """A project's queue, its worker's life, and what followers are told: with a real process that misbehaves on demand."""
 
 import asyncio
+import logging
 import os
 import secrets
 import signal
@@ -15,11 +16,14 @@ from harness import FAKE_WORKER, until
 
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.messages import Attachment, Bye, Change, Refused, Reply, decode_server_frame
+from lattice_remote.server.config import Config
 from lattice_remote.server.datadir import ProjectPaths
-from lattice_remote.server.ipc import Read, ReadPage, ReadResult, Ready, RunCommand
+from lattice_remote.server.ipc import Read, ReadPage, ReadResult, Ready, RunCommand, Stop, ToWorker
+from lattice_remote.server.locks import LockedElsewhere, lock
 from lattice_remote.server.project.hooks import HookRunner
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.project.queue import QueueLimits
+from lattice_remote.server.project.worker_process import WorkerProcess
 
 
 class Watcher:
@@ -595,3 +599,114 @@ async def test_a_requester_that_does_not_follow_gets_its_reply_across_a_new_epoc
     assert project.history.epoch != epoch and opened.watcher.byes
     assert not requester.byes and not requester.changes
     assert all(isinstance(answer, Reply) for answer in requester.answers.values())
+
+
+# --- an idle worker ---
+
+
+@pytest.fixture
+async def dozing(paths: ProjectPaths) -> AsyncIterator[Opened]:
+    """A project whose worker leaves soon."""
+    config = Config(idle_seconds=0.02)
+    project = Project("web", paths, hooks=None, config=config, worker_command=FAKE_WORKER)
+    project.start()
+    await project.opened()
+    watcher = Watcher()
+    project.history.join(watcher)
+    yield Opened(project, watcher)
+    await project.drain(1.0)
+    await project.stop(1.0)
+
+
+def is_away(project: Project) -> bool:
+    return project._worker is None
+
+
+async def test_an_idle_worker_leaves_and_the_next_request_starts_another(
+    dozing: Opened, paths: ProjectPaths, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    project = dozing.project
+    starts = project.metrics.worker_starts._value.get()
+    await dozing.run("put", "a", "1")
+    await until(lambda: is_away(project))
+    assert project.is_ready and project.failure is None and project.load.worker_pid is None
+    assert project._settled_state() is not None, "reads are served from the cache of their results"
+    with pytest.raises(LockedElsewhere):
+        lock(paths.writer_lock)  # an administrator's command waits until the server has released the project
+    reply = await dozing.run("put", "b", "2")
+    assert isinstance(reply, Reply) and reply.seq == 2
+    assert dozing.watcher.changes == [1, 2] and not dozing.watcher.byes
+    await until(lambda: is_away(project))
+    assert project.metrics.worker_starts._value.get() == starts, "none of them died"
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+
+
+async def test_a_request_beside_the_workers_end_is_run_once(dozing: Opened, paths: ProjectPaths) -> None:
+    """Each request comes at another moment of the worker's end: before, during and after it."""
+    project, requests = dozing.project, []
+    for n in range(25):
+        await until(lambda: project._resting)
+        for _ in range(n % 5):
+            await asyncio.sleep(0)
+        if n % 3 == 0:
+            await until(lambda: is_away(project))
+        requests.append(command("put", f"f{n}", "x"))
+        project.submit(requests[-1], dozing.watcher)
+        await until(lambda: requests[-1].id in dozing.watcher.answers)
+    assert all(isinstance(answer, Reply) for answer in dozing.watcher.answers.values())
+    assert (paths.root / "runs").read_text().split() == [request.id for request in requests]
+    assert dozing.watcher.changes == list(range(1, 26))
+
+
+async def test_a_worker_that_is_killed_as_it_leaves_costs_nothing(
+    dozing: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, stopped = WorkerProcess.send, list[int]()
+
+    def hold(self: WorkerProcess, *messages: ToWorker) -> None:
+        if Stop() in messages and not stopped:
+            os.kill(self.pid, signal.SIGSTOP)
+            stopped.append(self.pid)
+        send(self, *messages)
+
+    monkeypatch.setattr(WorkerProcess, "send", hold)
+    project = dozing.project
+    await dozing.run("put", "a", "1")
+    await until(lambda: stopped)
+    request = command("put", "b", "2")
+    project.submit(request, dozing.watcher)
+    os.kill(stopped[0], signal.SIGKILL)
+    await until(lambda: request.id in dozing.watcher.answers)
+    assert isinstance(dozing.watcher.answers[request.id], Reply)
+    assert dozing.watcher.changes == [1, 2]
+
+
+async def test_a_worker_stays_for_a_request_that_waits(dozing: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = command("want", "gpu", "60")
+    dozing.project.submit(request, dozing.watcher)
+    await until(lambda: len(dozing.project._queue.waiting) == 1)
+    pid, checks, is_idle = _worker_pid(dozing.project), [], dozing.project._is_idle
+    monkeypatch.setattr(dozing.project, "_is_idle", lambda: checks.append(is_idle()))
+    await until(lambda: len(checks) == 3)
+    assert not any(checks) and _worker_pid(dozing.project) == pid
+    monkeypatch.undo()
+    reply = await dozing.run("put", "resources/gpu/free", "x")
+    assert isinstance(reply, Reply)
+    await until(lambda: isinstance(dozing.watcher.answers.get(request.id), Reply))
+
+
+async def test_an_edit_on_the_server_wakes_the_worker(dozing: Opened, caplog: pytest.LogCaptureFixture) -> None:
+    await until(lambda: is_away(dozing.project))
+    caplog.set_level(logging.INFO)
+    dozing.project.files_touched({"a"})
+    await until(lambda: "open at change" in caplog.text)
+    await until(lambda: is_away(dozing.project))
+
+
+async def test_a_new_epoch_is_begun_by_a_worker_that_was_away(dozing: Opened) -> None:
+    project = dozing.project
+    await until(lambda: is_away(project))
+    epoch = project.history.epoch
+    await project.rollback_proved(epoch, "a test says so")
+    assert project.history.epoch != epoch

@@ -409,7 +409,7 @@ async def has_read(reader: ReaderProcess) -> None:
 
 @shares_a_reader
 async def test_it_leaves_when_nobody_asks(reader: ReaderProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "_IDLE_S", 0.1)
+    monkeypatch.setattr(reader, "_idle_s", 0.1)
     await reader.read(CONFIG)
     pid = pid_of(reader)
     await until(lambda: is_gone(pid))
@@ -505,10 +505,9 @@ async def test_in_a_large_project_a_slow_view_delays_no_other(data: DataDir) -> 
     assert all(is_gone(pid) for pid in pids)
 
 
-async def test_a_process_that_is_kept_outlasts_its_idle_time(data: DataDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "_IDLE_S", 0.05)
+async def test_a_process_that_is_kept_outlasts_its_idle_time(data: DataDir) -> None:
     state = State()
-    reader = ReaderProcess("web", data.project("web"), state, state.durable)
+    reader = ReaderProcess("web", data.project("web"), state, state.durable, idle_s=0.05)
     try:
         with reader.kept():
             await reader.read(CONFIG)

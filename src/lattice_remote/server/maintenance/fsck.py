@@ -26,7 +26,7 @@ from lattice_remote.server.journal.repair import Repair
 from lattice_remote.server.journal.segment import JournalReader
 from lattice_remote.server.locks import LockedElsewhere, lock
 from lattice_remote.server.maintenance.fsck_project import Finding, ProjectCheck, check_project
-from lattice_remote.server.project.worker_process import WORKER_COMMAND, WorkerProcess
+from lattice_remote.server.project.worker_process import WORKER_COMMAND, WorkerProcess, WriterLock
 from lattice_remote.server.tokens import METRICS_ACTOR, Token, TokenFile, check_actor
 from lattice_remote.server.tree.tree import ProjectTree
 
@@ -123,7 +123,11 @@ async def recover(slug: str, paths: ProjectPaths, settings: JournalSettings) -> 
             first.set_exception(StorageError(f"the worker of project {slug} does not start"))
 
     command = (*WORKER_COMMAND, "--journal", msgspec.json.encode(settings).decode())
-    writer = await WorkerProcess.start(slug, paths, on_message=heard, on_end=ended, command=command)
+    writer_lock = WriterLock(paths)
+    try:
+        writer = await WorkerProcess.start(slug, paths, writer_lock, on_message=heard, on_end=ended, command=command)
+    finally:
+        writer_lock.release()  # the worker holds it
     try:
         async with asyncio.timeout(_TIMEOUT_S):
             message = await first

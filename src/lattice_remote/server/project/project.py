@@ -6,6 +6,7 @@ to its requesters, in the same loop tick, so no reply overtakes its change (SPEC
 
     starting --Ready--> open --the worker ends--> starting ...
     starting --repeated failures (a full disk)--> closed --Ready--> open
+    open --idle--> resting --a request--> starting ...
     any --Failed (a write could not be made durable)--> closed until the server is restarted
 
 After a worker's death its requests go to the next worker in the same order. That worker answers finished requests from
@@ -41,6 +42,7 @@ from lattice_remote.server.ipc import (
     WorkerFailed,
     asked_by,
 )
+from lattice_remote.server.project.child_process import StartChild, spawn_child
 from lattice_remote.server.project.history import CommitTimes, History, Start
 from lattice_remote.server.project.hooks import HookRunner
 from lattice_remote.server.project.journal_log import LogReader
@@ -53,7 +55,7 @@ from lattice_remote.server.project.queue import (
 )
 from lattice_remote.server.project.reader_process import Readers
 from lattice_remote.server.project.uploads import Pushes, Uploads
-from lattice_remote.server.project.worker_process import WORKER_COMMAND, WorkerProcess
+from lattice_remote.server.project.worker_process import WORKER_COMMAND, WorkerProcess, WriterLock
 
 __all__ = ["Load", "Project", "stopping"]
 
@@ -62,6 +64,8 @@ _MAX_START_FAILURES = 5
 _RESTART_DELAYS_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
 """Reset once a worker has run for ``_STEADY_S``."""
 _STEADY_S = 10.0
+_IDLE_CHECK_S = 1.0
+"""Shortest interval of the checks whether the worker is idle."""
 
 _log = logging.getLogger(__name__)
 
@@ -92,6 +96,7 @@ class Project:
         config: Config | None = None,
         worker_command: Sequence[str] = WORKER_COMMAND,
         metrics: ProjectMetrics | None = None,
+        start_child: StartChild = spawn_child,
     ) -> None:
         self.slug = slug
         self.paths = paths
@@ -103,11 +108,24 @@ class Project:
         config = config or Config()
         self.uploads = Uploads(paths, config.limits, self.request_log.refused_other)
         self.pushes = Pushes(paths, config, self.uploads, self.submit, self.request_log.refused_other)
-        self.reader = Readers(slug, paths, self._settled_state, self._durable, lambda: len(self.history.files))
+        self.reader = Readers(
+            slug,
+            paths,
+            self._settled_state,
+            self._durable,
+            lambda: len(self.history.files),
+            idle_s=config.idle_seconds,
+            start_child=start_child,
+        )
         self.lattice_version = ""
         self._hooks = hooks
         self._bounds = bounds or QueueLimits()
         self._worker_command = worker_command
+        self._start_child = start_child
+        self._writer_lock = WriterLock(paths)
+        self._idle_s = config.idle_seconds
+        self._used_at = time.monotonic()
+        """When a client's last request arrived."""
         self._queue = RequestQueue(self._bounds, ready=self._pump, overdue=self._overdue)
         self._edited: set[str] = set()
         self._rescan = False
@@ -119,6 +137,8 @@ class Project:
         self._worker_ended = asyncio.Event()
         self._ready: asyncio.Future[Ready] | None = None  # the worker's first message
         self._working = False  # the worker is ready, and every change up to its head is published
+        self._resting = False  # an idle worker has been stopped; the next request starts another
+        self._needed = asyncio.Event()
         self._stopping = False
         self._failure: StorageError | None = None
         self._failed_for_good = False
@@ -155,9 +175,9 @@ class Project:
         return self._stopping
 
     @property
-    def is_working(self) -> bool:
-        """Whether a worker runs requests."""
-        return self._working
+    def is_ready(self) -> bool:
+        """Whether a worker runs requests, or is started by the next one."""
+        return self._working or self._resting
 
     @property
     def failure(self) -> StorageError | None:
@@ -191,6 +211,7 @@ class Project:
             if not await self._worker.wait(timeout_s):
                 self._worker.kill()
                 await self._worker.wait(1.0)
+        self._writer_lock.release()
         self.reader.close()
         self.uploads.close()
         await self.pushes.close()
@@ -206,7 +227,7 @@ class Project:
 
         It includes the number of attempts: readers may have seen the files of an undone command.
         """
-        settled = self._working and not self._queue.sent
+        settled = self.is_ready and not self._queue.sent
         return (self.history.epoch, self.history.head, self._queue.attempts) if settled else None
 
     def _durable(self) -> tuple[str, int]:
@@ -237,6 +258,7 @@ class Project:
             return
         if message.first_sent_at is not None:  # repeated: it has waited since then
             job.submitted_at -= max(0.0, time.time() - message.first_sent_at)
+        self._used_at = job.arrived_at
         self._enqueue(job)
 
     def _join(
@@ -361,6 +383,8 @@ class Project:
         self._pump()
 
     def _pump(self) -> None:
+        if self._queue.turns:
+            self._needed.set()
         if not self._working or self._stopping:
             return
         if batch := self._queue.take():
@@ -455,12 +479,14 @@ class Project:
 
     async def _keep_worker(self) -> None:
         failures = restarts = 0
+        after_rest = False
         while not self._failed_for_good:
             began = time.monotonic()
             try:
                 await self._start_worker()
+                self.metrics.worker_starts.inc(not after_rest)
                 failures = 0
-                await self._worker_ended.wait()
+                await self._until_ended_or_idle()
             except Exception as error:  # noqa: BLE001 - on any error the project ends up running or failed
                 failures += 1
                 _log.error("%s: the worker did not start: %s", self.slug, str(error) or type(error).__name__)
@@ -471,16 +497,46 @@ class Project:
             restarts = 0 if time.monotonic() - began > _STEADY_S and not failures else restarts + 1
             if self._worker is not None:
                 self._worker.kill()
-                await self._worker.wait(5.0)
+                if not await self._worker.wait(5.0):
+                    self._writer_lock.release()  # the next start waits until this process, which holds it, is gone (I1)
                 self._worker = None
+            after_rest = self._resting and self._failure is None
+            if after_rest:
+                await self._needed.wait()
+                self._resting, restarts = False, 0
             await asyncio.sleep(_RESTART_DELAYS_S[min(restarts, len(_RESTART_DELAYS_S) - 1)])
+
+    async def _until_ended_or_idle(self) -> None:
+        """Return once the worker has ended, or was stopped because no client has used it for long."""
+        while not self._worker_ended.is_set():
+            left_s = self._used_at + self._idle_s - time.monotonic()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._worker_ended.wait(), max(left_s, min(self._idle_s, _IDLE_CHECK_S)))
+            if self._working and self._is_idle():
+                assert self._worker is not None, "an open project has a worker"
+                # From here on requests wait in the queue: the worker gets none after Stop.
+                self._working, self._resting = False, True
+                self._needed.clear()
+                _log.info("%s: unused for %g s: the worker ends until the next request", self.slug, self._idle_s)
+                self._worker.send(Stop())
+                await self._worker.wait(self._bounds.command_s)
+
+    def _is_idle(self) -> bool:
+        is_unused = time.monotonic() - self._used_at >= self._idle_s
+        return is_unused and not (self._queue.turns or self._queue.sent or self._queue.waiting or self._stopping)
 
     async def _start_worker(self) -> None:
         """Start a worker, with the unanswered requests of its predecessor."""
         self._worker_ended = asyncio.Event()
         self._ready = asyncio.get_running_loop().create_future()
         self._worker = await WorkerProcess.start(
-            self.slug, self.paths, on_message=self._received, on_end=self._ended, command=self._worker_command
+            self.slug,
+            self.paths,
+            self._writer_lock,
+            on_message=self._received,
+            on_end=self._ended,
+            command=self._worker_command,
+            start_child=self._start_child,
         )
         ready = await asyncio.wait_for(asyncio.shield(self._ready), self._bounds.upkeep_s)
         for note in ready.notes:
@@ -490,9 +546,9 @@ class Project:
         if self._worker_ended.is_set():
             raise StorageError("it ended as soon as it was ready")
         self._working, self._failure = True, None
-        self.metrics.worker_starts.inc()
         _log.info("%s: open at change %d, worker pid %d", self.slug, self.history.head, self._worker.pid)
-        self._open.set()
+        if self._disproved_epoch != self.history.epoch:  # else it is open once the worker has started a new epoch
+            self._open.set()
         self._reconcile()
         self._pump()
         self._queue.waiting.wake_each_first()  # the last worker's changes may have freed their resources
@@ -519,6 +575,8 @@ class Project:
         if self._failure is not None:
             self._queue.clear()
         if self._stopping or self._failure is not None:
+            return
+        if self._resting:
             return
         if unanswered and isinstance(unanswered[0].message, ImportProject):
             _log.info("%s: the worker restarts to put a pushed project in place", self.slug)

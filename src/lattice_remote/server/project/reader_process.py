@@ -8,8 +8,6 @@ transaction waits until that is committed and durable (I2); after a rollback the
 import asyncio
 import contextlib
 import logging
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -27,8 +25,8 @@ from lattice_remote.server.ipc import (
     ReadResult,
     TreeState,
     encode_frames,
-    start_child,
 )
+from lattice_remote.server.project.child_process import PYTHON, ChildProcess, StartChild, spawn_child
 from lattice_remote.server.project.queue import FairLock
 from lattice_remote.server.transport.response_budget import ResponseShare
 
@@ -90,9 +88,8 @@ def _weight_of(request: Read, found: ReadResult) -> int:
     return _OVERHEAD_BYTES + said + len(found.body) + len(found.message) + items
 
 
-_COMMAND = (sys.executable, "-P", "-X", "utf8", "-m", "lattice_remote.server.worker.reader")
+_COMMAND = (*PYTHON, "lattice_remote.server.worker.reader")
 _READ_S = 20.0
-_IDLE_S = 300.0
 _MAX_WAITING = 256
 """Reads of one token that may wait."""
 _RECEIVE_BYTES = 1 << 20
@@ -116,6 +113,7 @@ class ReaderProcess:
         state: returns a name of the tree's state; None while a request is with the worker. While the name is the same,
             no file changes.
         durable: returns the epoch and the number of its newest durable change.
+        idle_s: time after the last read when the process ends.
     """
 
     def __init__(
@@ -124,15 +122,20 @@ class ReaderProcess:
         paths: ProjectPaths,
         state: Callable[[], object | None],
         durable: Callable[[], tuple[str, int]],
+        *,
+        idle_s: float = 300.0,
+        start_child: StartChild = spawn_child,
     ) -> None:
         self._slug = slug
         self._paths = paths
         self._state = state
         self._durable = durable
+        self._idle_s = idle_s
+        self._start_child = start_child
         self._lock = FairLock()
         self._waiting: Counter[str] = Counter()  # by token
         self._cache = ReadCache()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ChildProcess | None = None
         self._stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
         self._closed = False
@@ -270,15 +273,19 @@ class ReaderProcess:
         raise EOFError
 
     async def _start(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        if self._closed:
-            raise StorageError("the server is stopping")
-        self._process, connection = start_child(_COMMAND, self._paths.root, self._slug)
+        self._require_open()
+        self._process, connection = await self._start_child(_COMMAND, self._paths.root, self._slug)
         try:
+            self._require_open()  # it may have been closed since
             self._stream = await asyncio.open_connection(sock=connection)
         except BaseException:
             connection.close()
             raise
         return self._stream
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise StorageError("the server is stopping")
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
@@ -290,7 +297,7 @@ class ReaderProcess:
             self._holders -= 1
 
     def _start_idle_timer(self) -> None:
-        self._idle_timer = asyncio.get_running_loop().call_later(_IDLE_S, self._end_if_unused)
+        self._idle_timer = asyncio.get_running_loop().call_later(self._idle_s, self._end_if_unused)
 
     def _end_if_unused(self) -> None:
         if self._holders:
@@ -308,9 +315,7 @@ class ReaderProcess:
             self._stream[1].close()
             self._stream = None
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-            self._process.wait()  # it was killed: this takes no time
+            self._process.end()
             self._process = None
 
 
@@ -340,10 +345,13 @@ class Readers(ReaderProcess):
         state: Callable[[], object | None],
         durable: Callable[[], tuple[str, int]],
         count_files: Callable[[], int],
+        *,
+        idle_s: float = 300.0,
+        start_child: StartChild = spawn_child,
     ) -> None:
-        super().__init__(slug, paths, state, durable)
+        super().__init__(slug, paths, state, durable, idle_s=idle_s, start_child=start_child)
         self._count_files = count_files
-        self._make = partial(ReaderProcess, slug, paths, state, durable)
+        self._make = partial(ReaderProcess, slug, paths, state, durable, idle_s=idle_s, start_child=start_child)
         self._others: dict[str, ReaderProcess] = {}  # by kind of read
 
     async def read(self, request: Read, share: ResponseShare | None = None) -> ReadResult:

@@ -1,26 +1,24 @@
 """Worker process of a project, seen from the server: start, messages and end.
 
 The process inherits the descriptor of the project's writer lock and holds the lock for its lifetime, so even a killed
-server leaves no second writer behind (I1).
+server leaves no second writer behind (I1). The server holds it too, so it is kept while no worker runs.
 """
 
 import asyncio
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import cast
 
 import msgspec
 
 from lattice_remote.server.datadir import ProjectPaths
-from lattice_remote.server.ipc import FrameBuffer, ToServer, ToWorker, encode_frames, start_child
+from lattice_remote.server.ipc import FrameBuffer, ToServer, ToWorker, encode_frames
 from lattice_remote.server.locks import LockedElsewhere, lock
+from lattice_remote.server.project.child_process import PYTHON, ChildProcess, StartChild, spawn_child
 
-__all__ = ["WORKER_COMMAND", "WorkerProcess"]
+__all__ = ["WORKER_COMMAND", "WorkerProcess", "WriterLock"]
 
-WORKER_COMMAND: Sequence[str] = (sys.executable, "-P", "-X", "utf8", "-m", "lattice_remote.server.worker.main")
-"""Command line of the worker, independent of the current directory and the locale."""
+WORKER_COMMAND: Sequence[str] = (*PYTHON, "lattice_remote.server.worker.main")
 
 _LOCK_TIMEOUT_S = 40.0
 """Time to wait for the worker of a killed server to end: a command's time limit plus a margin."""
@@ -28,6 +26,33 @@ _LOCK_TIMEOUT_S = 40.0
 _LOCK_RETRY_S = 0.05
 
 _decoder: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
+
+
+class WriterLock:
+    """Lock of a project's writer, which workers inherit; ``release()`` it."""
+
+    def __init__(self, paths: ProjectPaths) -> None:
+        self._path = paths.writer_lock
+        self._descriptor: int | None = None
+
+    async def acquire(self) -> int:
+        """Return the descriptor that holds the lock. Raises LockedElsewhere after 40 s, or OSError."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _LOCK_TIMEOUT_S
+        while self._descriptor is None:
+            try:
+                self._descriptor = lock(self._path)
+            except LockedElsewhere:
+                if loop.time() >= deadline:
+                    raise
+                await asyncio.sleep(_LOCK_RETRY_S)
+        return self._descriptor
+
+    def release(self) -> None:
+        """Leave the lock to a worker that still runs. Idempotent."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 class WorkerProcess(asyncio.Protocol):
@@ -38,28 +63,27 @@ class WorkerProcess(asyncio.Protocol):
         self._on_end = on_end
         self._received = FrameBuffer()
         self._transport: asyncio.Transport | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ChildProcess | None = None
 
     @classmethod
     async def start(
         cls,
         slug: str,
         paths: ProjectPaths,
+        writer_lock: WriterLock,
         *,
         on_message: Callable[[ToServer], None],
         on_end: Callable[[], None],
         command: Sequence[str] = WORKER_COMMAND,
+        start_child: StartChild = spawn_child,
     ) -> "WorkerProcess":
         """Start the process; it sends ``Ready`` once it has opened the project.
 
         Raises LockedElsewhere if the worker of an earlier server is still running after 40 s, or OSError.
         """
         worker = cls(on_message, on_end)
-        writer_lock = await _writer_lock(paths)
-        try:
-            worker._process, connection = start_child(command, paths.root, slug, inherited=[writer_lock])
-        finally:
-            os.close(writer_lock)
+        held = await writer_lock.acquire()
+        worker._process, connection = await start_child(command, paths.root, slug, inherited=[held])
         try:
             connection.setblocking(False)
             await asyncio.get_running_loop().create_unix_connection(lambda: worker, sock=connection)
@@ -88,7 +112,7 @@ class WorkerProcess(asyncio.Protocol):
         """Wait until the process has ended and ``on_end`` was called; return False on timeout. Reaps the process."""
         assert self._process is not None, "start() sets it before anybody gets the writer"
         deadline = asyncio.get_running_loop().time() + timeout_s
-        while self._process.poll() is None or self._transport is not None:
+        while not self._process.has_ended() or self._transport is not None:
             if asyncio.get_running_loop().time() >= deadline:
                 return False
             await asyncio.sleep(0.005)
@@ -108,15 +132,3 @@ class WorkerProcess(asyncio.Protocol):
         self._transport = None
         self.kill()
         self._on_end()
-
-
-async def _writer_lock(paths: ProjectPaths) -> int:
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + _LOCK_TIMEOUT_S
-    while True:
-        try:
-            return lock(paths.writer_lock)
-        except LockedElsewhere:
-            if loop.time() >= deadline:
-                raise
-            await asyncio.sleep(_LOCK_RETRY_S)
