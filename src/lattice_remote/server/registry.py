@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import Collection, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from functools import partial
 from http import HTTPStatus
 from typing import Literal, Protocol
@@ -68,6 +68,13 @@ class Ongoing(Protocol):
     def address(self) -> str: ...
 
 
+class NodeConnections(Protocol):
+    """WebSockets of the other nodes of a cluster."""
+
+    def admit(self, connection: Handoff, request: Request) -> Callable[[], Awaitable[None]] | ApiError:
+        """Return the function that serves a connection, or its refusal."""
+
+
 class ProjectRegistry:
     """The projects of one server. Made inside a running loop; ``start()``, then ``stop()`` once.
 
@@ -102,6 +109,8 @@ class ProjectRegistry:
         self._releasing: set[str] = set()
         self._peers: set[ClientConnection] = set()
         self.ongoing: set[Ongoing] = set()
+        self.cluster: NodeConnections | None = None
+        """None on a server of its own."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._alone = asyncio.Event()
 
@@ -158,7 +167,11 @@ class ProjectRegistry:
 
     def check(self, connection: Handoff, request: Request) -> Response | None:
         """Return the refusal of a WebSocket, or None, with ``who`` set on the connection."""
-        admitted = self._admit(connection, request)
+        admitted: object
+        if self.cluster is not None and request.path.startswith("/cluster/"):
+            admitted = self.cluster.admit(connection, request)
+        else:
+            admitted = self._admit(connection, request)
         if isinstance(admitted, ApiError):
             self.metrics.connections_refused.labels(admitted.code).inc()
             return http_answer(admitted)
@@ -222,6 +235,10 @@ class ProjectRegistry:
         return "starting" if project.failure is None else "failed"
 
     async def serve(self, connection: Handoff) -> None:
+        """Serve a client, or another node, admitted by ``check()``."""
+        if callable(connection.who):
+            await connection.who()
+            return
         login, project = connection.who
         peer = ClientConnection(connection, login.token, project, self.send_budget)
         self._peers.add(peer)

@@ -38,9 +38,7 @@ from lattice_remote.server.ipc import (
     RunCommand,
     Stop,
     ToServer,
-    ToWorker,
     WorkerFailed,
-    asked_by,
 )
 from lattice_remote.server.project.child_process import StartChild, spawn_child
 from lattice_remote.server.project.history import CommitTimes, History, Start
@@ -52,6 +50,7 @@ from lattice_remote.server.project.queue import (
     QueueLimits,
     Requester,
     RequestQueue,
+    refusal_to_join,
 )
 from lattice_remote.server.project.reader_process import Readers
 from lattice_remote.server.project.uploads import Pushes, Uploads
@@ -268,13 +267,8 @@ class Project:
         requester: Requester,
         on_result: OutcomeListener | None,
     ) -> None:
-        running = job.message
-        assert not isinstance(running, Reconcile | NewEpoch | Stop), "these have no request id"
-        if running.token_id != message.token_id:
-            self._refuse(requester, message, on_result, "REMOTE_FORBIDDEN", "this request id belongs to another token")
-        elif _differs(running, message):
-            why = "a different request with this id or key is in flight: use a new one"
-            self._refuse(requester, message, on_result, "REMOTE_INVALID", why)
+        if (refusal := refusal_to_join(job, message)) is not None:
+            self._refuse(requester, message, on_result, *refusal)
         elif requester not in job.requesters:
             job.requesters.append(requester)
 
@@ -623,17 +617,3 @@ class Project:
 
 def stopping() -> Rejected:
     return Rejected("the server is stopping or closing this project; try again", code="REMOTE_SHUTDOWN")
-
-
-def _differs(running: ToWorker, message: ToWorker) -> bool:
-    """Return whether two requests with one id differ; an abandoned request matches any."""
-    if not isinstance(running, RunCommand | RunCall | Edit | ImportProject) or not isinstance(message, type(running)):
-        return not isinstance(running, AbandonRequest)
-    if (
-        running.fingerprint
-        or message.fingerprint
-        or isinstance(running, ImportProject)
-        or isinstance(message, ImportProject)
-    ):
-        return running.fingerprint != message.fingerprint
-    return asked_by(running) != asked_by(message)

@@ -30,7 +30,9 @@ from lattice_remote.server.ipc import (
     RequestDone,
     RunCall,
     RunCommand,
+    Stop,
     ToWorker,
+    asked_by,
 )
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "RequestQueue",
     "Requester",
     "ResourceWaitQueue",
+    "refusal_to_join",
 ]
 
 
@@ -344,6 +347,10 @@ class RequestQueue:
     def get(self, request_id: str) -> QueuedRequest | None:
         return self._by_id.get(request_id)
 
+    def requests(self) -> list[QueuedRequest]:
+        """Return the requests of clients."""
+        return list(self._by_id.values())
+
     def requesters(self) -> list[Requester]:
         return [requester for request in self._by_id.values() for requester in request.requesters]
 
@@ -486,6 +493,31 @@ class RequestQueue:
             self._watch()
         else:
             self._overdue(self.sent[0])
+
+
+def refusal_to_join(job: QueuedRequest, message: RunCommand | RunCall | Edit | ImportProject) -> tuple[str, str] | None:
+    """Return code and reason why a request may not join the running one with its id, None if it may (I6)."""
+    running = job.message
+    assert not isinstance(running, Reconcile | NewEpoch | Stop), "these have no request id"
+    if running.token_id != message.token_id:
+        return "REMOTE_FORBIDDEN", "this request id belongs to another token"
+    if _differs(running, message):
+        return "REMOTE_INVALID", "a different request with this id or key is in flight: use a new one"
+    return None
+
+
+def _differs(running: ToWorker, message: ToWorker) -> bool:
+    """Return whether two requests with one id differ; an abandoned request matches any."""
+    if not isinstance(running, RunCommand | RunCall | Edit | ImportProject) or not isinstance(message, type(running)):
+        return not isinstance(running, AbandonRequest)
+    if (
+        running.fingerprint
+        or message.fingerprint
+        or isinstance(running, ImportProject)
+        or isinstance(message, ImportProject)
+    ):
+        return running.fingerprint != message.fingerprint
+    return asked_by(running) != asked_by(message)
 
 
 def _token_of(message: ToWorker) -> str:

@@ -507,6 +507,10 @@ class Handoff(ServerConnection):
         """Accept longer messages than ``FIRST_FRAME_BYTES`` from now on."""
         self.protocol.max_message_size = limit
 
+    def allow_messages_per_s(self, rate: int) -> None:
+        """Accept another number of messages than a client's from now on."""
+        self._messages_per_s = rate
+
     def end(self, code: int, reason: str) -> None:
         """Send the queue and a close frame; abort without an answer in time. Never waits."""
         if self.protocol.state is State.OPEN:
