@@ -5,7 +5,8 @@ The file is also the programs that it starts:
     python benchmarks/fanout.py broadcast            a server with ``websockets.broadcast``
     python benchmarks/fanout.py streams              a Starlette application on uvicorn with event streams
     python benchmarks/fanout.py read KIND URL TOKEN COUNT    clients; some stop reading on request
-    python benchmarks/fanout.py watch FILE FILE      sizes of two files, with the time at which each was seen
+    python benchmarks/fanout.py serve FILE ARGUMENTS...    as lattice-remote; notes in FILE the time of each commit
+    python benchmarks/fanout.py watch FILE           sizes of a file, with the time at which each was seen
 
 All servers run on uvloop. Clients run in a process of their own, and the processor time of a server is that of its
 process alone.
@@ -22,12 +23,14 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from typing import Self, cast
+from typing import Any, Self, cast
 from urllib.parse import urlsplit
 
 HERE = Path(__file__).resolve().parent
@@ -41,7 +44,7 @@ from lattice_remote.protocol.messages import SUBPROTOCOL, Limits, Welcome, encod
 from lattice_remote.server.journal.segment import JournalReader  # noqa: E402
 from load_scenarios import BY, server_mib  # noqa: E402
 from request_client import Light, several  # noqa: E402
-from sandbox import Sandbox, Server  # noqa: E402
+from sandbox import Process, Programs, Sandbox, Server, board, wait_for  # noqa: E402
 
 __all__ = ["Delay", "FanOut", "Rate", "commit_to_file", "fan_out"]
 
@@ -188,9 +191,19 @@ def _processor_ns(pid: int) -> int:
 # --- commit to file ---
 
 
+class _NotingCommits(Programs):
+    """Start servers that note the time of each commit."""
+
+    def __init__(self, path: Path) -> None:
+        self.notes = path
+
+    def start(self, program: str, argv: Sequence[str], **options: Any) -> Process:  # noqa: ARG002 - as there
+        return subprocess.Popen([sys.executable, __file__, "serve", self.notes, *argv], **options)
+
+
 @dataclass
 class Delay:
-    """Milliseconds from each change of the server's file to the same change of a cache's file."""
+    """Milliseconds from each commit to the change of a cache's file."""
 
     milliseconds: list[float]
 
@@ -203,34 +216,33 @@ class Delay:
         return statistics.quantiles(self.milliseconds, n=100)[98]
 
 
-def commit_to_file(sandbox: Sandbox, *, clients: int, seconds: float) -> Delay:
-    """Have clients that follow write about once a second each, and watch one file on the server and in a cache.
+def commit_to_file(*, clients: int, seconds: float) -> Delay:
+    """Have clients write once a second each, as many others follow, and watch a file in a cache.
 
-    The server's file changes before the commit, by an fsync at least: the delay from the commit is shorter.
+    A change is committed when the server's process knows that it is durable.
     """
-    server = sandbox.server()
-    server.project()
-    server.start()
-    token = server.token("human:ana", "agent:*")
-    asyncio.run(_create(server, token))
-    cache = sandbox.client("cache")
-    cache.add_remote(server, token)
-    (log,) = (server.lattice_dir() / "events").glob("task_*.jsonl")
-    copy = cache.lattice_dir / "events" / log.name
-    with _Peer("watch", log, copy) as watcher:
-        watcher.answer()
-        asyncio.run(_write_at_times(server, token, clients, seconds))
-        size = log.stat().st_size
-        watcher.say(str(size))
-        there, here = msgspec.json.decode(
-            watcher.answer(), type=tuple[list[tuple[float, int]], list[tuple[float, int]]]
-        )
+    with tempfile.TemporaryDirectory() as directory:
+        commits = Path(directory, "commits")
+        with board("ana", programs=_NotingCommits(commits)) as (server, (ana,)):
+            token = server.token("human:ben", "agent:*")
+            asyncio.run(_create(server, token))
+            (log,) = (server.lattice_dir() / "events").glob("task_*.jsonl")
+            copy = ana.lattice_dir / "events" / log.name
+            wait_for(copy.exists, "the task in the cache")
+            with _Peer("watch", copy) as watcher, _Peer("read", "websocket", server.url, token, clients) as readers:
+                watcher.answer()
+                readers.answer()
+                asyncio.run(_write_at_times(server, token, clients, seconds))
+                watcher.say(str(log.stat().st_size))
+                seen = msgspec.json.decode(watcher.answer(), type=list[tuple[float, int]])
+            ends = list(accumulate(map(len, log.read_bytes().splitlines(keepends=True))))
+        times = list(map(float, commits.read_text().split()))
+    assert len(times) == len(ends), "each change is a line"
     delays, place = [], 0
-    for began, grown in there[1:]:
-        while here[place][1] < grown:
+    for time_, end in list(zip(times, ends, strict=True))[1:]:  # the first is the task itself
+        while seen[place][1] < end:
             place += 1
-        delays.append((here[place][0] - began) * 1000)
-    server.stop()
+        delays.append((seen[place][0] - time_) * 1000)
     return Delay(delays)
 
 
@@ -244,7 +256,7 @@ async def _write_at_times(server: Server, token: str, clients: int, seconds: flo
             await client.ok("comment", "LAT-1", "a comment of usual length, as people and agents write them", *BY)
             await asyncio.sleep(max(0.0, next_at - time.monotonic()))
 
-    async with several(clients, server.url, token, follow=True) as writers:
+    async with several(clients, server.url, token) as writers:
         await asyncio.gather(*(write(writer, number / clients) for number, writer in enumerate(writers)))
 
 
@@ -428,17 +440,33 @@ async def read(kind: str, url: str, token: str, count: str) -> None:
                 assert not any(client.is_lost for client in reading), "the server has cut one"
 
 
-def watch(one: str, other: str) -> None:
-    """Note the sizes of two files until both have the size of the line that comes."""
-    seen: list[list[tuple[float, int]]] = [[], []]
+def serve(path: str, *arguments: str) -> None:
+    """Run a server that notes when it learns of each durable change."""
+    from lattice_remote.server import cli
+    from lattice_remote.server.project.history import History
+
+    notes = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    publish = History.publish
+
+    def noting(self: History, *arguments: Any, **options: Any) -> None:
+        os.write(notes, b"%f\n" % time.monotonic())
+        publish(self, *arguments, **options)
+
+    History.publish = noting  # type: ignore[method-assign]
+    sys.argv = ["lattice-remote", *arguments]
+    sys.exit(cli.main())
+
+
+def watch(path: str) -> None:
+    """Note the sizes of a file until it has the size of the line that comes."""
+    seen: list[tuple[float, int]] = []
     _print("watching")
     os.set_blocking(0, False)
     wanted, line = -1, b""
-    while not all(sizes and sizes[-1][1] == wanted for sizes in seen):
-        for path, sizes in zip((one, other), seen, strict=True):
-            size = os.stat(path).st_size
-            if not sizes or sizes[-1][1] != size:
-                sizes.append((time.monotonic(), size))
+    while not seen or seen[-1][1] != wanted:
+        size = os.stat(path).st_size
+        if not seen or seen[-1][1] != size:
+            seen.append((time.monotonic(), size))
         time.sleep(0.0002)
         with contextlib.suppress(BlockingIOError):
             line += os.read(0, 100)
@@ -448,8 +476,8 @@ def watch(one: str, other: str) -> None:
 
 
 def main(program: str, *arguments: str) -> None:
-    if program == "watch":
-        watch(*arguments)
+    if program in ("serve", "watch"):
+        {"serve": serve, "watch": watch}[program](*arguments)
         return
     import uvloop
 
