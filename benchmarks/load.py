@@ -342,7 +342,7 @@ def main() -> int:
     parser.add_argument("--stalled", type=int, default=5, help="of them, that stop reading (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=20, help="that a pace is measured (default: %(default)s)")
     parser.add_argument("--writers", type=int, default=50, help="that write at once (default: %(default)s)")
-    parser.add_argument("--minute", type=float, default=60, help="seconds that they write (default: %(default)s)")
+    parser.add_argument("--minute", type=float, default=30, help="seconds that they write (default: %(default)s)")
     parser.add_argument("--tasks", type=int, default=10_000, help="of the large project (default: %(default)s)")
     parser.add_argument("--views", type=int, default=5, help="of the page in a browser (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
