@@ -87,7 +87,7 @@ class RemoteError(Exception):
 
 
 class ProtocolError(RemoteError):
-    """A violation of the protocol by the peer; the connection must be closed."""
+    """The connection must be closed."""
 
     code = "REMOTE_PROTOCOL"
 
@@ -97,7 +97,7 @@ class HostilePath(ProtocolError):
 
 
 class ConnectionFailed(RemoteError):
-    """An unreachable server or a lost connection. With ``sent`` a request may have taken effect."""
+    """With ``sent`` a request may have taken effect."""
 
     code = "REMOTE_UNREACHABLE"
 
@@ -107,18 +107,14 @@ class ConnectionFailed(RemoteError):
 
 
 class Rejected(RemoteError):
-    """A refusal by the server: code and message of its ``Refused``, ``Bye`` or HTTP response."""
+    """Code and message of a ``Refused``, ``Bye`` or HTTP response."""
 
 
 class Misuse(RemoteError):
-    """A command that is not possible here; nothing was changed."""
-
     code = "REMOTE_UNSUPPORTED"
 
 
 class StorageError(RemoteError):
-    """A file or journal that could not be read or written."""
-
     code = "REMOTE_STORAGE"
 
 

@@ -1,7 +1,4 @@
-"""File system notifications for directories, from one thread.
-
-The owner's own writes are reported too.
-"""
+"""File system notifications for directories, from one thread. The owner's own writes are reported too."""
 
 import asyncio
 import contextlib
@@ -31,9 +28,10 @@ _Identities = dict[str, tuple[int, int] | None]
 class FileWatcher:
     """Watch on directories, from the first ``add()`` to ``close()``. Used in one event loop, which runs its callbacks.
 
-    Reports a change after about ``step_ms`` of quiet, ``debounce_ms`` at most. A directory that is replaced by another
-    is noticed within a second: every file in it may have changed. With ``is_scanned`` the owner reads each directory
-    after ``add()`` anyway, and the report of the watch's beginning is omitted.
+    Reports a change after about ``step_ms`` of quiet, ``debounce_ms`` at most. A directory that is replaced is noticed
+    within a second: every file in it may have changed. With ``is_scanned`` the owner reads each directory after
+    ``add()``
+    anyway, and the report of the watch's beginning is omitted.
     """
 
     def __init__(self, *, step_ms: int = _STEP_MS, debounce_ms: int = _DEBOUNCE_MS, is_scanned: bool = False) -> None:
@@ -148,7 +146,6 @@ class FileWatcher:
 
 
 def _identities(directories: Iterable[str]) -> _Identities:
-    """Return device and inode of each directory; None for one that is missing."""
     found: _Identities = {}
     for directory in directories:
         try:

@@ -44,11 +44,7 @@ def signature_of(status: os.stat_result) -> Signature:
 
 
 def write_all(descriptor: int, data: bytes | bytearray, offset: int | None = None) -> None:
-    """Write all of ``data``, at ``offset`` if given, else at the descriptor's position.
-
-    Raises:
-        OSError: a part could not be written.
-    """
+    """Write all of ``data``, at ``offset`` if given, else at the descriptor's position. Raises OSError."""
     view = memoryview(data)
     while view:
         if offset is None:
@@ -103,7 +99,6 @@ def write_atomically(
 
 
 def sync_directory(path: "str | os.PathLike[str]", sync: Callable[[int], None] = os.fsync) -> None:
-    """Make the names in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         sync(descriptor)
@@ -112,11 +107,7 @@ def sync_directory(path: "str | os.PathLike[str]", sync: Callable[[int], None] =
 
 
 def hash_descriptor(descriptor: int, size: int | None = None) -> "tuple[int, hashlib._Hash]":
-    """Hash the first ``size`` bytes of an open file, or all of it.
-
-    Returns:
-        The number of bytes read, fewer than ``size`` if the file is shorter, and the SHA-256 object.
-    """
+    """Return the SHA-256 of the first ``size`` bytes of an open file (None: all), and the number of bytes read."""
     import hashlib
 
     hasher, position = hashlib.sha256(), 0
@@ -136,7 +127,6 @@ HEAD_BYTES = _HEAD.size
 
 
 def frame(payload: bytes) -> bytes:
-    """Return the record that holds ``payload``."""
     return _HEAD.pack(len(payload), zlib.crc32(payload)) + payload
 
 

@@ -1,6 +1,6 @@
-"""Text output: ``lattice remote log`` and ``lattice-remote log``, tables, and version advice.
+"""Text output: the tables of ``lattice remote log`` and ``lattice-remote log``, counts, times, version advice.
 
-Untrusted text is escaped: control characters and characters that change the direction of a line.
+Untrusted text in a table is escaped (``errors.printable``).
 """
 
 import re
@@ -60,7 +60,6 @@ def as_lines(entries: Sequence[LogEntry], short_ids: Mapping[str, str], epoch: s
 
 
 def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return rows with equally many cells as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

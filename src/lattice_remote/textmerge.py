@@ -1,8 +1,7 @@
 """Three-way line merge of edited plans and notes.
 
-Works on bytes, without an assumed encoding. Lines are equal when they differ only in their ends, so an editor that
-writes CR LF does not change every line. Line ends and a byte order mark are merged separately; the content of a line is
-never altered.
+Works on bytes of any encoding. Lines are equal when they differ only in their ends, so an editor that writes CR LF does
+not change every line. Line ends and a byte order mark are merged separately; the content of a line is never altered.
 """
 
 from bisect import bisect_left
@@ -38,7 +37,8 @@ def merge_text(base: bytes | None, mine: bytes, theirs: bytes | None) -> MergeRe
     """Merge ``mine``, an edit of ``base``, into the file's present text ``theirs``; None means no file.
 
     Conflicts: a file that was removed, two different texts without a base, and texts that differ too much to merge in
-    about a second.
+    about
+    a second.
     """
     if mine in (theirs, base):
         return MergeResult("unchanged", theirs)
@@ -104,7 +104,7 @@ class _Merge3(Merge3[bytes]):
 
 
 def _style(*texts: _Text) -> bytes | None:
-    """Return the line end for all lines if base, mine and theirs each use a single one; else None."""
+    """Return the line end for all lines if base, mine and theirs each use a single one."""
     ways = [set(filter(None, text.ends)) for text in texts]
     if any(len(way) != 1 for way in ways):
         return None
@@ -113,7 +113,6 @@ def _style(*texts: _Text) -> bytes | None:
 
 
 def _pick(base: bytes, mine: bytes, theirs: bytes) -> bytes:
-    """Return ``mine`` if only it was changed, else ``theirs``."""
     return mine if theirs == base else theirs
 
 
@@ -195,8 +194,6 @@ def _joined(blocks: Iterable[Block]) -> list[Block]:
 
 
 class _Work:
-    """Remaining work of one comparison."""
-
     def __init__(self, steps: int) -> None:
         self._left = steps
 
@@ -207,8 +204,6 @@ class _Work:
 
 
 class _Bounded(SequenceMatcher[bytes]):
-    """A ``SequenceMatcher`` with bounded work."""
-
     def __init__(self, a: Sequence[bytes], b: Sequence[bytes], work: _Work) -> None:
         often = Counter(b)
         # Like difflib, match lines that are very frequent, such as blank ones, only beside others.

@@ -1,7 +1,6 @@
 """Command side of the agent's socket: one JSON line each way. Standard library only.
 
-``send_request`` starts the agent of this environment if needed. It runs the steps in this process if no agent is
-possible, or if the agent refuses a request from another environment.
+The steps run in this process if no agent is possible, or if the agent refuses a request from another environment.
 """
 
 import json
@@ -62,9 +61,9 @@ Progress = Callable[[dict[str, Any]], None]
 
 
 _said: set[str] = set()
-"""Messages already printed on stderr: a program may ask thousands of times."""
+"""Messages already printed: a program may ask thousands of times."""
 _passed: list[tuple[str, str, str]] = []
-"""The request id of the next command, if a launcher has passed one."""
+"""Passed by a launcher for the next command."""
 _starting = threading.Lock()
 
 
@@ -73,11 +72,11 @@ class _AgentLost(Exception):
 
 
 class _AgentSilent(Exception):
-    """The agent does not respond: stopped, or hanging."""
+    """The agent is stopped, or hangs."""
 
 
 def request(do: str, directory: str, **fields: Any) -> dict[str, Any]:
-    """Return a request with this process's token and server, for the cache at ``directory``. Raises RemoteError."""
+    """Return a request with this process's token and server. Raises RemoteError."""
     token, named = (os.environ.get(name, "").strip() or None for name in ("LATTICE_TOKEN", "LATTICE_REMOTE_URL"))
     with unknown_if_sent("first_sent_at" in fields):
         cache = identify(directory)
@@ -103,10 +102,9 @@ def pass_request_id(text: str) -> None:
 
 
 def send_request(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:
-    """Return the answer to a request. If the agent ends, a new one gets it: a command's id makes it run once (I6).
+    """Return the answer to a request, starting an agent if needed. Raises the error in the answer.
 
-    Raises:
-        RemoteError: the error in the answer.
+    If the agent ends, a new one gets the request: a command's id makes it run once (I6).
     """
     if not agent_enabled():
         return run_inline(request, on_progress)
@@ -133,7 +131,6 @@ def send_request(request: dict[str, Any], on_progress: Progress | None = None) -
 
 
 def agent_enabled() -> bool:
-    """Return whether commands use the agent: ``LATTICE_REMOTE_AGENT`` is not ``off``."""
     return hasattr(socket, "AF_UNIX") and os.environ.get(AGENT_ENV, "").lower() not in {"off", "no", "0", "false"}
 
 
@@ -173,7 +170,6 @@ def _place() -> agent_runtime.Runtime | None:
 
 
 def _checked(answer: dict[str, Any]) -> dict[str, Any]:
-    """Return an answer, or raise its error."""
     if answer.get("ok"):
         return answer
     message = str(answer.get("message"))
@@ -201,7 +197,7 @@ class SurfaceResponse:
 def call(
     directory: str, surface: str, name: str, payload: str, files: list[dict[str, Any]] | None = None
 ) -> SurfaceResponse:
-    """Run an operation on the server; return once its change is in the cache. Thread-safe.
+    """Run an operation on the server; its change is then in the cache. Thread-safe.
 
     Notices go to stderr. ``files`` are as in ``CallersFiles``. Raises RemoteError.
     """
@@ -350,7 +346,7 @@ def ensure_current(
 
 
 def describe_age(age_s: float) -> str:
-    """Return an age such as ``8 s``, ``3 min``, ``5 h``, ``2 days``."""
+    """Return ``8 s``, ``3 min``, ``5 h`` or ``2 days``."""
     if age_s < 120:
         return f"{age_s:.0f} s"
     if age_s < 7200:

@@ -1,8 +1,8 @@
 """Location of the agent that serves a command: same user, package version and environment. Standard library only.
 
 The environment is all that an agent cannot take from a request: configuration directory, namespaces, sandbox, and the
-variables that say how to reach a server. A digest of it names the agent's files, so that a command finds only an agent
-that behaves like the command itself (I13).
+variables that say how to reach a server. A digest of it names the agent's files, so a command finds only an agent that
+behaves like the command itself (I13).
 """
 
 import contextlib
@@ -150,7 +150,6 @@ def _digest() -> str:
 
 
 def _sandbox() -> str:
-    """Return whether privileges and system calls are restricted."""
     try:
         with open("/proc/self/status", "rb", buffering=0) as file:
             text = file.read(8192)
@@ -217,7 +216,7 @@ def _check_owner(runtime: Runtime) -> os.stat_result:
 
 
 def _remove_what_others_left(directory: str) -> None:
-    """Remove what other users could have placed here."""
+    """Remove files that other users could have placed here."""
     for entry in os.scandir(directory):
         if entry.is_symlink() or entry.stat(follow_symlinks=False).st_uid != _user():
             os.unlink(entry.path)

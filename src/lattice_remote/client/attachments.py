@@ -1,4 +1,4 @@
-"""Files of the caller in a command line, and access to their content for the agent. Standard library only.
+"""Files of the caller in a command line, and their content for the agent. Standard library only.
 
 A small file travels with the request. The agent reads a large one itself, and checks its identity. Content that cannot
 be opened twice, such as a pipe, is spooled to a temporary file.
@@ -37,7 +37,7 @@ class CallersFiles:
     Attributes:
         argv: the command line, in which a file is an argument of its own.
         described: for each file ``index`` in the argv, its ``name``, and its content: ``data`` (base64; None: lattice
-            sees no file), or ``path`` and ``identity`` of the file.
+            sees no file), or ``path`` and ``identity``.
     """
 
     def __init__(self, argv: Sequence[str] = ()) -> None:
@@ -62,7 +62,6 @@ class CallersFiles:
 
     @staticmethod
     def are_named(path: tuple[str, ...], ctx: "click.Context") -> bool:
-        """Return whether a command line names a file or URL."""
         return ctx.params.get(_PARAMETERS.get(path, "")) is not None
 
     @classmethod

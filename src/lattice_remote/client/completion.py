@@ -19,7 +19,7 @@ _MAX_TITLES = 50
 """With more matches the titles, each in a file of its own, are omitted."""
 _MAX_TITLE_CHARS = 80
 _OF_TASKS = frozenset({"source_id", "target_task_id", "task_id", "task_ids"})
-"""Names of the arguments of lattice's commands that are tasks."""
+"""Names of lattice's arguments that are tasks."""
 
 
 def completing(command: "click.Command", directory: str) -> "click.Command":
@@ -58,7 +58,7 @@ def tasks_of(directory: str, incomplete: str) -> Values:
 
 
 def _title(directory: str, task: str) -> str:
-    """Return the title of an active task for one line of a terminal; "" if it is archived."""
+    """Return an active task's title for a terminal; "" if it is archived."""
     try:
         with open(os.path.join(directory, "tasks", f"{os.path.basename(task)}.json"), "rb") as file:
             title = json.load(file)["title"]

@@ -35,7 +35,7 @@ __all__ = [
 
 REMOTE_FILE = "remote.json"
 STATE_FILE = "cache_state.json"
-"""Marks a directory as a cache, even after git or the user has removed ``remote.json``."""
+"""Marks a directory as a cache, also without its ``remote.json``."""
 PRIVATE_DIRECTORY = ".remote"
 """Holds all other files of ours in a cache, as ``.git`` does for git."""
 UNPUSHED_FILE = f"{PRIVATE_DIRECTORY}/unpushed.json"
@@ -58,11 +58,10 @@ class Remote:
     name: str
     """The user's name for it, usually ``origin``."""
     url: str
-    """The server: scheme, host and port; a server below a path of a proxy has that too, with a slash at the end."""
+    """Scheme, host and port of the server; below a path of a proxy also that path, with a slash at the end."""
     project: str
-    """The project's slug on that server."""
     commands: tuple[str, ...] = ()
-    """Plugin commands that run on the server, which has the plugins too, for example ``deploy note``."""
+    """Plugin commands that run on the server, for example ``deploy note``."""
 
     @property
     def place(self) -> str:
@@ -75,15 +74,15 @@ class Remote:
 
 
 def below(url: str, path: str) -> str:
-    """Return the URL of a path of a server."""
     return f"{url.rstrip('/')}/{path}"
 
 
 def parse_url(text: str, project: str | None = None) -> tuple[str, str | None]:
     """Return a server's normalized URL, and the slug: passed separately, or of the path.
 
-    The path is ``/SLUG``, or the address of a page of the project, such as ``/projects/SLUG/dashboard``. A path with a
-    slash at the end is a proxy's, below which the server is; ``/PATH/SLUG`` and its pages are below it too.
+    The path is ``/SLUG``, or a page of the project such as ``/projects/SLUG/dashboard``. A path with a slash at the end
+    is
+    a proxy's, below which the server is; ``/PATH/SLUG`` and its pages are below it too.
 
     Raises:
         Misuse: not an http or https URL, a malformed slug, or two different slugs.
@@ -155,7 +154,7 @@ def lost_remote(directory: str) -> Remote | None:
 
 
 def read_remote(directory: str, name: str = REMOTE_FILE) -> Remote:
-    """Return the remote in ``remote.json``, or in the file ``name``.
+    """Return the remote in the file ``name``.
 
     Raises:
         Misuse: there is none; code ``REMOTE_GUARD`` if the directory is a cache all the same.
@@ -184,7 +183,7 @@ def read_remote(directory: str, name: str = REMOTE_FILE) -> Remote:
 
 
 def identify(directory: str) -> list[int | str]:
-    """Return a cache's identity: device and inode, server and project. Raises Misuse, StorageError."""
+    """Return a cache's device and inode, server and project. Raises Misuse, StorageError."""
     remote = read_remote(directory)
     try:
         found = os.stat(directory)
@@ -208,7 +207,7 @@ def check_command(command: object) -> str:
 
 
 def write_remote(directory: str, remote: Remote, name: str = REMOTE_FILE) -> None:
-    """Write ``remote.json``, or the file ``name``, atomically. Raises StorageError."""
+    """Write the file ``name`` atomically. Raises StorageError."""
     fields: dict[str, object] = {"name": remote.name, "project": remote.project, "url": remote.url}
     if remote.commands:
         fields["commands"] = remote.commands
@@ -231,7 +230,6 @@ _MAX_BYTES = 64 * 1024
 
 
 def read_settings(directory: str) -> dict[str, str]:
-    """Return every setting, with defaults."""
     found: object = None
     with contextlib.suppress(OSError, ValueError, RecursionError):
         handle = os.open(os.path.join(directory, SETTINGS_FILE), READ)

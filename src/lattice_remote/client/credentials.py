@@ -1,8 +1,7 @@
 """Tokens of this user: ``LATTICE_TOKEN``, or ``tokens.json`` in the user's configuration. Standard library only.
 
-The file is ``{"tokens": {URL: {SLUG or "*": TOKEN}}}``, mode 0600; written by hand also ``{URL: TOKEN}``. A token
-never enters a project directory.
-``trusted_servers`` decides where it may be sent.
+The file is ``{"tokens": {URL: {SLUG or "*": TOKEN}}}``, mode 0600; written by hand also ``{URL: TOKEN}``. A token never
+enters a project directory. ``trusted_servers`` decides where it may be sent.
 """
 
 import json
@@ -129,7 +128,7 @@ def tokens_path() -> str:
 
 
 def from_environment() -> str | None:
-    """Return the token of ``LATTICE_TOKEN``, if any. Raises Misuse."""
+    """Return the token of ``LATTICE_TOKEN``. Raises Misuse."""
     given = os.environ.get(TOKEN_ENV, "").strip()
     return check_token(given) if given else None
 
@@ -142,7 +141,7 @@ def check_token(token: str) -> str:
 
 
 def stored(url: str, project: str) -> str | None:
-    """Return the stored token for a project, else for its server, else None."""
+    """Return the stored token for a project, else for its server."""
     of_server = _load().get(url, {})
     return of_server.get(project) or of_server.get(ANY_PROJECT)
 
@@ -189,7 +188,7 @@ def _load() -> _Tokens:
 
 
 def _normal(url: str) -> str:
-    """Return a URL that a user may have written as ``parse_url`` does: only below a path it ends in a slash."""
+    """Return a URL written by hand as ``parse_url`` does: only below a path it ends in a slash."""
     bare = url.rstrip("/")
     return f"{bare}/" if "/" in bare.partition("://")[2] else bare
 

@@ -1,6 +1,6 @@
 """Write guard: refuses writes of local commands into the cache (I4). Standard library only.
 
-An audit hook sees each file before it is opened for writing, renamed or removed, by any library.
+An audit hook sees each file before any library opens it for writing, renames or removes it.
 """
 
 import os

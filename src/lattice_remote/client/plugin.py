@@ -1,7 +1,6 @@
 """Lattice plugin, loaded at every start of ``lattice`` in every project: it must cost next to nothing.
 
-``register`` adds the ``remote`` command and one hook. The rest of this package is imported only when a command is about
-to run in a cache.
+The rest of this package is imported only when a command is about to run in a cache.
 """
 
 import os
@@ -21,7 +20,7 @@ SERVER_ENV = "LATTICE_REMOTE_SERVER"
 
 
 def register(cli_group: click.Group) -> None:
-    """Hook into lattice's command group. Does nothing inside our own server."""
+    """Add the ``remote`` command and a hook for all others. Does nothing inside our own server."""
     if SERVER_ENV in os.environ:
         return
     cli_group.add_command(_RemoteCommand("remote", help="Share this project through a server.", add_help_option=False))
@@ -53,7 +52,7 @@ def remote_directory() -> str | None:
     """Return the surrounding ``.lattice``, found as lattice finds it, if it is a cache or waits for a push.
 
     Raises:
-        ClickException: it cannot be looked into: it is another user's.
+        ClickException: it is another user's.
     """
     try:
         root = find_root()
@@ -81,12 +80,10 @@ class _RemoteCommand(click.Command):
         return []
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Keep the arguments as they are."""
         ctx.args = list(args)
         return ctx.args
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> "list[CompletionItem]":
-        """Return the Typer app's completions: Click calls this with the words before the incomplete one."""
         from click.shell_completion import CompletionItem
 
         from lattice_remote.client.cli.app import completions

@@ -1,7 +1,7 @@
 """Routing of a remote project's commands: reads run here on the cache, everything else on the server.
 
-Click still parses every command line here, so that usage errors and ``--help`` are Click's own. Imports only the
-standard library and modules that lattice has imported.
+Click parses every command line here, so usage errors and ``--help`` are its own. Imports only the standard library and
+modules that lattice has imported.
 """
 
 import atexit
@@ -31,7 +31,7 @@ from lattice_remote.errors import Misuse, RemoteError, one_line
 __all__ = ["NeedsOwnProcess", "hooked", "in_warm_process"]
 
 in_warm_process = False
-"""Whether this process is the warm process's child: only reads of the cache and routed writes may run here."""
+"""Whether this is the warm process's child: only reads of the cache and routed writes may run here."""
 
 _READS = {
     ("comments",),
@@ -130,8 +130,10 @@ def _invoke(command: click.Command, path: tuple[str, ...], directory: str, argv:
 
 
 def _may_run_warm(path: tuple[str, ...], ctx: click.Context, directory: str) -> bool:
-    """Return whether the warm process may run a command: it reads no file of the caller, serves nothing and starts no
-    program but git, which ``show`` asks for branches."""
+    """Return whether the warm process may run a command: it reads no file of the caller, serves nothing and starts
+    no program
+    but git, which ``show`` asks for branches.
+    """
     if path in _ELSEWHERE or path == ("dashboard",) or is_unpushed(directory):
         return False
     return not CallersFiles.are_named(path, ctx)
@@ -142,7 +144,6 @@ def _is_plugins(command: click.Command) -> bool:
 
 
 def _warn_of_init(target: str, directory: str) -> None:
-    """Warn about ``init`` inside or over a cache."""
     root = os.path.realpath(os.path.dirname(directory))
     inside = os.path.commonpath([root, os.path.realpath(target)]) == root
     has_one = os.path.isdir(os.path.join(target, ".lattice"))
@@ -254,7 +255,6 @@ def _waits(path: tuple[str, ...], ctx: click.Context) -> bool:
 
 
 def _progress() -> Any:
-    """Return the progress display for a terminal, else None."""
     if sys.stderr is None or not sys.stderr.isatty():
         return None
 

@@ -1,5 +1,4 @@
-"""Storage backend of a remote project: reads come from the cache, a write is one ``Call`` of the surface
-``storage``."""
+"""Storage of a remote project: reads come from the cache, a write is one ``Call`` of the surface ``storage``."""
 
 import json
 import os
@@ -24,7 +23,7 @@ __all__ = ["Freshness", "RemoteStorage", "RemoteWarning", "resolve_backend"]
 
 
 class RemoteWarning(UserWarning):
-    """Warning that a command would print on stderr, for example that the data is not current."""
+    """Warning that a command would print, for example that the data is not current."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +31,6 @@ class Freshness:
     """State of the cache."""
 
     is_current: bool
-    """Whether it has every change of the server."""
     seq: int
     age_s: float | None
     """Seconds for which it may have been behind; None if unknown."""

@@ -1,9 +1,9 @@
 """Servers that this user trusts with a token. Standard library only.
 
 ``remote.json`` comes with a clone and may be anyone's: it says where a project is, never what to trust. A token is sent
-only to a server that the user has named, in ``servers.json`` beside the tokens or in ``LATTICE_REMOTE_URL``, or to the
-one for which it was made (``token create --for``). Over plain
-HTTP it stays on this machine, unless the user chose ``--insecure`` for this server. A certificate is always verified.
+only to a server that the user has named, in ``servers.json`` or ``LATTICE_REMOTE_URL``, or to the one for which it was
+made (``token create --for``). Over plain HTTP it stays on this machine, unless the user chose ``--insecure`` for this
+server. A certificate is always verified.
 """
 
 import os
@@ -42,20 +42,18 @@ _OWN_HEADERS = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A trusted server."""
-
     url: str
     """In the form of ``parse_url``."""
     insecure: bool = False
     """Whether a token may be sent over plain HTTP to another machine."""
     ca_file: str | None = None
-    """Absolute path of the certificate authorities (PEM) to use instead of the system's; None: the system's."""
+    """Absolute path of certificate authorities (PEM); None: the system's."""
     max_cache_mib: int | None = None
-    """Size limit for a cache of this server; None: ``DEFAULT_CACHE_MIB``."""
+    """Size limit for a cache; None: ``DEFAULT_CACHE_MIB``."""
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
-    """Secrets that a proxy before the server asks for, sent with every request to it. An empty value removes one."""
+    """Secrets for a proxy before the server, sent with every request. An empty value removes one."""
     client_cert: str | None = None
-    """Absolute path of this client's certificate (PEM); "": no longer."""
+    """Absolute path of this client's certificate (PEM); "" removes it."""
     client_key: str | None = None
     """Absolute path of its private key; None: in the same file."""
 
@@ -168,7 +166,7 @@ def _is_made_for(token: str, url: str) -> bool:
 
 
 def from_environment(given: str | None) -> Server | None:
-    """Return the server of ``LATTICE_REMOTE_URL``'s value, if any. Raises Misuse."""
+    """Return the server of ``LATTICE_REMOTE_URL``'s value. Raises Misuse."""
     if not given or not given.strip():
         return None
     try:
@@ -185,7 +183,6 @@ def cache_limit(url: str) -> int:
 
 
 def is_loopback(url: str) -> bool:
-    """Return whether traffic to this URL stays on this machine."""
     from ipaddress import ip_address
 
     host = url.partition("://")[2].partition("/")[0]

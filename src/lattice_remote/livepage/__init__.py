@@ -1,4 +1,4 @@
-"""Live updates of lattice's dashboard page: scripts for the page, and the events they listen to.
+"""Live updates of lattice's dashboard page: scripts for the page, and the events they listen to. No other I/O.
 
     requests.js    the page's paths, relative to its own; the results of its requests
     libraries.js   libraries from other servers, without which the page works
@@ -11,9 +11,9 @@
     listeners.js   listeners instead of the page's ``on…`` attributes, which its policy forbids
     editor.js      editor for plans and notes, where no external editor can be started
 
-The page requests them as one file, ``remote/live.js``, with ``remote/live.css``, and listens to ``remote/events``: all
-relative to the page, so it works below any path. Without the events the page polls every five seconds, as without these
-scripts. No I/O except reading the scripts.
+The page requests them as one file, ``remote/live.js``, with ``remote/live.css``, and listens to ``remote/events``.
+These paths are relative to the page, so it works below any path. Without the events the page polls every five seconds,
+as without these scripts.
 """
 
 import html
@@ -41,7 +41,6 @@ __all__ = [
 SCRIPT = "remote/live.js"
 STYLE = "remote/live.css"
 EVENTS = "remote/events"
-"""Paths relative to the page."""
 RETRY_MS = 1000
 """Delay after which a browser reconnects."""
 
@@ -57,8 +56,9 @@ _ABSOLUTE = re.compile(rb"""(\s(?:src|href|action|data-remote-src)\s*=\s*["'])/(
 def with_script(page: bytes) -> bytes:
     """Return the page with the script before its own; unchanged if it has no head.
 
-    Scripts of other servers, and those that wait for them, are left to ``libraries.js``: on a closed network the
-    browser would wait for them before it shows anything.
+    ``libraries.js`` loads the scripts of other servers: on a closed network the browser would wait for them before it
+    shows
+    anything.
     """
     page = _FOREIGN.sub(rb'\1type="text/plain" data-remote-src=', page)
     page = _DEFERRED.sub(rb'\1type="text/plain" data-remote-src=', page)
@@ -82,7 +82,6 @@ def with_identity(page: bytes, project: str, person: str, *, reads_only: bool) -
 
 @cache
 def script(*, hosted: bool = False) -> bytes:
-    """Return the script for a hosted page, or for one on the user's machine."""
     return b"\n".join(_read(part) for part in (*_PARTS, *(_HOSTED_PARTS if hosted else ())))
 
 
@@ -95,7 +94,8 @@ def event(version: str, trouble: str = "") -> bytes:
     """Return one event of a local dashboard: the cache is at ``version``, a text that differs after each change.
 
     ``trouble`` is one line for users on why the cache may be out of date. Repeat the event after some seconds of
-    silence: the page treats a silent stream as dead.
+    silence:
+    the page treats a silent stream as dead.
     """
     data = json.dumps({"trouble": trouble})
     return f"retry: {RETRY_MS}\nevent: position\nid: {version}\ndata: {data}\n\n".encode()
@@ -129,7 +129,8 @@ def with_listeners(page: bytes, scripts: Iterable[bytes] = ()) -> bytes | None:
     """Return the page with renamed handlers and a list of the calls that ``listeners.js`` may make.
 
     ``scripts`` are the page's script files, to be served through ``without_handlers``. None if any handler in them has
-    an unknown form, or the page has no head.
+    an
+    unknown form, or the page has no head.
     """
     try:
         texts = [page.decode(), *(script.decode() for script in scripts)]
@@ -151,7 +152,6 @@ def with_listeners(page: bytes, scripts: Iterable[bytes] = ()) -> bytes | None:
 
 
 def without_handlers(script: bytes) -> bytes:
-    """Return a script with the handlers renamed in the markup that it makes."""
     return _renamed(script.decode()).encode()
 
 

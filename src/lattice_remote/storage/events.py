@@ -68,7 +68,6 @@ class Conflict:
 
 
 MAX_EVENTS = 100
-"""Maximum number of events per write."""
 _MAX_BYTES, _MAX_BYTES_TOGETHER = 1024 * 1024, 3 * 1024 * 1024
 _MAX_DEPTH = 60
 """The enclosing request may be nested to 64."""
@@ -81,13 +80,11 @@ type Shaped = dict[str, Any]
 
 
 class MayActAs(Protocol):
-    def __call__(self, actor: str, *, session: Mapping[str, Any] | None = None) -> None:
-        """Check an actor, and the session that it stands for, if any."""
+    def __call__(self, actor: str, *, session: Mapping[str, Any] | None = None) -> None: ...
 
 
 class Sessions(Protocol):
-    def actor_of(self, session_name: str) -> Mapping[str, Any] | None:
-        """Return the actor of an active session; None if there is none."""
+    def actor_of(self, session_name: str) -> Mapping[str, Any] | None: ...
 
 
 class _Meta(msgspec.Struct, forbid_unknown_fields=True):
@@ -119,11 +116,7 @@ def invalid(message: str) -> Rejected:
 
 
 def shape[T](kind: type[T], value: object, what: str) -> T:
-    """Return ``value`` as a ``kind``.
-
-    Raises:
-        Rejected: it has another form; the message names it ``what``.
-    """
+    """Return ``value`` as a ``kind``. Raises Rejected: the message names it ``what``."""
     try:
         return msgspec.convert(value, kind, strict=True)
     except msgspec.ValidationError as error:
@@ -183,7 +176,7 @@ def _encoded(event: Event) -> bytes:
 
 
 def _require_bounded(value: object) -> None:
-    """Check that ``value`` is not nested too deep and that every program reads its numbers alike.
+    """Raise unless ``value`` has bounded depth and numbers that every program reads alike.
 
     Not recursive, because the depth is unknown.
     """

@@ -44,8 +44,7 @@ _RESOURCE_ID = re.compile(r"res_[0-9A-HJKMNP-TV-Z]{26}")
 _ARTIFACT_ID = re.compile(r"art_[0-9A-HJKMNP-TV-Z]{26}")
 
 
-def _anybody(actor: str, *, session: Mapping[str, Any] | None = None) -> None:
-    """Allow every actor, as lattice does."""
+def _anybody(actor: str, *, session: Mapping[str, Any] | None = None) -> None: ...
 
 
 class LocalStorage:
@@ -140,7 +139,7 @@ class LocalStorage:
         return events
 
     def _with_short_id(self, events: list[Shaped], task: Snapshot) -> Snapshot:
-        """Give a new task its short id, like ``lattice create`` does, after all checks."""
+        """Give a new task its short id as ``lattice create`` does, after all checks."""
         config = self._config()
         codes = [code for code in (config.get("project_code"), config.get("subproject_code")) if code]
         if not config.get("project_code"):
@@ -205,11 +204,7 @@ class LocalStorage:
         return Written(after)
 
     def _new_resource_id(self, events: list[Shaped]) -> str:
-        """Return the id that the first event gives to a new resource.
-
-        Raises:
-            Rejected: it is malformed, or taken.
-        """
+        """Return the id that the first event gives to a new resource. Raises Rejected: malformed, or taken."""
         found = events[0].get("resource_id")
         if not isinstance(found, str) or not _RESOURCE_ID.fullmatch(found):
             raise invalid("a new resource's events name its id: res_ and 26 capitals and digits")
@@ -331,7 +326,7 @@ class LocalStorage:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Guard a write: refuse it in a cache (I4), and convert system errors to ``StorageError``."""
+        """Refuse a write into a cache (I4), and convert system errors to ``StorageError``."""
         if any((self._dir / name).exists() for name in ("remote.json", "cache_state.json")):
             raise Misuse(
                 f"the files in {self._dir} belong to a remote; write with resolve_backend()", code="REMOTE_GUARD"
@@ -345,10 +340,8 @@ class LocalStorage:
 
 
 def _read_json(path: Path) -> Snapshot | None:
-    """Return the object in a file of lattice's; None if there is no file.
-
-    Raises:
-        StorageError: it cannot be read, or is damaged.
+    """Return the object in a file of lattice's; None if there is no file. Raises StorageError, also for a damaged
+    file.
     """
     text = _read_text(path)
     try:
@@ -368,11 +361,7 @@ def _events(path: Path, lines: str) -> list[Snapshot]:
 
 
 def _read_text(path: Path) -> str | None:
-    """Return a file's text with its line ends; None if there is no file.
-
-    Raises:
-        StorageError: it cannot be read, or is not UTF-8.
-    """
+    """Return a text with its line ends; None if there is no file. Raises StorageError, also unless it is UTF-8."""
     try:
         return path.read_bytes().decode()
     except (FileNotFoundError, NotADirectoryError):
@@ -384,11 +373,7 @@ def _read_text(path: Path) -> str | None:
 
 
 def encoded(text: str) -> bytes:
-    """Return a plan or notes as stored bytes.
-
-    Raises:
-        Rejected: not UTF-8, or too long.
-    """
+    """Return a plan or notes as stored bytes. Raises Rejected: not UTF-8, or too long."""
     try:
         data = text.encode()
     except UnicodeEncodeError:

@@ -22,23 +22,14 @@ _Seconds = Annotated[int, Meta(ge=1, le=100 * 366 * 24 * 3600)]
 
 @dataclass(frozen=True, slots=True)
 class ResourceContext:
-    """The rules' view of the project.
-
-    Attributes:
-        name: the resource's.
-        is_task: whether there is a task of that id.
-    """
+    """The rules' view of the project: the resource's name, and whether there is a task of an id."""
 
     name: str
     is_task: Callable[[str], bool]
 
 
 def require_name(name: str, others: Sequence[str]) -> None:
-    """Check a new resource's name, which becomes a directory on every machine.
-
-    Raises:
-        Rejected: the name is not allowed.
-    """
+    """Raise Rejected unless a new resource's name can be a directory on every machine."""
     plain = name.isprintable() and unicodedata.is_normalized("NFC", name)
     if not is_resource_name(name) or not plain:
         raise invalid(f"{name[:60]!r} cannot be a resource's name: it must be a directory name on every system")
@@ -48,11 +39,7 @@ def require_name(name: str, others: Sequence[str]) -> None:
 
 
 def add_to_resource(snapshot: Snapshot | None, events: Sequence[Shaped], around: ResourceContext) -> Snapshot:
-    """Return the resource with these events added in order; sets their ``expires_at``.
-
-    Raises:
-        Rejected: an event is not allowed.
-    """
+    """Return the resource with these events added in order; sets their ``expires_at``. Raises Rejected."""
     for event in events:
         kind = event["type"]
         rule = _RULES.get(kind)

@@ -39,11 +39,7 @@ class TaskContext:
 
 
 def add_to_task(snapshot: Snapshot | None, events: Sequence[Shaped], around: TaskContext) -> Snapshot:
-    """Return a copy of the task with these events added in order.
-
-    Raises:
-        Rejected: an event is not allowed.
-    """
+    """Return a copy of the task with these events added in order. Raises Rejected."""
     log = list(around.log)
     for event in events:
         kind = event["type"]
@@ -60,8 +56,6 @@ def add_to_task(snapshot: Snapshot | None, events: Sequence[Shaped], around: Tas
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """The task and its log before an event."""
-
     event: Shaped
     task: Snapshot
     log: list[Snapshot]
@@ -285,7 +279,6 @@ def _reaction_removed(data: _Reaction, place: _Place) -> None:
 
 
 def _reactions(data: _Reaction, place: _Place) -> list[Any]:
-    """Return the actors with this reaction to the comment."""
     if not comments.validate_emoji(data.emoji):
         raise invalid(f"Invalid emoji: {data.emoji[:60]!r}")
     comments.validate_comment_for_react(place.log, data.comment_id)

@@ -21,12 +21,9 @@ __all__ = ["ChangeFeed"]
 
 _WAIT_S = 30.0
 _MAX_CHANGES, _MAX_BYTES = 256, 1024 * 1024
-"""Limits for the recent changes that are kept."""
 
 
 class ChangeFeed:
-    """Changes of one followed project."""
-
     def __init__(self, replicator: Replicator, connection: Connection) -> None:
         self._replicator, self._connection = replicator, connection
         self._recent: deque[tuple[str, Change]] = deque()  # consecutive, of one epoch
@@ -83,7 +80,6 @@ class ChangeFeed:
         return [change for _, change in self._recent][index + 1 :]
 
     def _add(self, epoch: str, change: Change) -> None:
-        """Keep a change that the files hold."""
         while self._recent and (self._recent[-1][0] != epoch or self._recent[-1][1].seq >= change.seq):
             self._recent_bytes -= _weight(self._recent.pop()[1])
         if self._recent and self._recent[-1][1].seq + 1 != change.seq:  # a resync came between

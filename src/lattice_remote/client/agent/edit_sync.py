@@ -1,6 +1,6 @@
-"""Sending of edited plans and notes of one cache, and settling of the server's answers (I4).
+"""Sending of edited plans and notes, and settling of the answers (I4).
 
-Each difference is judged first (``evidence``): damage is restored, and doubtful edits are withheld for the user.
+Each difference is judged first (``cache/evidence``): damage is restored, doubtful edits are withheld for the user.
 """
 
 import asyncio
@@ -28,13 +28,10 @@ __all__ = ["EditSender", "EditWatcher", "RewriteRun", "SentEdits"]
 
 _LONG_BASE_BYTES = 16 * 1024
 SAVING_S = 2.0
-"""Longest wait for a file that is being written or was just emptied: an editor is about to save it."""
+"""Longest wait for a file that is being written or was just emptied by an editor."""
 _POLL_S = 0.02
 _MANY_REWRITTEN = 20
-"""If more texts than this lose or change lines in one run, a program is assumed to have done it.
-
-Texts that the agent has already sent by itself count too, see ``RewriteRun``.
-"""
+"""If more texts than this lose or change lines in one run, a program is assumed to have done it."""
 _RUN_PAUSE_NS = 2_000_000_000
 """Longest pause of a program between two files that it rewrites."""
 _LEAST_FREE_BYTES = 1 << 20
@@ -43,19 +40,18 @@ _LEAST_FREE_BYTES = 1 << 20
 
 @dataclass(slots=True)
 class SentEdits:
-    """Result of sending edits: path and outcome of each, and notices."""
+    """Path and outcome of each sent edit, and notices."""
 
     sent: list[dict[str, str]] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
     @property
     def refused(self) -> bool:
-        """Return whether the server refused any of them."""
         return any(sent["outcome"] == "refused" for sent in self.sent)
 
 
 class RewriteRun:
-    """Texts that were rewritten one after another, as by a slow program.
+    """Texts rewritten one after another, as by a slow program, including those already sent by the agent.
 
     Status change times (ns) decide, so a slow agent does not end a run. A text that is saved again does not prolong it:
     a program rewrites each text once.
@@ -65,7 +61,7 @@ class RewriteRun:
         self._changed_at: dict[str, int] = {}
 
     def count_with(self, changed_at: Mapping[str, int]) -> int:
-        """Return the run's number of texts together with these; a longer pause ends the run."""
+        """Return the run's number of texts together with these; a longer pause starts a new run."""
         if self._changed_at and changed_at:
             pause_ns = min(changed_at.values()) - max(self._changed_at.values())
             if pause_ns > _RUN_PAUSE_NS:
@@ -73,17 +69,15 @@ class RewriteRun:
         return len(self._changed_at.keys() | changed_at.keys())
 
     def extend(self, changed_at: Mapping[str, int]) -> None:
-        """Add these texts."""
         self._changed_at = {**changed_at, **self._changed_at}
 
 
 class EditSender:
     """Sender of one cache's edits, one at a time.
 
-    Args:
-        replicator: the cache's replicator.
-        connection: the one that the replicator follows on.
-        reached: waits until the files hold every change up to a number; returns whether they do.
+    ``connection`` is the one that the replicator follows on. ``reached`` waits until the files hold every change up to
+    a
+    number, and returns whether they do.
     """
 
     def __init__(
@@ -99,7 +93,7 @@ class EditSender:
         self._refused: dict[str, tuple[Signature | None, str, object]] = {}  # path -> signature, reason, server
 
     def refused(self) -> dict[str, str]:
-        """Return the refused edits: path to reason."""
+        """Return path and reason of the refused edits."""
         return {path: why for path, (found, why, _) in self._refused.items() if self._signature(path) == found}
 
     async def push(
@@ -136,7 +130,7 @@ class EditSender:
         return pushed
 
     async def note_saves(self, paths: Iterable[str]) -> None:
-        """Record edits that cannot be sent now as a person's saves."""
+        """Record edits that cannot be sent yet as a person's saves."""
         async with self._turn:
             paths = [path for path in paths if self._noted.get(path) != self._signature(path)]
             if not paths:
@@ -147,7 +141,6 @@ class EditSender:
             self._noted |= {path: self._signature(path) for path in paths}
 
     async def restore_damage(self) -> SentEdits:
-        """Restore files that differ without being edits."""
         pushed = SentEdits()
         async with self._turn:
             edits = self._replicator.edits
@@ -163,7 +156,6 @@ class EditSender:
         return self._replicator.edits.evidence.withheld()
 
     def notice(self) -> str | None:
-        """Return the notice about withheld edits for every command."""
         withheld = self.withheld()
         if not withheld:
             return None
@@ -184,7 +176,7 @@ class EditSender:
     # --- judging ---
 
     def _require_room(self) -> None:
-        """Require room on the disk: a truncated save looks like an edit. Raises StorageError.
+        """Raise StorageError without room on the disk: a truncated save looks like an edit.
 
         The edited files are checked for truncated saves once there is room.
         """
@@ -258,9 +250,9 @@ class EditSender:
             pushed.notices.append(f"{paths[0]}{more}: restored to the server's text: {reason}")
 
     async def restore(self, path: str, found: Signature | None = None, *, reason: str | None) -> bool | None:
-        """Replace a file that is not to be sent with the server's text.
+        """Replace a file that is not to be sent with the server's text; rescue its text if there is a ``reason``.
 
-        Returns whether a text was rescued, which needs a ``reason``; None if it cannot be restored now.
+        Returns whether a text was rescued; None if the file cannot be restored now.
         """
         found = found or self._signature(path)
         if found is None:
@@ -309,7 +301,7 @@ class EditSender:
         return answer.outcome, None
 
     async def _settle(self, connection: Connection, put: Put, answer: Stored, base: bytes | None) -> str | None:
-        """Process the answer to an edit; return where a conflict put the text."""
+        """Process the answer to an edit; return the conflict copy's path."""
         if connection is not self._connection:
             # The file must still be edited when its own change arrives: an older change, merged with it, may come
             # first.
@@ -328,9 +320,9 @@ class EditSender:
             self._unanswered.forget(sent.put.path)
 
     async def put(self, connection: Connection, path: str, text: bytes) -> str:
-        """Send a text based on the server's as it is here; return the outcome.
+        """Send a text based on the server's as it is here; return the outcome. Raises RemoteError.
 
-        On return the file is the server's again, unless it is edited. Raises RemoteError.
+        On return the file is the server's again, unless it is edited.
         """
         async with self._turn:
             await self.until_in_place(path)
@@ -346,7 +338,7 @@ class EditSender:
         """Wait briefly until a plan or notes holds the server's text, or an edit of it.
 
         Raises:
-            Rejected: it does not: after a conflict, file and base may still be the version that was copied.
+            Rejected: after a conflict, file and base may still be the version that was copied.
         """
         if not await self._connection.changed.until(lambda: path not in self._replicator.replica.missing, SAVING_S):
             raise Rejected(
@@ -377,13 +369,12 @@ class EditSender:
     # --- files that cannot be sent yet ---
 
     async def _until_saved(self, path: str) -> None:
-        """Wait briefly for a save in progress to end."""
         deadline = time.monotonic() + SAVING_S
         while time.monotonic() < deadline and self.is_being_saved(path):  # noqa: ASYNC110 - nobody tells of it
             await asyncio.sleep(_POLL_S)
 
     def is_being_saved(self, path: str) -> bool:
-        """Return whether a file is about to change: open for writing, or just emptied."""
+        """Return whether a file is open for writing, or was just emptied."""
         found = self._signature(path)
         if found is None:
             return False
@@ -405,7 +396,7 @@ class EditSender:
 
 
 def _brief(put: Put, current: bytes | None) -> Put:
-    """Return the request with the digest of a long base that the server most likely has."""
+    """Replace a long base with its digest if the server most likely has it."""
     if put.base is None or put.base != current or len(put.base) < _LONG_BASE_BYTES:
         return put
     return msgspec.structs.replace(put, id=_new_id(), base=None, base_digest=digest_of(put.base))
@@ -423,21 +414,19 @@ _QUIET_POLL_S = 0.04
 _RETRY_S = 1.0
 _FETCH_INTERVAL_S = 0.5
 _BURST = 3
-"""If more files than this are edited at once, a program may still be at work: wait for it to finish."""
+"""With more files edited at once, a program may still be at work: wait for it."""
 _BURST_QUIET_S = 1.0
 _BURST_POLL_S = 0.25
 _log = logging.getLogger(__name__)
 
 
 class _Seen:
-    """A file as last seen."""
-
     __slots__ = ("at", "began", "signature")
 
     def __init__(self, signature: Signature | None, now: float) -> None:
         self.signature = signature
         self.at = now
-        """Time since which it is unchanged."""
+        """Unchanged since then."""
         self.began = now
 
 
@@ -452,7 +441,6 @@ class EditWatcher:
         self._is_scan_due = False
         self._wake = asyncio.Event()
         self.notices: list[str] = []
-        """Notices for the next command."""
 
     def touched(self, paths: Iterable[str] | None) -> None:
         """Check these plans and notes for edits; None: all of them."""
@@ -479,7 +467,6 @@ class EditWatcher:
                 await asyncio.sleep(_RETRY_S)
 
     async def _pause(self) -> None:
-        """Wait for a file to check."""
         if self._is_scan_due:
             self._look_for_unreported_edits()
             self._is_scan_due = False
@@ -512,14 +499,13 @@ class EditWatcher:
         await self._push(connection, edited, {path: self._seen.pop(path) for path in edited})
 
     def _look_for_unreported_edits(self) -> None:
-        """Take in edits reported late, so that a burst is recognised before its first file is sent."""
+        """Take in edits reported late: a burst must be recognised before its first file is sent."""
         known = self._seen.keys() | self._edit_sender.withheld().keys() | self._edit_sender.refused().keys()
         self.touched(path for path in self._replicator.edits.scan() if path not in known)
 
     def _is_burst(self) -> bool:
-        """Return whether a program seems to be changing many files still.
-
-        The first files of a formatter are at rest before the last ones.
+        """Return whether a program seems to be changing many files still: its first ones are at rest before its
+        last.
         """
         now, seen = time.monotonic(), self._seen.values()
         quiet_s = now - max(each.at for each in seen)
@@ -543,7 +529,6 @@ class EditWatcher:
         return self._replicator.is_following and connection is not None and not connection.is_refused
 
     def _is_saved(self, path: str) -> bool:
-        """Return whether a file has stopped changing."""
         now, seen = time.monotonic(), self._seen[path]
         found = self._replicator.cache.signature(path)
         if found != seen.signature:

@@ -1,8 +1,8 @@
 """Integrity monitor: detects and repairs files of one cache that other programs modify (I3, I4).
 
-The system reports touched files (``file_watcher``); those that differ from the fingerprints of our own processes are
-fetched again. Changes made while no agent ran are found after the first connection: by the files' times if the
-fingerprints are from this boot, else by a comparison with the server's manifest.
+Touched files (``file_watcher``) that differ from the fingerprints of our own processes are fetched again. Changes made
+while no agent ran are found after the first connection: by the files' times if the fingerprints are from this boot,
+else by a comparison with the server's manifest.
 """
 
 import asyncio
@@ -32,8 +32,7 @@ _MIN_RESCAN_S = 2.0
 _RESCAN_SHARE = 20.0
 _RETRY_S = 5.0
 STRAY_S = 60.0
-"""A file such as ``plans/x (copy).md``, which belongs to no task, is rescued and removed this long after its last
-change."""
+"""Delay after which a changed file of no task, such as ``plans/x (copy).md``, is rescued and removed."""
 _BATCH = 256
 _MANY = 1000
 """If more files differ at once (a backup may link them all), the manifest is compared instead."""
@@ -63,7 +62,6 @@ class IntegrityMonitor:
         self.has_looked = False
         """Whether all earlier changes were found: until then no file is known to be current."""
         self.is_awaited = False
-        """Whether a command waits for that."""
         self._scan_at = 0.0
         self._scan_cost_s = 0.0
         self._vanished_at = -QUIET_S  # when a file was last found missing (monotonic)
@@ -128,7 +126,6 @@ class IntegrityMonitor:
     # --- the task ---
 
     async def run(self) -> None:
-        """Run until cancelled, waiting out errors."""
         self._watching.add(self._cache.directory, self.touched)
         try:
             while True:
@@ -192,7 +189,6 @@ class IntegrityMonitor:
         _log.info("%s: compared in %.1f s", self._cache.directory, time.monotonic() - began)
 
     async def _scan(self) -> None:
-        """Check the times of all files."""
         self._scan_at = math.inf
         try:
             await self._check_all()
@@ -218,7 +214,6 @@ class IntegrityMonitor:
         self._scan_cost_s = time.monotonic() - began
 
     def how(self) -> str:
-        """Return the detection method in words."""
         if self._watching.trouble is None:
             return "the system reports changes"
         return f"compared every {max(_MIN_RESCAN_S, self._scan_cost_s * _RESCAN_SHARE):.0f} s: {self._watching.trouble}"

@@ -1,7 +1,4 @@
-"""Reading of the server's journal for ``lattice remote log`` and ``history``.
-
-The log is not part of the cache: it is requested page by page. Nothing is written.
-"""
+"""Reading of the server's journal, page by page, for ``lattice remote log`` and ``history``."""
 
 import json
 import os
@@ -61,11 +58,7 @@ async def read_log(connection: "Connection", task: str, limit: int, text: TextNa
 async def read_version(connection: "Connection", task: str, text: TextName, version: str) -> Version:
     """Return a plan or notes as of a change.
 
-    Args:
-        connection: a connection to the project.
-        task: an id or short id.
-        text: plan or notes.
-        version: the change's number, the newest with it; or ``EPOCH-NUMBER``.
+    ``version`` is the change's number, the newest with it; or ``EPOCH-NUMBER``. ``task`` is an id or short id.
 
     Raises:
         Misuse: ``version`` names no change.

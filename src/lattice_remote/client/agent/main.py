@@ -1,10 +1,10 @@
-"""Agent process: one per user, package version and environment, serving all of that user's caches there.
+"""Agent process: one per user, package version and environment, for all of that user's caches there.
 
-It listens on a Unix socket in a private directory (see ``agent_runtime``) for requests, one JSON object a line (see
-``service``). During a request it sends ``{"progress": ...}`` lines, the first at once, then one every two seconds. It
-handles ``agent-status`` and ``agent-stop`` itself. It refuses requests from another environment, or for another cache
-than the one at that path. It exits when it is idle, when its environment is gone, and when its package is replaced: the
-next command starts the new version. Commands start it with ``python -m lattice_remote.client.agent.main``.
+Commands start it with ``python -m lattice_remote.client.agent.main``. It listens on a Unix socket in a private
+directory (``agent_runtime``) for requests, one JSON object a line (``service``). During a request it sends
+``{"progress": ...}`` lines: one at once, then one every two seconds. It refuses requests from another environment, or
+for another cache than the one at that path. It exits when it is idle, when its environment is gone, and when its
+package is replaced: the next command starts the new version.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ MAX_REQUEST_BYTES = 64 * 1024 * 1024
 _HEARTBEAT_S = 2.0
 _SWEEP_INTERVAL_S = 1.0
 _UNUSED_S = 30.0
-"""An agent that never had a request lost a race to one that has already ended: it exits sooner."""
+"""An agent that never had a request exits sooner: it lost a race to one that has ended."""
 _ALONE_S = 60.0
 """An agent alone in its namespaces, left behind by a sandbox, exits sooner."""
 _TAKE_OVER_S, _TAKE_OVER_POLL_S = 8.0, 0.05
@@ -49,8 +49,6 @@ _log = logging.getLogger(__name__)
 
 
 class Agent:
-    """Server of requests from ``run()`` until it is stopped, idle, or its socket is removed."""
-
     def __init__(self, place: agent_runtime.Runtime, idle_s: float) -> None:
         self._place = place
         self._idle_s = idle_s
@@ -68,7 +66,9 @@ class Agent:
         self._turn = asyncio.Semaphore(1)
 
     async def run(self) -> None:
-        """Serve. The caller holds the agent's lock, so an existing socket is stale."""
+        """Serve until stopped, idle, or the socket is removed. The caller holds the lock, so an existing socket is
+        stale.
+        """
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._place.socket)
         server = await asyncio.start_unix_server(self._connected, self._place.socket, limit=MAX_REQUEST_BYTES)
@@ -111,7 +111,6 @@ class Agent:
         return not self._stopping.is_set() and not self._is_idle()
 
     def _is_at_home(self) -> bool:
-        """Return whether the namespaces still match the agent's name."""
         return agent_runtime.configuration() == self._configuration
 
     def _is_idle(self) -> bool:
@@ -133,7 +132,6 @@ class Agent:
             return False
 
     def _sweep(self) -> None:
-        """Close caches that are gone, changed, or long unused."""
         for directory, service in list(self._services.items()):
             unused = not self._connections and time.monotonic() - service.used_at > self._idle_s
             if service.is_stale() or unused:
@@ -203,7 +201,6 @@ class Agent:
         return None if answer is None else {"ok": True, **answer}
 
     def _is_mine(self, request: dict[str, Any]) -> bool:
-        """Return whether a request comes from this agent's environment."""
         return bool(request["agent"] == self._place.name) and self._is_at_home()
 
     async def _handle(self, line: bytes, report: Any) -> dict[str, Any]:
@@ -302,7 +299,6 @@ def _remove_if_old(other: agent_runtime.Runtime) -> None:
 
 
 def _trim(log: str) -> None:
-    """Truncate a long log to its end. Writers append."""
     with contextlib.suppress(OSError):
         if os.path.getsize(log) > _MAX_LOG_BYTES:
             with open(log, "rb+") as file:
@@ -330,7 +326,6 @@ def _take_over(lock: FileLock, place: agent_runtime.Runtime) -> bool:
 
 
 def main() -> int:
-    """Run the agent unless one runs already; return the exit code."""
     place = agent_runtime.locate()
     agent_runtime.prepare(place)
     os.umask(_UMASK)

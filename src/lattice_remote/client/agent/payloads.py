@@ -1,11 +1,11 @@
-"""Contents of files between a client and its server: a command's files sent, artifacts' large contents fetched.
+"""Contents of files: those of commands are sent, large ones of artifacts fetched.
 
-Small files are sent within the command, large ones before it: read in place, once for the digest and once for the parts
-that the server lacks.
+A command's small files travel within it, large ones before it: they are read in place, once for the digest and once
+for the parts that the server lacks.
 
 Deferred contents are fetched one at a time on a separate connection. Their pieces stay in ``.remote/downloads/``, so a
-download resumes after a cut, a restart or in another process. A content is put in place once its digest matches.
-Requested contents come first; whether others are fetched is a setting (see ``config``).
+download resumes after a cut, a restart or in another process. The file is replaced once the digest matches. Requested
+contents come first; the others depend on a setting (see ``config``).
 """
 
 import asyncio
@@ -107,7 +107,7 @@ async def pieces(connection: RequestSender, path: str, content: Content, offset:
 _RETRY_S = 5.0
 """Delay after the server was unreachable."""
 _PUT_OFF_S = 60.0
-"""A content that failed (full disk, quota, wrong digest) is retried after this long; others go on."""
+"""Delay of a content that failed (full disk, quota, wrong digest); others continue."""
 _PATIENCE_S = 5.0
 """Longest wait of a request for an unreachable server."""
 _LOOK_S = 60.0
@@ -121,12 +121,10 @@ _log = logging.getLogger(__name__)
 
 
 class _PutOff(NamedTuple):
-    """A content whose download failed."""
-
     until: float
     why: RemoteError
     content: Content | None
-    """Its content then; another one is tried at once."""
+    """Its content at that time; another one is tried at once."""
 
 
 class PayloadFetcher:
@@ -153,11 +151,9 @@ class PayloadFetcher:
 
     @property
     def mode(self) -> str:
-        """Return the setting: ``background`` or ``on-demand``."""
         return config.read_settings(self._cache.directory)["payloads"]
 
     def status(self) -> dict[str, Any]:
-        """Return the deferred contents and the running download."""
         known = [content[0] for content in self._replicator.replica.deferred.values() if content is not None]
         fetching = None
         if self._current is not None:
@@ -172,12 +168,10 @@ class PayloadFetcher:
 
     @property
     def trouble(self) -> RemoteError | None:
-        """Return the reason why a content does not arrive, if any."""
         reasons = [why for path in self._put_off if (why := self._why_put_off(path)) is not None]
         return next(iter(reasons), self._failure)
 
     def _why_put_off(self, path: str) -> RemoteError | None:
-        """Return the reason why a content was put off, if it still is."""
         put_off, deferred = self._put_off.get(path), self._replicator.replica.deferred
         return put_off.why if put_off is not None and path in deferred and deferred[path] == put_off.content else None
 
@@ -237,7 +231,7 @@ class PayloadFetcher:
             self.wake()
 
     async def take_own(self, sources: Iterable[Source]) -> None:
-        """Put attached files in place from their sources, else download them."""
+        """Copy attached files from their sources to their places, else download them."""
         for source in sources:
             content = (source.size, source.digest)
             for path in [path for path, deferred in self._replicator.replica.deferred.items() if deferred == content]:
@@ -297,7 +291,6 @@ class PayloadFetcher:
         return replica.deferred_version, self.mode if replica.deferred else "", self._wishes
 
     async def _work(self) -> None:
-        """Fetch everything due now."""
         state, now = self._state(), time.monotonic()
         self._put_off = {path: put_off for path, put_off in self._put_off.items() if put_off.until > now}
         if self._next() is not None and self._connection.token is not None:
@@ -341,7 +334,7 @@ class PayloadFetcher:
         return None
 
     async def _settle(self, connection: Connection, path: str, content: Content | None) -> None:
-        """Look up a file's content, check whether it is here, else fetch it if due."""
+        """Fetch a content that is due, unless the file has it already, as after a crash."""
         if content is None:
             await self._learn(connection, path)
             return
@@ -370,7 +363,6 @@ class PayloadFetcher:
         )  # unless a newer change replaced it, or it is no longer needed
 
     async def _is_here(self, path: str, content: Content) -> bool:
-        """Return whether the file has this content already, as after a crash."""
         before = self._cache.signature(path)
         if before is None or before[1] != content[0]:
             return False
@@ -434,7 +426,7 @@ ProgressCallback = Callable[[dict[str, Any]], None]
 
 
 class Unreadable(Exception):
-    """A file of the caller cannot be opened here, or is not the same file."""
+    """A file of the caller that cannot be opened here, or is not the same file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -449,7 +441,7 @@ class OpenFile:
 
 @contextlib.contextmanager
 def opened_files(described: list[dict[str, Any]]) -> Iterator[list[OpenFile]]:
-    """Open the files described by ``CallersFiles``, and close them afterwards. Raises Unreadable."""
+    """Open the files described by ``CallersFiles``. Raises Unreadable."""
     with contextlib.ExitStack() as stack:
         files: list[OpenFile] = []
         for file in described:
@@ -535,7 +527,6 @@ _MAX_NAME_CHARS = 256
 
 
 def run_frame(request: dict[str, Any]) -> Run:
-    """Return the frame for a ``run``. Raises Misuse."""
     argv = request["argv"]
     if not 0 < len(argv) <= MAX_ARGV:
         raise Misuse(f"too many arguments: at most {MAX_ARGV}")
@@ -547,7 +538,6 @@ def run_frame(request: dict[str, Any]) -> Run:
 
 
 def call_frame(request: dict[str, Any]) -> Call:
-    """Return the frame for a ``call``. Raises Misuse."""
     try:
         request["name"].encode()
         payload = request["payload"].encode()

@@ -21,8 +21,6 @@ CHOICES = ("mine", "theirs", "edited")
 
 
 class ConflictResolver:
-    """The conflicts of one cache, for commands."""
-
     def __init__(self, replicator: Replicator, edit_sender: EditSender) -> None:
         self._replicator = replicator
         self._edit_sender = edit_sender
@@ -155,8 +153,6 @@ _MADE_OF_EVENTS = ("tasks/", "archive/tasks/", "resources/")
 
 
 class Rescuer:
-    """The rescued files of one cache."""
-
     def __init__(self, replicator: Replicator) -> None:
         self._replicator = replicator
         self._cache = replicator.cache
@@ -343,12 +339,10 @@ class Rescuer:
 
 
 def described(entry: RescuedEntry) -> dict[str, Any]:
-    """Return an entry as listed."""
     return {"number": entry.number, "reason": entry.reason, "at": entry.at, "files": dict(entry.files)}
 
 
 def decoded(returned: dict[str, Any]) -> dict[str, Any]:
-    """Return the answer to a write. Raises Rejected."""
     answer: dict[str, Any] = json.loads(returned["payload"])
     if (error := answer.get("error")) is not None:
         raise error_from_code(str(error["message"]), error["code"])
@@ -360,7 +354,6 @@ def _owner(path: str) -> str:
 
 
 def _events(log: bytes) -> Iterator[dict[str, Any]]:
-    """Yield the events of a log, skipping invalid lines."""
     for line in log.splitlines():
         try:
             event = json.loads(line)

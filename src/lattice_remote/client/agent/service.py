@@ -86,7 +86,7 @@ _INTERVAL_S = 1.0
 
 
 class Acknowledger:
-    """Acknowledgement of applied changes. ``run()`` it while the cache is followed."""
+    """Reporter of applied changes to the server (``Applied``), while the cache is followed."""
 
     def __init__(self, replicator: Replicator, connection: Connection) -> None:
         self._replicator = replicator
@@ -94,7 +94,7 @@ class Acknowledger:
         self._acknowledged: tuple[Welcome | None, int] = (None, 0)
 
     async def run(self) -> None:
-        """Report each advance, at most once a second."""
+        """Report advances, at most one a second."""
         while True:
             await self._replicator.advanced.wait()
             self._replicator.advanced.clear()
@@ -116,7 +116,7 @@ NEVER_FILLED_WAIT_S = 20.0
 """Longest wait of a read while the cache is empty: as long as one connection attempt."""
 REACH_WAIT_S = 10.0
 STALLED_S = 30.0
-"""A connection that is behind and does not advance for this long is replaced."""
+"""A connection that is behind is replaced if it does not advance for this long."""
 _WATCH_INTERVAL_S = 5.0
 _STORE_AGE_INTERVAL_S = 60.0
 _PROGRESS_INTERVAL_S = 0.2
@@ -129,7 +129,7 @@ ProgressCallback = Callable[[dict[str, Any]], None]
 
 
 async def answered(work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
-    """Return a request's answer; turn a ``RemoteError`` into one."""
+    """Turn a ``RemoteError`` into an answer."""
     try:
         return {"ok": True, **await work}
     except RemoteError as error:
@@ -137,16 +137,16 @@ async def answered(work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Service:
-    """One followed cache. ``start()`` it in a running loop and ``close()`` it at the end.
+    """One followed cache. Call ``start()`` in a running loop, and ``close()``.
 
-    With ``is_new``, its directory is unknown to other programs until it is closed.
+    With ``is_new`` no other program knows the directory until it is closed.
     """
 
     def __init__(self, directory: str, *, is_new: bool = False) -> None:
         self.remote: Remote = read_remote(directory)
         self.cache = Cache(directory, self.remote)
         self.used_at = time.monotonic()
-        """Time of the last request (monotonic)."""
+        """Monotonic time of the last request."""
         self._replicator = Replicator(self.cache)
         self._pool = ConnectionPool(self.remote, self._replicator)
         self._connection = self._pool.following
@@ -162,13 +162,13 @@ class Service:
             self._replicator, self._connection, FileWatcher(), asyncio.Semaphore(1), _ignore
         )
         self._looking = asyncio.Lock()
-        self._pending_notices: list[str] = []  # notices for the next command
+        self._pending_notices: list[str] = []
         self._has_looked = is_new
         if is_new:
             self._replicator.writer.first_fill = FirstFill(self.cache)
 
     def start(self, token: str | None, *, named: Server | None = None, prefer_given: bool = False) -> None:
-        """Start to follow the project. A stored token precedes ``token`` unless ``prefer_given``."""
+        """Follow the project. A stored token precedes ``token`` unless ``prefer_given``."""
         with contextlib.suppress(StorageError):  # reported once the files are needed
             self.cache.make_private()
         self._pool.start(token, named=named, prefer_given=prefer_given)
@@ -179,7 +179,7 @@ class Service:
         self._tasks += [asyncio.get_running_loop().create_task(each) for each in work]
 
     def look_after(self, watching: FileWatcher, turn: asyncio.Semaphore) -> None:
-        """Start to send edits and repair modifications without a request."""
+        """Start to send edits and to repair the files without a request."""
         self._replicator.edits.evidence.begin_watch()
         self._edit_watcher = edit_watcher = EditWatcher(self._replicator, self._pool, self._edit_sender)
         self._replicator.writer.on_edits = edit_watcher.touched
@@ -189,7 +189,6 @@ class Service:
         self._start(self._integrity_monitor.run(), edit_watcher.run())
 
     async def close(self) -> None:
-        """Close all connections and store the fingerprints."""
         for task in self._tasks:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -204,18 +203,17 @@ class Service:
             self._replicator.edits.evidence.end_watch()
 
     def is_stale(self) -> bool:
-        """Return whether the directory is gone, or its remote has changed."""
         try:
             return not self.cache.is_there() or read_remote(self.cache.directory) != self.remote
         except RemoteError:
             return True
 
     def is_meant_by(self, request: dict[str, Any]) -> bool:
-        """Return whether a request means this cache, not another now at the same path."""
+        """Return whether a request means this cache, not a later one at the same path."""
         return bool([*self.cache.identity, self.remote.url, self.remote.project] == request["cache"])
 
     async def handle(self, request: dict[str, Any], report: ProgressCallback) -> dict[str, Any]:
-        """Run a request and return its answer. Raises RemoteError."""
+        """Return the request's answer. Raises RemoteError."""
         self.used_at = time.monotonic()
         token = request.get("token")
         # ``add`` runs without the agent and passes the server at start.
@@ -257,7 +255,7 @@ class Service:
         raise Misuse(f"unknown request {request['do']!r}: the agent is of another version")
 
     def _without_server(self, request: dict[str, Any], refusal: RemoteError) -> dict[str, Any]:
-        """Answer a command for another server: ``ready`` from local files, else raise."""
+        """Answer ``ready`` from local files; raise the refusal of other requests."""
         if request["do"] != "ready":
             raise refusal
         readiness = self._readiness()
@@ -266,7 +264,7 @@ class Service:
     def _long_work(
         self, request: dict[str, Any], token: str | None, report: ProgressCallback
     ) -> Coroutine[Any, Any, dict[str, Any]] | None:
-        """Return the work of a request that reports progress, else None."""
+        """Return the work of a request that reports progress."""
         match request["do"]:
             case "ready":
                 return self._ready()
@@ -315,7 +313,6 @@ class Service:
         return self._readiness()
 
     async def _look(self, wait_s: float) -> None:
-        """Restore files that changed while unwatched, for at most ``wait_s``."""
         deadline = time.monotonic() + wait_s
         self._integrity_monitor.is_awaited = True
         try:
@@ -346,7 +343,7 @@ class Service:
         }
 
     def _notices(self) -> list[str]:
-        """Return the notices for the next command: each once, lasting conditions until they end."""
+        """Return the notices for the next command: events once, conditions while they last."""
         rescue_policy = self._replicator.rescue_policy
         notices = [*rescue_policy.notices, *self._pending_notices]
         rescue_policy.notices, self._pending_notices = [], []
@@ -427,7 +424,7 @@ class Service:
             raise StorageError(f"{self.cache.directory} is locked by another process; nothing was written") from error
 
     async def _run(self, request: dict[str, Any], token: str | None, report: ProgressCallback) -> dict[str, Any]:
-        """Run a command line on the server; return once its change is in the files."""
+        """Run a command line on the server; its change is then in the files."""
         answer, notices = await self._carry_out(run_frame(request), request, token, report)
         answer = expect(answer, Reply, sent=True)
         return {
@@ -438,14 +435,14 @@ class Service:
         }
 
     async def _call(self, request: dict[str, Any], token: str | None, report: ProgressCallback) -> dict[str, Any]:
-        """Run a surface's operation; return once its change is in the files."""
+        """Run a surface's operation; its change is then in the files."""
         answer, notices = await self._carry_out(call_frame(request), request, token, report)
         answer = expect(answer, Returned, sent=True)
         payload = answer.payload.decode(errors="replace")
         return {"status": answer.status, "payload": payload, "seq": answer.seq, "notices": notices}
 
     async def _write_as_a_program(self, token: str | None, name: str, values: dict[str, Any]) -> dict[str, Any]:
-        """Run a write of the surface ``storage``. Raises RemoteError."""
+        """Run a write of the surface ``storage``."""
         payload = json.dumps(values, ensure_ascii=False)
         asked = {"id": os.urandom(16).hex(), "surface": "storage", "name": name, "payload": payload, "files": []}
         return decoded(await self._call(asked, token, lambda _: None))
@@ -525,10 +522,7 @@ class Service:
         return await read_version(self._pool.writing(token), request["task"], request["text"], str(request["version"]))
 
     async def _restore(self, request: dict[str, Any], token: str | None) -> dict[str, Any]:
-        """Make an earlier version of a plan or notes the newest one, as an edit.
-
-        A pending edit is sent first, so that it stays in the history.
-        """
+        """Make an earlier version of a text the newest one. A pending edit is sent first, to stay in the history."""
         version = await self._version(request, token)
         await self._must_be_current()
         path = self._text_path(request["task"], request["text"])
@@ -551,7 +545,6 @@ class Service:
     # --- comparing ---
 
     async def _compare(self, *, repair: bool) -> dict[str, Any]:
-        """Compare every file with the server's; with ``repair``, wait for the differing ones."""
         comparison = await self._compared(repair=repair)
         if repair and not comparison.is_clean:
             await self._fill(self._connection.failed_attempts)
@@ -574,7 +567,7 @@ class Service:
     async def _with_progress(
         self, work: Coroutine[Any, Any, dict[str, Any]], report: ProgressCallback
     ) -> dict[str, Any]:
-        """Await ``work`` and report the number of files that have arrived."""
+        """Report the number of files that have arrived until ``work`` ends."""
         task = asyncio.ensure_future(work)
         shown = False
         try:
@@ -591,7 +584,7 @@ class Service:
     # --- supervision ---
 
     async def _watch(self) -> None:
-        """Replace a connection that is behind and stalled; keep the stored age fresh."""
+        """Replace a connection that is behind and stalled; store the cache's age."""
         advance, advanced_at, stored_at = self._advance(), time.monotonic(), time.monotonic()
         while True:
             await asyncio.sleep(_WATCH_INTERVAL_S)
@@ -618,7 +611,6 @@ class Service:
             await self._pool.drop_idle()
 
     def summary(self) -> dict[str, Any]:
-        """Return this cache's entry in the agent's status."""
         return {
             "url": self.remote.url,
             "project": self.remote.project,
@@ -628,7 +620,6 @@ class Service:
         }
 
     def _repaired(self) -> dict[str, Any]:
-        """Return the repaired local changes and the way they are detected."""
         repairs = self._replicator.repairs
         return {
             "count": repairs.count,
@@ -639,7 +630,6 @@ class Service:
         }
 
     def _edits_wait_for(self) -> str | None:
-        """Return the condition that edits wait for, if any."""
         if self._edit_watcher is None:
             return "the next command, as no agent runs"
         if self._pool.has_several_tokens():
@@ -650,7 +640,6 @@ class Service:
         return None if connection.is_open and self._replicator.is_following else "the server"
 
     async def _status(self, token: str | None) -> dict[str, Any]:
-        """Return the status. Claims nothing beyond recent messages."""
         failed_before = self._connection.failed_attempts
         if not self._connection.is_open:
             self._connection.kick()
@@ -689,7 +678,7 @@ class Service:
         }
 
     async def _welcomed(self, token: str | None) -> tuple[Welcome | None, RemoteError | None]:
-        """Return the server's welcome to the caller's token."""
+        """Return the server's welcome to the caller's token, or the error."""
         try:
             connection = self._pool.writing(token)
         except RemoteError as error:
@@ -709,7 +698,6 @@ def _ignore(_ignored: object) -> None:
 
 
 def _versions(welcome: Welcome | None) -> dict[str, Any]:
-    """Return both sides' versions, and advice under ``differences``."""
     here = {"lattice-remote": __version__, "lattice-tracker": version("lattice-tracker")}
     if welcome is None:
         return {"here": here, "server": None, "differences": None}
@@ -735,7 +723,7 @@ def _comparison_fields(comparison: CacheComparison) -> dict[str, Any]:
 
 
 def serve_once(request: dict[str, Any], on_progress: ProgressCallback | None) -> dict[str, Any]:
-    """Run one request without an agent. A ``RemoteError`` becomes an answer."""
+    """Run one request without an agent; a ``RemoteError`` becomes an answer."""
     return asyncio.run(answered(_serve_once(request, on_progress or _ignore)))
 
 

@@ -172,8 +172,6 @@ def _push_project(directory: str, *, as_json: bool) -> None:
 
 
 class _Attempt(msgspec.Struct):
-    """A requested push, perhaps already done."""
-
     id: str
     digest: bytes
     size: int
@@ -185,7 +183,7 @@ class _Attempt(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class PushResult:
-    """Result of a push. ``kept`` are files that changed since, and were rescued."""
+    """``kept`` are files that changed since, and were rescued."""
 
     remote: Remote
     answer: Pushed
@@ -384,7 +382,8 @@ def _become_cache(
     """Turn the directory into a cache; return the files that changed since, which are rescued.
 
     ``remote.json`` is written last: until then this can be repeated. ``entries`` has the digest of each pushed file; a
-    plan or notes not in ``texts`` is taken from disk if unchanged.
+    plan
+    or notes not in ``texts`` is taken from disk if unchanged.
     """
     cache = Cache(directory, remote)
     cache.prepare()
@@ -433,12 +432,10 @@ _BOOKKEEPING = frozenset({"locks", ".gitignore", REMOTE_FILE, STATE_FILE, PRIVAT
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """Content of a project's directory, by relative path."""
-
     files: dict[str, Signature]
-    """Files to send, with their signatures."""
+    """Files to send."""
     skipped: list[str]
-    """Skipped entries: temporary and backup files, links."""
+    """Temporary and backup files, links."""
     bytes: int
     has_hooks: bool
 
@@ -489,7 +486,7 @@ def _has_hooks(directory: str) -> bool:
 
 @dataclass
 class Pack:
-    """A project's bundle, with the size and digest of the whole. A context manager, which removes the file."""
+    """A project's bundle in an unnamed file. A context manager, which removes it."""
 
     file: IO[bytes]
     size: int = 0

@@ -1,7 +1,7 @@
 """Reconnecting WebSocket to one project, and the requests sent on it.
 
-A request that was cut off is sent again under its own id after a reconnect (I6). After a refusal, such as a wrong
-token, the connection still retries: now and then, and at once when a command asks or the token changes.
+A request that was cut off is sent again under its id (I6). Refusals, such as of a token, do not end the attempts: they
+continue now and then, and at once when a command asks or the token changes.
 """
 
 import asyncio
@@ -78,7 +78,7 @@ Item = ServerFrame | RemoteError
 
 
 class ReceiveQueue:
-    """Bounded queue between the socket's reader and the session; one producer, one consumer."""
+    """Bounded queue between the socket's reader and the session."""
 
     def __init__(self) -> None:
         self._items: deque[Item] = deque()
@@ -87,7 +87,6 @@ class ReceiveQueue:
 
     @property
     def is_full(self) -> bool:
-        """Return whether the reader must wait because the session is slow."""
         return len(self._items) >= MAX_FRAMES or self._bytes >= MAX_BYTES
 
     async def put(self, item: Item, size: int = 0) -> None:
@@ -99,7 +98,7 @@ class ReceiveQueue:
         self._changed.set()
 
     async def take(self) -> list[Item]:
-        """Wait for at least one item and return all."""
+        """Wait for at least one item; return all."""
         while not self._items:
             await self._next_change()
         items = list(self._items)
@@ -114,9 +113,9 @@ class ReceiveQueue:
 
 
 async def read_frames(socket: ClientConnection, queue: ReceiveQueue, on_heard: Callable[[], None]) -> None:
-    """Decode frames into ``queue``, apart from their processing: a slow disk must not look like a silent server.
+    """Decode frames into ``queue``. A slow disk delays the session, but must not look like a silent server.
 
-    The connection's end goes through the queue too: the frames before it, such as a goodbye, come first.
+    The connection's end goes through the queue too, after the frames before it, such as a goodbye.
     """
     try:
         while True:
@@ -130,7 +129,6 @@ async def read_frames(socket: ClientConnection, queue: ReceiveQueue, on_heard: C
 
 
 def closing_error(closed: ConnectionClosed) -> RemoteError:
-    """Return the error for a closed connection: a violation noticed here, or the peer's close."""
     if closed.sent is not None and closed.rcvd is None and closed.sent.code in _VIOLATIONS:
         return ProtocolError(f"the server broke the protocol: {closed.sent.reason}")
     reason = f": {closed.rcvd.reason}" if closed.rcvd is not None and closed.rcvd.reason else ""
@@ -138,12 +136,7 @@ def closing_error(closed: ConnectionClosed) -> RemoteError:
 
 
 async def _message(socket: ClientConnection) -> bytes:
-    """Return the next message.
-
-    Raises:
-        ProtocolError: it is text, or has too many fragments.
-        ConnectionClosed: the connection has ended.
-    """
+    """Return the next message. Raises ProtocolError for text and too many fragments, ConnectionClosed."""
     pieces: list[bytes] = []
     async for piece in socket.recv_streaming():
         if isinstance(piece, str):
@@ -161,22 +154,17 @@ class Session(Protocol):
     """Protocol session on a connection: a ``Replicator`` or a ``RequestOnlySession``."""
 
     @property
-    def is_current(self) -> bool:
-        """Return whether the session has caught up."""
+    def is_current(self) -> bool: ...
 
-    async def hello(self) -> Hello:
-        """Return the first frame of a new connection."""
+    async def hello(self) -> Hello: ...
 
     async def receive(self, frames: list[ServerFrame]) -> ReceiveOutcome:
         """Process frames; an exception ends the connection."""
 
-    async def disconnected(self) -> None:
-        """Reset after the connection has ended."""
+    async def disconnected(self) -> None: ...
 
 
 class Condition:
-    """Condition variable that wakes every waiter."""
-
     def __init__(self) -> None:
         self._waiting: asyncio.Future[None] | None = None
 
@@ -186,7 +174,7 @@ class Condition:
         self._waiting = None
 
     async def until(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
-        """Wait until ``predicate`` holds; return False if it does not within ``timeout_s``."""
+        """Return whether ``predicate`` holds within ``timeout_s``."""
         try:
             async with asyncio.timeout(timeout_s):
                 while not predicate():
@@ -211,11 +199,11 @@ class Connection:
     changed: Condition = field(default_factory=Condition)
     """Notified whenever anything below changes."""
     welcome: Welcome | None = None
-    """The server's greeting; None while disconnected."""
+    """None while disconnected."""
     error: RemoteError | None = None
-    """Error of the last attempt or connection; None after a success."""
+    """Of the last attempt or connection; None after a success."""
     failed_attempts: int = 0
-    """Attempts and connections that ever ended: a waiter compares it to see that one has failed since."""
+    """Ended attempts and connections: a waiter sees by it that one has failed since."""
     heard_at: float | None = None
     """Time of the last frame or pong (``boot_time()``)."""
     _socket: ClientConnection | None = None
@@ -234,11 +222,10 @@ class Connection:
     # --- lifecycle ---
 
     def start(self) -> None:
-        """Start to connect, again after every failure."""
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def close(self) -> None:
-        """Close the connection; pending requests fail."""
+        """Fail the pending requests and disconnect."""
         if self._socket is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT_S):
@@ -250,14 +237,13 @@ class Connection:
             pending.answer.cancel()
 
     def kick(self) -> None:
-        """Skip the reconnect delay for a command; probe a silent connection."""
+        """Skip the delay for a command; probe a silent connection."""
         if self.welcome is None:
             self._kicked.set()
         if self.silence_s() > PING_INTERVAL_S + 2:
             self._probe.set()
 
     def use_token(self, token: str | None) -> None:
-        """Reconnect with another token."""
         if token != self.token:
             self.token = token
             self.error = None
@@ -265,19 +251,19 @@ class Connection:
             self.try_again()
 
     def try_again(self) -> None:
-        """Skip the delay because the reason of a refusal may be gone."""
+        """Skip the delay: the reason of a refusal may be gone."""
         self._backoff.lift()
         self._kicked.set()
 
     def abort(self, why: RemoteError | None = None) -> None:
-        """Abort the connection with error ``why`` and count it as failed."""
+        """Disconnect with the error ``why``; counts as a failure."""
         self._verdict = why
         if self._socket is not None:
             self._socket.transport.abort()
 
     @property
     def is_open(self) -> bool:
-        """Return whether the session is open and the server was heard recently."""
+        """Return whether the session is open, and the server was heard recently."""
         return self.welcome is not None and self.silence_s() <= ALIVE_S
 
     @property
@@ -286,12 +272,10 @@ class Connection:
 
     @property
     def is_refused(self) -> bool:
-        """Return whether the server refused: retries are pointless for now."""
         return self.error is not None and self.error.code in REFUSALS
 
     @property
     def is_barred(self) -> bool:
-        """Return whether no attempt may be made yet."""
         return self._backoff.barred_s(time.monotonic()) > 0
 
     def silence_s(self) -> float:
@@ -301,9 +285,9 @@ class Connection:
     # --- requests ---
 
     async def send_request(self, frame: Request, *, first_sent_at: float | None = None) -> Response:
-        """Send a request and return its answer, across reconnects.
+        """Return the answer to a request, sent again after a reconnect.
 
-        ``first_sent_at`` (``boot_time()``) is an earlier sender's time under the same id.
+        ``first_sent_at`` (``boot_time()``): an earlier sender's time under the same id.
 
         Raises:
             Rejected: the server refuses this token, project or version.
@@ -347,7 +331,6 @@ class Connection:
             raise self.unreachable(sent=pending.sent, is_write=pending.is_write)
 
     def unreachable(self, *, sent: bool = False, is_write: bool = True) -> ConnectionFailed:
-        """Return the error for a missing connection."""
         why = f" ({self.error.message if self.error is not None else 'no answer yet'})"
         if sent:
             return ConnectionFailed(
@@ -368,14 +351,13 @@ class Connection:
             await self.send(pending.to_send())
 
     async def send(self, *frames: ClientFrame) -> None:
-        """Send frames if connected; the receiving side notices a failure."""
+        """Send frames if connected. The reader notices a failure."""
         with contextlib.suppress(ConnectionClosed):
             for frame in frames:
                 if self._socket is not None:
                     await self._socket.send(encode(frame))
 
     async def carry_out(self, outcome: ReceiveOutcome) -> None:
-        """Send a batch's frames and hand over its answers."""
         for answer in outcome.answers:
             pending = self._pending.get(answer.id)
             if pending is not None and not pending.answer.done():
@@ -454,7 +436,7 @@ class Connection:
         await self.session.disconnected()
 
     async def _sit_out(self, delay_s: float) -> None:
-        """Wait before the next attempt, unless a command asks and no bar applies."""
+        """Wait for the next attempt, unless a command asks and no bar applies."""
         least_s = max(MIN_ATTEMPT_GAP_S, self._backoff.barred_s(time.monotonic()))
         if self._pending and not self.is_refused:
             delay_s = min(delay_s, least_s + ASKED_DELAY_S)
@@ -464,7 +446,6 @@ class Connection:
                 await self._kicked.wait()
 
     async def _converse(self) -> None:
-        """Connect, greet and run the session until an exception ends it."""
         self._socket = await open_socket(self.remote, self.token, self.named, self._accepted)
         inbox = ReceiveQueue()
         hello = await self.session.hello()
@@ -517,14 +498,14 @@ class Connection:
             raise cast("RemoteError", end)
 
     def _is_unasked(self, frame: ServerFrame) -> bool:
-        """Return whether this answers no pending request: many would fill the memory.
+        """Return whether this answers no pending request: unlimited, such frames would fill the memory.
 
-        Before the Welcome it is a violation, which the session reports.
+        Before the Welcome the session reports them as a violation.
         """
         return isinstance(frame, Response) and frame.id not in self._pending and self.welcome is not None
 
     def _note_reset(self, welcome: Welcome) -> None:
-        """Count resets of this cache; resuming an interrupted first fill is none."""
+        """Count resets of this cache, except continued first fills."""
         if welcome.resync and (self._offered or self._epoch not in ("", welcome.epoch)):
             self._backoff.was_reset(time.monotonic())
         self._epoch = welcome.epoch
@@ -542,7 +523,7 @@ class Connection:
         self.on_heard()
 
     async def _keep_alive(self, socket: ClientConnection, inbox: ReceiveQueue) -> None:
-        """Ping a silent server and give up without an answer. A full queue is local slowness."""
+        """Ping a silent server; abort without an answer. A full queue means a slow client, not a silent server."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PING_INTERVAL_S):

@@ -1,6 +1,6 @@
-"""Opening of WebSockets to a project, reconnect delays, and error messages for failed connections.
+"""Opening of WebSockets to a project, reconnect delays, and messages about failed connections.
 
-A token leaves this machine only here, and only for the configured URL: redirects are not followed.
+A token leaves this machine only here, only for the configured URL: redirects are not followed.
 """
 
 import asyncio
@@ -83,7 +83,7 @@ _WRONG_HOST = {62, 64}
 
 
 class RetryLater(ConnectionFailed):
-    """Temporary refusal with a delay in seconds."""
+    """Temporary refusal, with a delay in seconds."""
 
     def __init__(self, message: str, retry_after_s: float, *, code: str | None = None) -> None:
         super().__init__(message, code=code)
@@ -94,14 +94,13 @@ class _Dial(connect):
     """The library's connect, without redirects."""
 
     def process_redirect(self, exc: Exception) -> Exception | str:
-        """Follow none."""
         return exc
 
 
 class _Strict(ClientConnection):
-    """The library's connection, which would keep reading from a peer after a violation.
+    """The library's connection, aborted at once after a violation: the library would keep reading.
 
-    ``on_accepted`` is called once the server, or a proxy for it, accepts the connection, before the upgrade.
+    ``on_accepted`` is called when a server or proxy accepts the connection, before the upgrade.
     """
 
     def __init__(self, *args: Any, on_accepted: Callable[[], None], **options: Any) -> None:
@@ -113,7 +112,6 @@ class _Strict(ClientConnection):
         self._on_accepted()
 
     def data_received(self, data: bytes) -> None:
-        """Abort at once after invalid data; the reason is kept."""
         super().data_received(data)
         if self.protocol.handshake_exc is not None or self.protocol.parser_exc is not None:
             self.transport.abort()
@@ -122,14 +120,14 @@ class _Strict(ClientConnection):
 async def open_socket(
     remote: Remote, token: str | None, named: Server | None, on_accepted: Callable[[], None]
 ) -> ClientConnection:
-    """Connect and upgrade. ``named`` is a server from the environment, in addition to the stored ones.
+    """Connect and upgrade.
 
-    ``on_accepted`` is called between the two.
+    ``named`` is a server of the environment; ``on_accepted`` see ``_Strict``.
 
     Raises:
         Rejected: the token is missing, must not be sent there or is refused; or the certificate is refused.
         RetryLater: the server asks to retry later.
-        ConnectionFailed: the server or its proxy is unreachable, or is not a lattice-remote server.
+        ConnectionFailed: the server or its proxy is unreachable, or is no lattice-remote server.
         StorageError: the user's tokens or servers cannot be read.
     """
     if token is None:
@@ -184,10 +182,7 @@ async def open_socket(
 
 
 def fetch_projects(url: str, token: str, named: Server | None) -> list[dict[str, Any]]:
-    """Return a server's projects for a token, each with ``slug`` and ``name``. Blocks.
-
-    Follows no redirect. Raises the errors of ``open_socket``.
-    """
+    """Return the projects that a token may use, with ``slug`` and ``name``. Blocking; raises as ``open_socket``."""
     remote = Remote("origin", url, "")
     server = admit(url, named, token)
     proxy, via = _proxy(remote)
@@ -277,8 +272,7 @@ def _changed_ns(server: Server) -> tuple[int, ...]:
 def _context(
     ca_file: str | None, client_cert: str | None, client_key: str | None, _changed: tuple[int, ...]
 ) -> ssl.SSLContext:
-    """Return a context that verifies certificate and host name, and shows the client's certificate. Cached, as loading
-    the system's authorities takes 20 ms."""
+    """Return a context that verifies certificate and host. Cached: loading the system's authorities takes 20 ms."""
     context = ssl.create_default_context(cafile=ca_file)
     if client_cert:
         try:
@@ -320,7 +314,7 @@ def _no_tls(reason: str | None, remote: Remote) -> RemoteError:
 
 
 async def _alert(remote: Remote, server: Server) -> str:
-    """Return the alert with which a server ends a connection after the handshake, "" for none; nothing is sent.
+    """Return the alert that ends a connection after the handshake, "" for none; nothing is sent.
 
     TLS 1.3 asks for a client certificate only then, and the library does not report it.
     """
@@ -359,7 +353,6 @@ async def _speaks_tls(remote: Remote) -> bool:
 
 
 def _refusal(status: int, headers: Mapping[str, str] | Message, body: bytes, remote: Remote) -> RemoteError:
-    """Return the error for a refusal in HTTP."""
     retry_after_s = _seconds(headers.get("Retry-After"))
     said = _own_words(body)
     if said is None:
@@ -369,7 +362,7 @@ def _refusal(status: int, headers: Mapping[str, str] | Message, body: bytes, rem
 
 
 def _own_words(body: bytes) -> tuple[str, str] | None:
-    """Return code and message of a refusal in our form (SPEC 2.2), else None."""
+    """Return code and message of a refusal in our form (SPEC 2.2)."""
     try:
         answer = json.loads(body)
         ok, code, message = answer["ok"], answer["error"]["code"], answer["error"]["message"]
@@ -401,7 +394,6 @@ def _authenticate(remote: Remote) -> str:
 
 
 def error_of(code: str, message: str, remote: Remote, retry_after_s: float | None = None) -> RemoteError:
-    """Return the error for a reason from the server."""
     if code == "REMOTE_UNAUTHORIZED":
         message += f"; log in with: lattice remote login {remote.place}"
     if code in REFUSALS:
@@ -414,12 +406,11 @@ def error_of(code: str, message: str, remote: Remote, retry_after_s: float | Non
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """Return the seconds of a Retry-After header; dates are ignored."""
+    """Return the seconds of Retry-After; dates are ignored."""
     return float(retry_after) if retry_after is not None and re.fullmatch(r"[0-9]{1,9}", retry_after) else None
 
 
 def _describe(error: OSError) -> str:
-    """Return the system's reason, for example ``connection refused``."""
     numbers = [error.errno] if error.errno else [int(n) for n in re.findall(r"\[Errno (\d+)\]", str(error))]
     reason = os.strerror(numbers[0]) if numbers and numbers[0] > 0 else error.strerror or str(error)
     return one_line(reason[:1].lower() + reason[1:])
@@ -428,7 +419,7 @@ def _describe(error: OSError) -> str:
 FIRST_DELAY_S, MAX_DELAY_S = 0.2, 15.0
 REFUSED_DELAY_S, MAX_REFUSED_DELAY_S = 30.0, 300.0
 MIN_UPTIME_S = 5.0
-"""The delay is reset after a connection that lasted this long and brought the cache up to date."""
+"""A connection that lasted this long, and brought the cache up to date, resets the delay."""
 MAX_BAR_S = 300.0
 """Longest delay that a server can impose."""
 MAX_RESETS, RESET_WINDOW_S, RESET_BAR_S = 10, 600.0, 30.0
@@ -437,7 +428,7 @@ MAX_RESETS, RESET_WINDOW_S, RESET_BAR_S = 10, 600.0, 30.0
 
 @dataclass(slots=True)
 class Backoff:
-    """Reconnect delays of one connection. Times are monotonic seconds, passed by the caller."""
+    """Reconnect delays of one connection. The caller passes monotonic seconds."""
 
     uniform: Callable[[float, float], float] = random.uniform
     streak: int = 0
@@ -447,12 +438,10 @@ class Backoff:
     _barred_until: float = float("-inf")
 
     def was_reset(self, now: float) -> None:
-        """Record a reset of this cache by the server."""
         self._resets.append(now)
         self._is_reset = True
 
     def resets(self, now: float) -> int:
-        """Return the number of resets within the window."""
         while self._resets and self._resets[0] < now - RESET_WINDOW_S:
             self._resets.popleft()
         return len(self._resets)
@@ -466,7 +455,7 @@ class Backoff:
         retry_after_s: float | None = None,
         binds: bool = True,
     ) -> float:
-        """Record the end of a connection or attempt; return the delay before the next, in seconds.
+        """Return the delay before the next attempt, in seconds.
 
         Args:
             lasted: whether it was useful; the next delays are short again.
@@ -484,11 +473,10 @@ class Backoff:
         return max(self._delay(is_refused, retry_after_s), self.barred_s(now) + self._jitter())
 
     def barred_s(self, now: float) -> float:
-        """Return for how many seconds no attempt may be made."""
         return max(0.0, self._barred_until - now)
 
     def lift(self) -> None:
-        """Reset the delays after the obstacle has changed."""
+        """Reset the delays: the obstacle has changed."""
         self.streak = 0
 
     def _delay(self, is_refused: bool, retry_after_s: float | None) -> float:

@@ -1,11 +1,12 @@
 """Connections of one cache: one that follows, and one for each further token of a writing command.
 
-A token comes from ``tokens.json`` or with a command (``LATTICE_TOKEN``). A refused token is replaced when the file
-changes or a command brings another.
+A token comes from ``tokens.json`` or with a command (``LATTICE_TOKEN``). A refused one is replaced when the file
+changes
+or a command brings another.
 
-Unrequested edits are sent under the token that this cache's commands use. After recent commands with several tokens the
-author is unknown: such edits wait for the next command. As agents of several environments may follow one cache, the
-digests of recent tokens are stored in the cache.
+Unrequested edits are sent under the token of this cache's commands. After recent commands with several tokens the
+author is unknown: such edits wait for the next command. Agents of several environments may follow one cache, so the
+digests of recent tokens are stored in it.
 """
 
 import asyncio
@@ -28,17 +29,17 @@ from lattice_remote.errors import Rejected, RemoteError, StorageError
 __all__ = ["ConnectionPool"]
 
 LOOK_INTERVAL_S = 0.5
-"""Interval of checks whether the user's tokens or servers have changed."""
+"""Interval of checks for changed tokens or servers."""
 _WRITER_IDLE_S = 300.0
 _TOKEN_LASTS_S = 600.0
-"""A token unused for this long, while others were used, is no longer recent."""
+"""Unused for this long, while others were used, a token is no longer recent."""
 _NOTE_INTERVAL_S = 30.0
 _RECENT = f"{PRIVATE_DIRECTORY}/tokens"
 """In the cache: an empty file for each recent token, named by its digest; its time is the last use."""
 
 
 class RecentTokens:
-    """Recent tokens of a cache's commands, across all environments."""
+    """Recent tokens of a cache's commands, in all environments."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
@@ -46,7 +47,7 @@ class RecentTokens:
         self._noted: dict[str, float] = {}  # digest -> time of the last record
 
     def note(self, token: str) -> None:
-        """Record the use of a token, ignoring failures."""
+        """Record the use of a token; failures are ignored."""
         digest, now = digest_of_token(token), time.monotonic()
         if now - self._noted.get(digest, -_NOTE_INTERVAL_S) < _NOTE_INTERVAL_S:
             return
@@ -59,7 +60,6 @@ class RecentTokens:
             self._noted[digest] = now
 
     def forget(self, token: str) -> None:
-        """Forget a token that the same user replaced."""
         self._noted.pop(digest_of_token(token), None)
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(self._directory, digest_of_token(token)))
@@ -83,7 +83,6 @@ class ConnectionPool:
     def __init__(self, remote: Remote, replicator: Replicator) -> None:
         self._remote = remote
         self.following = Connection(remote, replicator, None, on_heard=replicator.heard)
-        """The connection that keeps the files current."""
         self._writers: dict[str, tuple[Connection, float]] = {}
         self._recent = RecentTokens(replicator.cache)
         self._given: dict[str, str | None] = {}  # digest -> token from a command, None: the stored one
@@ -91,7 +90,7 @@ class ConnectionPool:
         self._watcher: asyncio.Task[None] | None = None
 
     def start(self, token: str | None, *, named: Server | None = None, prefer_given: bool = False) -> None:
-        """Start to follow. A stored token precedes ``token`` unless ``prefer_given``."""
+        """Follow the project. A stored token precedes ``token`` unless ``prefer_given``."""
         self._last_stored = self.stored_token()
         connection = self.following
         connection.named = named
@@ -143,10 +142,7 @@ class ConnectionPool:
         return connection
 
     def refusal(self, named: Server | None, token: str | None) -> RemoteError | None:
-        """Return why a command may not use this server, if so.
-
-        An earlier command's ``LATTICE_REMOTE_URL`` does not count.
-        """
+        """Return why a command may not use this server. An earlier command's ``LATTICE_REMOTE_URL`` does not count."""
         if self.following.named is None or self.following.named == named:
             return None  # decided where the token is sent
         try:
@@ -156,7 +152,7 @@ class ConnectionPool:
         return None
 
     def note_use(self, given: str | None) -> None:
-        """Record a command's token, None: the user's stored one."""
+        """Record a command's token; None: the stored one."""
         token = given or self._last_stored
         if token is not None:
             self._given[digest_of_token(token)] = None if token == self._last_stored else token
@@ -197,7 +193,6 @@ class ConnectionPool:
             await connection.close()
 
     async def drop_idle(self) -> None:
-        """Close connections whose token is long unused."""
         for token, (connection, used_at) in list(self._writers.items()):
             if time.monotonic() - used_at > _WRITER_IDLE_S and not connection.is_waiting:
                 del self._writers[token]

@@ -28,7 +28,7 @@ __all__ = ["MAX_SENDS", "UNSENT_PATIENCE_S", "PendingRequest", "RequestSender", 
 
 UNSENT_PATIENCE_S = 3.0
 SENT_PATIENCE_S = 10.0
-"""Longest time that a request waits for a lost connection: before it was sent, and after."""
+"""Longest wait of a request for a lost connection: before it was sent, and after."""
 MAX_SENDS = 8
 """Most sends of a request over connections that do not last."""
 
@@ -36,8 +36,7 @@ MAX_SENDS = 8
 class RequestSender(Protocol):
     """A connection that carries requests."""
 
-    async def send_request(self, frame: Request) -> Response:
-        """Send a request and return its answer."""
+    async def send_request(self, frame: Request) -> Response: ...
 
 
 def expect[T: Response](answer: Response, kind: type[T], *, sent: bool = False) -> T:
@@ -45,7 +44,7 @@ def expect[T: Response](answer: Response, kind: type[T], *, sent: bool = False) 
 
     Raises:
         Rejected: the server refused the request.
-        ConnectionFailed: it is another kind; ``sent`` says that the request may have taken effect.
+        ConnectionFailed: another kind; ``sent``: the request may have taken effect.
     """
     if isinstance(answer, Refused):
         raise Rejected(answer.message, code=answer.code)
@@ -56,8 +55,6 @@ def expect[T: Response](answer: Response, kind: type[T], *, sent: bool = False) 
 
 @dataclass(slots=True, eq=False)
 class PendingRequest:
-    """Request without an answer yet."""
-
     frame: Request
     answer: "asyncio.Future[Response]"
     asked_at: float = field(default_factory=time.monotonic)
@@ -72,7 +69,6 @@ class PendingRequest:
 
     @property
     def patience_s(self) -> float:
-        """Return how long it waits for a lost connection: longer once it was sent."""
         is_under_way = self.first_sent_at is not None and not isinstance(self.frame, Log)
         return SENT_PATIENCE_S if is_under_way else UNSENT_PATIENCE_S
 
@@ -92,7 +88,7 @@ class PendingRequest:
 
 
 def refusal_of(frame: Request, welcome: Welcome) -> Refused | None:
-    """Return the refusal of a request that this server does not support, else None (SPEC V3 and 2.4)."""
+    """Return the refusal of a request that this server does not support (SPEC V3 and 2.4)."""
     return _not_offered(frame, welcome) or _too_large(frame, welcome)
 
 

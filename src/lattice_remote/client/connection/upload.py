@@ -1,7 +1,7 @@
 """Resumable upload of a file in parts.
 
-The server keeps received parts for a day, under the content's digest: after a lost connection, another agent or command
-resumes there. Use a separate connection (``ConnectionPool.bulk``), so that no command waits behind the parts.
+The server keeps received parts for a day under the content's digest, so another agent or command can resume. Use a
+separate connection (``ConnectionPool.bulk``): no command should wait behind the parts.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ _PIECE_BYTES = 256 * 1024
 _WINDOW = 8
 """Parts in flight: enough to fill a line, few enough to leave room for others."""
 _MAX_SETBACKS = 10
-"""Most losses of received parts before giving up; a restarted server loses them once."""
+"""Most losses of received parts; a restarted server loses them once."""
 _BUSY_ATTEMPTS, _BUSY_DELAY_S = 20, 0.5
 
 
@@ -51,9 +51,7 @@ async def upload(
     purpose: str = "attachment",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Upload ``source``, without the parts that the server already has.
-
-    After a cancellation or failure another call, also by another process, resumes.
+    """Upload ``source``, without the parts that the server already has. Repeat it after a cancellation or failure.
 
     Args:
         connection: its token may then refer to the upload by digest and size, for a day.
@@ -114,7 +112,6 @@ class _Sender:
                 sent = have
 
     async def stop(self) -> None:
-        """Cancel the parts in flight."""
         for _, work in self._under_way:
             work.cancel()
         await asyncio.gather(*(work for _, work in self._under_way), return_exceptions=True)
@@ -130,7 +127,7 @@ class _Sender:
         return piece
 
     async def _ask(self, offset: int, data: bytes) -> int:
-        """Send a part or query; return the number of bytes there."""
+        """Send a part, or a query without data; return the number of bytes there."""
         source = self._source
         for attempts_left in reversed(range(_BUSY_ATTEMPTS)):
             frame = Upload(os.urandom(16).hex(), source.digest, source.size, offset, data, self._purpose)

@@ -54,11 +54,9 @@ main({lattice!r}, {python!r})
 
 @dataclass(frozen=True, slots=True)
 class WarmProcess:
-    """Running warm process of this environment."""
-
     pid: int
     memory_bytes: int
-    """Its own memory: pages that it shares with no other process."""
+    """Pages that it shares with no other process."""
     uptime_s: float
 
 
@@ -67,7 +65,6 @@ def default_directory() -> Path:
 
 
 def real_lattice() -> str:
-    """Return the path of the ``lattice`` of this installation."""
     return str(Path(sys.executable).parent / NAME)
 
 
@@ -126,18 +123,15 @@ def is_ours(path: Path) -> bool:
 
 
 def first_on_path() -> Path | None:
-    """Return the ``lattice`` that a shell with this PATH runs."""
     found = shutil.which(NAME)
     return None if found is None else Path(found)
 
 
 def path_line(directory: Path) -> str:
-    """Return the line for a shell's profile that puts the launcher first."""
     return f"export PATH={shlex.quote(str(directory))}:$PATH"
 
 
 def find_warm() -> WarmProcess | None:
-    """Return the warm process of this environment; None if it is not running."""
     path = _socket_path()
     pid = None if path is None else _listener_of(path)
     if pid is None:
@@ -155,8 +149,7 @@ def find_warm() -> WarmProcess | None:
 def stop_warm(*, every: bool = False) -> list[int]:
     """Stop the warm process of this environment, or all of this user's, after its running commands.
 
-    Returns:
-        The process ids.
+    Returns the process ids.
     """
     own = _socket_path()
     if own is None:
@@ -192,7 +185,6 @@ def _socket_path() -> bytes | None:
 
 
 def _listener_of(path: bytes) -> int | None:
-    """Return the process id of the warm process that listens at ``path``."""
     with socket.socket(socket.AF_UNIX) as stream:
         try:
             stream.connect(path)

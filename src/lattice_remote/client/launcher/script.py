@@ -1,9 +1,9 @@
-"""Executable ``lattice``: hands its command line to the warm process, or executes the real ``lattice``.
+"""Executable ``lattice``: passes its command line to the warm process, or executes the real ``lattice``.
 
-The installed script starts ``python -IS`` and imports this file alone, outside its package. It uses modules in C only:
-each further import would be a part of every command's time. ``warm`` imports the same file for the names they share.
+The installed script starts ``python -IS`` and imports this file alone. It uses modules in C only: each further import
+would be a part of every command's time. ``warm`` imports this file for the names that they share.
 
-Conversation over the warm process's socket, after the connection:
+Conversation on the warm process's socket:
 
 1. The warm process forks, and sends ``READY`` with a pidfd of the child.
 2. The launcher sends a request: its length (4 bytes, little endian), ``encode_request``; with it descriptors 0, 1, 2
@@ -11,8 +11,7 @@ Conversation over the warm process's socket, after the connection:
 3. The child sends ``LEAVE`` and a zero byte if the command needs a process of its own; nothing has happened then.
    Otherwise the warm process sends ``EXITED`` or ``KILLED``, and the exit code or the signal.
 
-A connection that ends without an answer is an interrupted command: the real ``lattice`` runs it again under the same
-request id (I6).
+After a connection without an answer the real ``lattice`` runs the command again, under the same request id (I6).
 """
 
 import _imp
@@ -27,8 +26,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 REQUEST_ENV = "LATTICE_REMOTE_REQUEST"
-"""``ID`` or ``ID:SECONDS``: the request id of the next routed command, and the boot time at which an earlier attempt
-started."""
+"""``ID`` or ``ID:SECONDS``: request id of the next routed command, and boot time of its first attempt."""
 LANGUAGE = 1
 """Incremented when the conversation changes."""
 READY, LEAVE, EXITED, KILLED = b"R", b"L", b"E", b"K"
@@ -37,7 +35,7 @@ FAILED_S = 60.0
 """A warm process that failed to start is started again after this time."""
 _READY_TIMEOUT_S = 1.0
 _OWN_PROCESS = frozenset((b"attach", b"dashboard", b"demo", b"init", b"plugins", b"remote", b"restart"))
-"""The most frequent of the commands that never run in a warm process."""
+"""Frequent commands that never run in a warm process."""
 _FORWARDED = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT)
 _INTERPRETER = (b"PYTHON", b"LC_", b"LANG", b"LD_", b"GLIBC_", b"MALLOC_")
 """Prefixes of variables that an interpreter reads when it starts."""
@@ -72,8 +70,7 @@ def read(path: bytes) -> bytes:
 def world(environ: Environment, process: bytes = b"self") -> bytes:
     """Describe the environment that a warm process cannot take from a request (I13).
 
-    These are namespaces, root directory, rights and confinement, and the variables that the interpreter has read. Equal
-    descriptions run a command alike.
+    These are namespaces, root directory, rights and confinement, and the variables that the interpreter has read.
 
     Raises:
         OSError: the process is gone, or belongs to another user or PID namespace.
@@ -139,7 +136,7 @@ def _is_own(directory: bytes) -> bool:
 
 
 def main(lattice: str, python: str) -> "NoReturn":
-    """Run the command line of this process. ``lattice`` is the real one's path, ``python`` the interpreter's."""
+    """Run this process's command line. ``lattice`` and ``python`` are paths of the real ones."""
     for number in (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP):
         if _signal.getsignal(number) != _signal.SIG_IGN:
             _signal.signal(number, _signal.SIG_DFL)
@@ -267,7 +264,6 @@ def _forward_signals(child: int) -> None:
 
 
 def _die_of(number: int) -> "NoReturn":
-    """End with the signal that ended the command."""
     _signal.signal(number, _signal.SIG_DFL) if number not in (_signal.SIGKILL, _signal.SIGSTOP) else None
     posix.kill(posix.getpid(), number)
     posix._exit(128 + number)
@@ -310,7 +306,6 @@ def _close_all() -> None:
 
 
 def _execute(lattice: str, argv: list[bytes], environ: Environment) -> "NoReturn":
-    """Replace this process by the real ``lattice``."""
     try:
         posix.execve(lattice, [lattice.encode(sys.getfilesystemencoding(), "surrogateescape"), *argv], environ)
     except OSError as error:

@@ -1,10 +1,9 @@
 """Warm process: has lattice loaded, and forks a child for each command of a launcher.
 
-There is one per installation and environment (``script.world``), beside the agent. It is single-threaded. A child runs
-one command with the caller's directory, descriptors, variables, umask, limits and signal dispositions. It serves only
-reads of a cache and routed writes; ``routing`` leaves any other command to a process of its own. The process exits when
-it is idle, when its socket is gone, and when a package changes: the next launcher starts another one.
-Launchers start it with ``python -m lattice_remote.client.launcher.warm``.
+Launchers start it with ``python -m lattice_remote.client.launcher.warm``, one per installation and environment
+(``script.world``). It is single-threaded. A child runs one command with the caller's directory, descriptors, variables,
+umask, limits and signal dispositions. It serves only reads of a cache and routed writes; ``routing`` leaves any other
+command to a process of its own. The process exits when it is idle, when its socket is gone, and when a package changes.
 """
 
 import fcntl
@@ -37,7 +36,7 @@ IDLE_ENV = "LATTICE_REMOTE_AGENT_IDLE_S"
 _LOOK_S = 5.0
 """Interval of the checks whether the process is still needed."""
 _MAX_COMMANDS = 64
-"""Commands at a time. Launchers beyond wait a second, then execute the real ``lattice``."""
+"""Launchers beyond wait a second, then execute the real ``lattice``."""
 _REQUEST_TIMEOUT_S = 10.0
 _PR_SET_PDEATHSIG = 1
 _SO_PEERPIDFD = 77
@@ -52,8 +51,6 @@ class _Refused(Exception):
 
 
 class Warm:
-    """Server of launchers, while it is needed."""
-
     def __init__(self, path: bytes, world: bytes, idle_s: float, lock: int, packages: Signature) -> None:
         self._path = path
         self._lock = lock
@@ -64,10 +61,10 @@ class Warm:
         """Signature of the packages before they were loaded."""
         self._poll = select.poll()
         self._commands: dict[int, _Command] = {}
-        """Running commands, each by its pidfd and by the descriptor of its connection."""
+        """By pidfd and by descriptor of the connection."""
 
     def run(self) -> None:
-        """Serve. The caller holds the lock, so an existing socket is stale."""
+        """Serve while needed. The caller holds the lock, so an existing socket is stale."""
         listener = socket.socket(socket.AF_UNIX)
         with suppress(FileNotFoundError):
             os.unlink(self._path)
@@ -103,7 +100,6 @@ class Warm:
             self._attend({descriptor for descriptor, _ in self._poll.poll()})
 
     def _is_current(self) -> bool:
-        """Return whether the loaded packages are the installed ones."""
         return _signature() == self._packages
 
     def _accept(self, listener: socket.socket, woken: socket.socket, waking: socket.socket) -> None:
@@ -152,7 +148,6 @@ class _Command:
     stream: socket.socket
 
     def report(self) -> None:
-        """Send the child's exit to its launcher."""
         os.close(self.pidfd)
         _, status = os.waitpid(self.pid, 0)
         killed = os.WIFSIGNALED(status)
@@ -278,7 +273,6 @@ def _become_caller(stream: socket.socket, world: bytes) -> list[str]:
 
 
 def _open_peer(stream: socket.socket, peer: int) -> int:
-    """Return a pidfd of the process that connected."""
     try:
         data = stream.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4)
     except OSError:  # Linux before 6.5
@@ -356,7 +350,7 @@ def _open_streams() -> None:
 
 
 def _run_lattice(argv: list[str]) -> int:
-    """Run the command and return its exit code, if it does not exit itself."""
+    """Return the command's exit code, if it does not exit itself."""
     from lattice.cli.main import cli
 
     from lattice_remote.client import routing

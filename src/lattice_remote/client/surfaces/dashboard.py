@@ -1,8 +1,8 @@
 """``lattice dashboard`` in a remote project: lattice's own server and page, whose writes run on the project's server.
 
-Lattice's handlers answer reads from the cache. A POST is run by the same handlers on the server, and answered once its
-change is in the cache. Only requests that start a program, such as an editor, run on this machine. Requests that a
-foreign page in this machine's browser could send are refused: they would act in the user's name on a shared project.
+Lattice's handlers answer reads from the cache, and run each POST on the server; its change is then in the cache. Only
+requests that start a program, such as an editor, run on this machine. Cross-site requests are refused: they would act
+in the user's name on a shared project.
 """
 
 import json
@@ -39,7 +39,7 @@ State = tuple[str, str]
 
 
 class CacheWatcher:
-    """Watcher of one cache. ``with watcher: watcher.wait(...)``, in any threads."""
+    """Watcher of one cache, for any threads. A context manager."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
@@ -192,7 +192,6 @@ class _Server(socketserver.ThreadingMixIn, HTTPServer):
 
 
 def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
-    """Return lattice's handler with the additions for a remote."""
     base: Any = lattices._make_handler_class(lattice_dir, readonly=readonly)
 
     class RemoteHandler(base):  # type: ignore[misc] # made at run time
@@ -251,7 +250,6 @@ def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
         # --- writes ---
 
         def _forward(self, path: str) -> None:
-            """Forward a POST to the project's server."""
             length = self.headers.get("Content-Length", "0")
             if not length.isdecimal():
                 self.headers.replace_header("Content-Length", "")  # a negative length would block the read
@@ -305,7 +303,6 @@ def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
                     known = state
 
         def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's own word
-            """Log nothing for the reads that pages repeat."""
             if self.command != "GET":
                 super().log_message(format, *args)
 

@@ -1,8 +1,8 @@
 """Lattice's own MCP server, with writes run on the projects' servers. stdout carries only the protocol.
 
-A reading tool runs here, on an updated cache, under the guard. If the server is out of reach, the result says how old
-the data is. Every other one is called on the server
-(``worker/calls/mcp.py``), and returns once its change is in the cache. Lattice handles projects without a remote.
+A reading tool runs here, on an updated cache, under the guard; if the server is out of reach, its result says how old
+the data is. Every other tool is called on the server (``worker/calls/mcp.py``); its change is then in the cache.
+Lattice handles projects without a remote.
 """
 
 import json
@@ -37,7 +37,7 @@ from lattice_remote.errors import RemoteError
 __all__ = ["serve"]
 
 _READS = frozenset({"lattice_comments", "lattice_config", "lattice_list", "lattice_show"})
-"""Tools that only read the project. Others may write: they go to the server, which refuses unknown ones.
+"""Tools that only read the project. The server refuses unknown ones.
 
 ``lattice_doctor`` also needs ``locks/``, which no cache has.
 """
@@ -46,7 +46,7 @@ _FILES = {"lattice_attach": "source"}
 
 
 _stale: ContextVar[list[str]] = ContextVar("stale")
-"""Collects the age of the data that the present request reads."""
+"""Age of the data that the present request reads."""
 
 
 def serve() -> None:
@@ -93,7 +93,7 @@ class _Caches:
 
 
 async def _call_tool(call_tool: Callable[[Any], Any], request: Any) -> Any:
-    """Run a tool, and add the age of its data to the result if that is not current."""
+    """Run a tool; add the age of its data if that is not current."""
     lines: list[str] = []
     _stale.set(lines)
     answer = await call_tool(request)
@@ -140,7 +140,6 @@ def _cache_of(lattice_root: str | None) -> str | None:
 
 
 def _call_there(directory: str, name: str, arguments: dict[str, Any]) -> Any:
-    """Call a tool on the server. Blocking."""
     sent = {key: value for key, value in arguments.items() if key != "lattice_root" and value is not None}
     with CallersFiles.of_value(sent.get(_FILES.get(name, ""))) as files:
         answer = call(directory, "mcp", name, json.dumps(sent), files.described)
