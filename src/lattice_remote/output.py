@@ -64,9 +64,9 @@ def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str, plural: str = "") -> str:
     """Return ``1 token`` or ``2 tokens``."""
-    return f"{number} {noun}{'s' * (number != 1)}"
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def _row(entry: LogEntry, short_ids: Mapping[str, str]) -> tuple[str, str, str, str, str, str]:

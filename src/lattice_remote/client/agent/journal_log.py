@@ -9,14 +9,7 @@ import msgspec
 
 from lattice_remote import output
 from lattice_remote.errors import Misuse, ProtocolError
-from lattice_remote.protocol.messages import (
-    MAX_LOG_ENTRIES,
-    Log,
-    LogEntry,
-    LogPage,
-    ReadVersion,
-    Version,
-)
+from lattice_remote.protocol.messages import MAX_LOG_ENTRIES, Log, LogEntry, LogPage, ReadVersion, Version
 
 if TYPE_CHECKING:
     from lattice_remote.client.connection.connection import Connection

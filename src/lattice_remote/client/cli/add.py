@@ -27,7 +27,6 @@ from lattice_remote.client.cli.common import (
     CaFile,
     Insecure,
     Json,
-    count,
     fields_of,
     notify,
     print_result,
@@ -50,6 +49,7 @@ from lattice_remote.client.config import (
 )
 from lattice_remote.client.trusted_servers import Server
 from lattice_remote.errors import Misuse, RemoteError, StorageError, one_line
+from lattice_remote.output import counted
 from lattice_remote.protocol.bundle import first_sign_of_use
 
 __all__ = ["app"]
@@ -208,7 +208,7 @@ def _print(added: _Added, what: str, *, as_json: bool) -> None:
     else:
         typer.echo(
             f"{what} ({added.remote.url}, project {added.remote.project}): "
-            f"{count(added.tasks, 'task')}, {count(added.files, 'file')}, at change {added.seq}."
+            f"{counted(added.tasks, 'task')}, {counted(added.files, 'file')}, at change {added.seq}."
         )
 
 

@@ -9,13 +9,10 @@ import typer
 
 from lattice_remote.client import agent_runtime
 from lattice_remote.client.agent_client import agent_enabled, describe_age, send_if_running, send_to_agent
-from lattice_remote.client.cli.common import (
-    Json,
-    count,
-    print_result,
-)
+from lattice_remote.client.cli.common import Json, print_result
 from lattice_remote.client.launcher import install as launcher
 from lattice_remote.errors import ConnectionFailed, StorageError
+from lattice_remote.output import counted
 
 __all__ = ["agent_app", "launcher_app"]
 
@@ -83,7 +80,7 @@ def _show(agent: dict[str, Any]) -> None:
 
 
 def _count(others: list[dict[str, Any]]) -> str:
-    return f"{count(len(others), 'more agent')} of this user {'runs' if len(others) == 1 else 'run'}"
+    return f"{counted(len(others), 'more agent')} of this user {'runs' if len(others) == 1 else 'run'}"
 
 
 def _why_not() -> str:

@@ -16,6 +16,7 @@ from lattice_remote.client.cache.evidence import Repository
 from lattice_remote.client.completion import Values, tasks_of
 from lattice_remote.client.config import CHOICES, REMOTE_FILE, UNPUSHED_FILE, Remote, is_unpushed, read_remote
 from lattice_remote.errors import Misuse, RemoteError, one_line
+from lattice_remote.output import counted
 
 __all__ = [
     "CaFile",
@@ -26,7 +27,6 @@ __all__ = [
     "complete_remotes",
     "complete_settings",
     "complete_tasks",
-    "count",
     "fields_of",
     "here",
     "lattice_directory",
@@ -138,7 +138,7 @@ def warn_of_tracking(directory: str) -> None:
     tracked = [path for path in Repository(directory).tracked() if path not in (REMOTE_FILE, ".gitignore")]
     if tracked:
         notify(
-            f"a git repository tracks {count(len(tracked), 'file')} of this .lattice, such as {tracked[0]}; git "
+            f"a git repository tracks {counted(len(tracked), 'file')} of this .lattice, such as {tracked[0]}; git "
             "checkout, stash or reset would put earlier contents there, which are not sent but replaced by the "
             "server's. Stop tracking all of .lattice except remote.json and .gitignore, and keep the files on disk "
             "(see git help rm, option --cached)"
@@ -157,10 +157,6 @@ def send_request(do: str, directory: str, on_progress: Progress | None = None, *
 
 def fields_of(found: Remote) -> dict[str, str]:
     return {"name": found.name, "url": found.url, "project": found.project}
-
-
-def count(number: int, noun: str, plural: str = "") -> str:
-    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def notify(*notices: str) -> None:

@@ -17,10 +17,11 @@ import typer
 from lattice_remote.client import agent_runtime, credentials, trusted_servers
 from lattice_remote.client.agent_client import agent_enabled, send_if_running
 from lattice_remote.client.cache.evidence import Repository
-from lattice_remote.client.cli.common import Json, count, lattice_directory, print_result
+from lattice_remote.client.cli.common import Json, lattice_directory, print_result
 from lattice_remote.client.config import REMOTE_FILE, UNPUSHED_FILE, Remote, is_cache, is_unpushed, read_remote
 from lattice_remote.client.launcher.install import is_ours
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, one_line
+from lattice_remote.output import counted
 
 __all__ = ["app"]
 
@@ -58,7 +59,7 @@ def doctor(as_json: Json = False) -> None:
             typer.echo(f"{'ok' if check.ok else 'PROBLEM':<9}{check.name + ':':<15}{one_line(check.found)}")
             if check.do:
                 typer.echo(f"{'':<9}{'do:':<15}{one_line(check.do)}")
-        typer.echo(f"{count(problems, 'problem')} found." if problems else "No problems found.")
+        typer.echo(f"{counted(problems, 'problem')} found." if problems else "No problems found.")
     if problems:
         raise SystemExit(1)
 
@@ -190,7 +191,7 @@ def _certificate(expires: str | None) -> Diagnosis:
     if expires is None:
         return Diagnosis("TLS", True, "the certificate is verified")
     days = int((ssl.cert_time_to_seconds(expires) - time.time()) // 86_400)
-    until = f"the certificate is verified, and expires in {count(days, 'day')}"
+    until = f"the certificate is verified, and expires in {counted(days, 'day')}"
     if days >= _RENEW_DAYS:
         return Diagnosis("TLS", True, until)
     return Diagnosis("TLS", False, until, "its administrator must renew it; then nothing is to be done here")
@@ -227,7 +228,7 @@ def _agent() -> Diagnosis:
     if answer is None:
         return Diagnosis("agent", True, "not running; the next command starts it")
     return Diagnosis(
-        "agent", True, f"pid {answer['pid']}, {count(len(answer['caches']), 'cache')}, log {answer['log']}"
+        "agent", True, f"pid {answer['pid']}, {counted(len(answer['caches']), 'cache')}, log {answer['log']}"
     )
 
 
@@ -262,7 +263,7 @@ def _git(directory: str) -> Diagnosis:
     return Diagnosis(
         "git",
         False,
-        f"the repository tracks {count(len(tracked), 'file')} of .lattice, such as {tracked[0]}: git checkout, stash "
+        f"the repository tracks {counted(len(tracked), 'file')} of .lattice, such as {tracked[0]}: git checkout, stash "
         "or reset puts earlier contents there, which are reverted",
         "stop tracking all of .lattice except remote.json and .gitignore, and keep the files on disk (git help rm, "
         "option --cached)",

@@ -21,7 +21,6 @@ from lattice_remote.client.cache.verify import read_all
 from lattice_remote.client.cli.common import (
     Json,
     Name,
-    count,
     here,
     notify,
     print_result,
@@ -42,6 +41,7 @@ from lattice_remote.client.config import (
 from lattice_remote.client.trusted_servers import Server
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError, one_line
 from lattice_remote.files import write_atomically
+from lattice_remote.output import counted
 from lattice_remote.protocol.messages import Push, Pushed, Refused, Welcome
 from lattice_remote.protocol.paths import is_editable
 
@@ -130,8 +130,8 @@ def _plan_project(directory: str, *, as_json: bool) -> None:
         print_result({**data, "skipped": found.skipped, "hooks": found.has_hooks, "trouble": trouble})
     else:
         typer.echo(f"Would push to {remote.url}, project {remote.project}:")
-        parts = [count(n, label.replace("_", " ").removesuffix("s")) for label, n in counts.items() if n]
-        typer.echo(f"  {', '.join([*parts, count(len(found.files), 'file')])}, {found.bytes} bytes")
+        parts = [counted(n, label.replace("_", " ").removesuffix("s")) for label, n in counts.items() if n]
+        typer.echo(f"  {', '.join([*parts, counted(len(found.files), 'file')])}, {found.bytes} bytes")
         if found.has_hooks:
             typer.echo("  omitted: the hooks of config.json, unless the server's administrator allows them")
         if found.skipped:
@@ -161,7 +161,7 @@ def _push_project(directory: str, *, as_json: bool) -> None:
         print_result({**data, "notes": answer.notes, "kept": done.kept})
         return
     typer.echo(
-        f"Pushed {count(answer.tasks, 'task')}, {answer.archived} archived, {count(answer.files, 'file')} to "
+        f"Pushed {counted(answer.tasks, 'task')}, {answer.archived} archived, {counted(answer.files, 'file')} to "
         f"{done.remote.url}, project {done.remote.project}; this directory is its cache now, at change {answer.seq}."
     )
     notify(*answer.notes)

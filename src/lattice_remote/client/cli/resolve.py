@@ -13,15 +13,9 @@ import typer
 
 from lattice_remote.client.agent_client import describe_age
 from lattice_remote.client.cache.cache import BASE_DIRECTORY
-from lattice_remote.client.cli.common import (
-    Json,
-    complete_tasks,
-    count,
-    here,
-    print_result,
-    send_request,
-)
+from lattice_remote.client.cli.common import Json, complete_tasks, here, print_result, send_request
 from lattice_remote.errors import Misuse, one_line
+from lattice_remote.output import counted
 
 __all__ = ["app", "rescued_app"]
 
@@ -160,7 +154,7 @@ _NONE = "No rescued files."
 def _numbers(incomplete: str) -> Iterator[tuple[str, str]]:
     for entry in _rescued("list", [])["entries"]:
         if str(entry["number"]).startswith(incomplete):
-            yield str(entry["number"]), f"{count(len(entry['files']), 'file')}, {_age(entry)} ago"
+            yield str(entry["number"]), f"{counted(len(entry['files']), 'file')}, {_age(entry)} ago"
 
 
 Numbers = Annotated[list[int] | None, typer.Argument(metavar="[NUMBER]...", help="As listed.", autocompletion=_numbers)]
@@ -257,7 +251,7 @@ def _chosen(numbers: list[int] | None, *, every: bool) -> list[int]:
 
 
 def _headline(entry: dict[str, Any]) -> str:
-    return f"{entry['number']}: {count(len(entry['files']), 'file')}, {_age(entry)} ago: {one_line(entry['reason'])}"
+    return f"{entry['number']}: {counted(len(entry['files']), 'file')}, {_age(entry)} ago: {one_line(entry['reason'])}"
 
 
 def _age(entry: dict[str, Any]) -> str:

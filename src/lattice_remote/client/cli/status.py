@@ -8,7 +8,6 @@ from lattice_remote.client.agent_client import describe_age, send_if_running
 from lattice_remote.client.cli.common import (
     Json,
     Name,
-    count,
     here,
     print_result,
     send_request,
@@ -17,6 +16,7 @@ from lattice_remote.client.cli.common import (
 )
 from lattice_remote.client.config import Remote
 from lattice_remote.errors import REFUSALS, ConnectionFailed, one_line
+from lattice_remote.output import counted
 
 __all__ = ["app"]
 
@@ -122,14 +122,14 @@ def _cache(answer: dict[str, Any]) -> str:
     if there is None:
         age = "never filled" if answer["age_s"] is None else f"{describe_age(answer['age_s'])} old"
         return f"{age} (change {here} here, unknown on the server)"
-    return f"catching up (change {here} here, {there} on the server, {count(answer['missing'], 'file')} to fetch)"
+    return f"catching up (change {here} here, {there} on the server, {counted(answer['missing'], 'file')} to fetch)"
 
 
 def _payloads(found: dict[str, Any]) -> str:
     how = "fetched in the background" if found["mode"] == "background" else "fetched on demand"
     if not found["deferred"]:
         return f"all here ({how})"
-    text = f"{count(found['deferred'], 'file')} of {found['deferred_bytes'] / _MIB:.1f} MiB not here ({how})"
+    text = f"{counted(found['deferred'], 'file')} of {found['deferred_bytes'] / _MIB:.1f} MiB not here ({how})"
     if (now := found["fetching"]) is not None:
         text += f"; fetching {now['path']}, {now['done'] / _MIB:.1f} of {now['total'] / _MIB:.1f} MiB"
     return text + (f"; {found['trouble']}" if found["trouble"] else "")
@@ -166,12 +166,12 @@ def _conflicts(conflicts: list[dict[str, Any]]) -> str:
 
 
 def _rescued(entries: list[dict[str, Any]]) -> str:
-    files = count(sum(len(entry["files"]) for entry in entries), "file")
-    return f"{files} in {count(len(entries), 'entry', 'entries')}; see: lattice remote rescued" if entries else "none"
+    files = counted(sum(len(entry["files"]) for entry in entries), "file")
+    return f"{files} in {counted(len(entries), 'entry', 'entries')}; see: lattice remote rescued" if entries else "none"
 
 
 def _repaired(repaired: dict[str, Any]) -> str:
-    text = f"{count(repaired['count'], 'file')} since the agent started"
+    text = f"{counted(repaired['count'], 'file')} since the agent started"
     if repaired["last_path"] is not None:
         text += f", last {repaired['last_path']} {describe_age(repaired['last_age_s'])} ago"
     if repaired["contested"]:
@@ -182,7 +182,7 @@ def _repaired(repaired: dict[str, Any]) -> str:
 def _agent(agent: dict[str, Any] | None) -> str:
     if agent is None:
         return "not used"
-    return str(agent.get("error") or f"pid {agent['pid']}, {count(len(agent['caches']), 'cache')}")
+    return str(agent.get("error") or f"pid {agent['pid']}, {counted(len(agent['caches']), 'cache')}")
 
 
 def _versions(found: dict[str, str]) -> str:

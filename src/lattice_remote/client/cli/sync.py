@@ -14,7 +14,6 @@ from lattice_remote.client.cli.common import (
     Name,
     complete_settings,
     complete_tasks,
-    count,
     here,
     notify,
     print_result,
@@ -23,6 +22,7 @@ from lattice_remote.client.cli.common import (
 )
 from lattice_remote.client.config import read_settings
 from lattice_remote.errors import Misuse, one_line
+from lattice_remote.output import counted
 
 __all__ = ["app"]
 
@@ -60,8 +60,8 @@ def sync(as_json: Json = False) -> None:
     _list(answer, {"fetched": "differing", "restored": "missing", "removed": "surplus", "kept edit": "edited"})
     notify(*answer["notices"])
     repaired = sum(len(answer[key]) for key in ("differing", "missing", "surplus"))
-    what = f"repaired {count(repaired, 'file')} of" if repaired else "nothing to repair in"
-    typer.echo(f"Compared with the server at change {answer['seq']}: {what} {count(answer['total'], 'file')}.")
+    what = f"repaired {counted(repaired, 'file')} of" if repaired else "nothing to repair in"
+    typer.echo(f"Compared with the server at change {answer['seq']}: {what} {counted(answer['total'], 'file')}.")
 
 
 @app.command()
@@ -78,9 +78,9 @@ def verify(as_json: Json = False) -> None:
         print_result({**answer, "equal": not differences})
     else:
         _list(answer, labels)
-        but = f", except {count(len(answer['deferred']), 'file')} not here" if answer["deferred"] else ""
-        outcome = f"{count(differences, 'difference')} in" if differences else f"equal{but}, all"
-        typer.echo(f"Compared with the server at change {answer['seq']}: {outcome} {count(answer['total'], 'file')}.")
+        but = f", except {counted(len(answer['deferred']), 'file')} not here" if answer["deferred"] else ""
+        outcome = f"{counted(differences, 'difference')} in" if differences else f"equal{but}, all"
+        typer.echo(f"Compared with the server at change {answer['seq']}: {outcome} {counted(answer['total'], 'file')}.")
     if differences:
         raise typer.Exit(1)
 
@@ -181,7 +181,7 @@ def fetch(
     for path in answer["fetched"]:
         typer.echo(f"fetched: {one_line(path)}")
     if answer["fetched"]:
-        typer.echo(f"Fetched {count(len(answer['fetched']), 'file')}, {answer['bytes'] / _MIB:.1f} MiB.")
+        typer.echo(f"Fetched {counted(len(answer['fetched']), 'file')}, {answer['bytes'] / _MIB:.1f} MiB.")
     else:
         typer.echo("Nothing to fetch: it is here." if named else "Nothing to fetch: everything is here.")
 

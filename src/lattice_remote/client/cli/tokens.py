@@ -15,7 +15,6 @@ from lattice_remote.client.cli.common import (
     Insecure,
     Json,
     Url,
-    count,
     here,
     lattice_directory,
     notify,
@@ -25,6 +24,7 @@ from lattice_remote.client.cli.push import connected
 from lattice_remote.client.config import Remote, below, parse_url
 from lattice_remote.client.trusted_servers import Server
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, one_line
+from lattice_remote.output import counted
 
 __all__ = ["app", "ask_for_token", "hint_of_slash", "listed_projects"]
 
@@ -229,7 +229,9 @@ def logout(url: Url = "") -> None:
     gone = credentials.forget(server_url, slug)
     if not credentials.is_known(server_url):
         trusted_servers.forget(server_url)
-    typer.echo(f"Forgot {count(gone, 'token')} for {server_url}." if gone else f"There was no token for {server_url}.")
+    typer.echo(
+        f"Forgot {counted(gone, 'token')} for {server_url}." if gone else f"There was no token for {server_url}."
+    )
 
 
 def ask_for_token(server_url: str) -> str:

@@ -20,15 +20,9 @@ import typer
 from lattice_remote import output
 from lattice_remote.client.agent.journal_log import MAX_ENTRIES, task_of
 from lattice_remote.client.agent_client import send_request
-from lattice_remote.client.cli.common import (
-    Json,
-    complete_tasks,
-    count,
-    here,
-    print_result,
-    request,
-)
+from lattice_remote.client.cli.common import Json, complete_tasks, here, print_result, request
 from lattice_remote.errors import ConnectionFailed, Misuse, RemoteError, one_line, printable
+from lattice_remote.output import counted
 from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import LogEntry
 
@@ -467,7 +461,7 @@ def _listed(answer: dict[str, Any], task: str, text: str, *, as_json: bool) -> N
 
 
 def _row(entry: LogEntry) -> tuple[str, ...]:
-    size = "removed" if entry.text_bytes is None else count(entry.text_bytes, "byte")
+    size = "removed" if entry.text_bytes is None else counted(entry.text_bytes, "byte")
     cells = (str(entry.seq), output.local_time(entry.time), entry.actor, size, entry.command)
     return tuple(map(printable, cells))
 

@@ -31,14 +31,7 @@ from lattice_remote.client.connection.dial import (
 )
 from lattice_remote.client.connection.requests import MAX_SENDS, UNSENT_PATIENCE_S, PendingRequest, refusal_of
 from lattice_remote.client.trusted_servers import Server
-from lattice_remote.errors import (
-    REFUSALS,
-    ConnectionFailed,
-    ProtocolError,
-    Rejected,
-    RemoteError,
-    StorageError,
-)
+from lattice_remote.errors import REFUSALS, ConnectionFailed, ProtocolError, Rejected, RemoteError, StorageError
 from lattice_remote.protocol.messages import (
     Bye,
     ClientFrame,
