@@ -1,14 +1,19 @@
 """Logins: found, ended and noticed by a server that runs."""
 
 import asyncio
+import logging
 from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
 from pathlib import Path
 
 import pytest
 
 from lattice_remote.errors import StorageError
-from lattice_remote.server.auth import LastUse, Login, Logins
+from lattice_remote.protocol.messages import Bye
+from lattice_remote.server.auth import Authenticator, LastUse, Login, Logins, signing_key
+from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.tokens import TokenFile, read_last_uses
+from lattice_remote.server.transport.api_error import ApiError
 
 
 @pytest.fixture
@@ -210,3 +215,157 @@ def test_a_file_that_cannot_even_be_looked_at_is_a_storage_error(tmp_path: Path)
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="cannot read"):
         Logins(tmp_path / "file/tokens.json").refresh()
+
+
+# --- a running server's logins ---
+
+
+class Quota:
+    """A connection's quota: it counts failed logins, and objects from the third on."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+
+    def failed(self) -> ApiError | None:
+        self.failures += 1
+        return ApiError(HTTPStatus.TOO_MANY_REQUESTS, "REMOTE_BUSY", "too many") if self.failures > 2 else None
+
+
+class Board:
+    """An authenticator with one token."""
+
+    def __init__(self, place: Path) -> None:
+        data = DataDir(place)
+        data.create()
+        self.path, self.used, self.key = data.tokens, data.tokens_used, data.signing_key
+        self.token, self.text = TokenFile(self.path).create(projects=["web"], actor="human:ana", act_as=[])
+        self.authenticator = Authenticator(data)
+        self.authenticator.start()
+        self.quota = Quota()
+
+    def identify(self, text: str) -> Login | ApiError:
+        return self.authenticator.identify(self.quota, text)  # type: ignore[arg-type]
+
+    def login(self) -> Login:
+        login = self.identify(self.text)
+        assert isinstance(login, Login)
+        return login
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Board:
+    return Board(tmp_path)
+
+
+def refusal(found: Login | ApiError | None) -> tuple[int, str]:
+    assert isinstance(found, ApiError)
+    return found.status, found.message
+
+
+def test_failed_logins_are_counted_until_the_connection_is_told_to_wait(board: Board) -> None:
+    assert board.login().token.id == board.token.id and board.quota.failures == 0
+    assert [refusal(board.identify(text))[0] for text in ("", "ltr_x", "ltr_x")] == [401, 401, 429]
+
+
+def test_a_token_made_or_revoked_while_the_server_runs_counts_at_once(board: Board) -> None:
+    login = board.login()
+    other, text = TokenFile(board.path).create(projects=["web"], actor="human:ben", act_as=[])
+    assert isinstance(board.identify(text), Login)
+    assert board.authenticator.shown([f"Bearer {text}"]) == other.id
+    assert board.authenticator.ended(login) is None
+    TokenFile(board.path).revoke(board.token.id)
+    assert "was revoked" in refusal(board.authenticator.ended(login))[1]
+    assert refusal(board.identify(board.text))[0] == 401
+    assert "was revoked" in refusal(board.authenticator.identify_again(board.token.id, login.sha256))[1]
+    assert board.quota.failures == 1, "a token shown before is no failed login"
+
+
+def test_a_valid_token_is_known_in_headers_and_by_its_digest(board: Board) -> None:
+    login, authenticator = board.login(), board.authenticator
+    assert isinstance(authenticator.identify_again(board.token.id, login.sha256), Login)
+    for header in (f"Bearer {board.text}", f"bearer  {board.text} "):
+        assert authenticator.shown([header]) == board.token.id
+    for headers in ([], ["Bearer x"], [f"Basic {board.text}"], [board.text], [f"Bearer {board.text}"] * 2):
+        assert authenticator.shown(headers) == ""
+    assert authenticator.shown_before(board.token.id, login.sha256) == board.token.id
+    assert authenticator.shown_before("tok_none", login.sha256) == ""
+    TokenFile(board.path).rotate(board.token.id)
+    authenticator.refresh()
+    assert (
+        authenticator.shown([f"Bearer {board.text}"]) == authenticator.shown_before(board.token.id, login.sha256) == ""
+    )
+    assert "was rotated" in refusal(authenticator.identify_again(board.token.id, login.sha256))[1]
+
+
+def test_a_server_that_stops_admits_no_client(board: Board) -> None:
+    login = board.login()
+    board.authenticator.stopping = True
+    for found in (board.identify(board.text), board.authenticator.identify_again(board.token.id, login.sha256)):
+        assert isinstance(found, ApiError)
+        assert (found.status, found.code, found.retry_after_s) == (503, "REMOTE_SHUTDOWN", 1)
+
+
+def test_a_client_that_stays_ends_with_its_token_and_no_other(board: Board) -> None:
+    _, other = TokenFile(board.path).create(projects=["web"], actor="human:ben", act_as=[])
+    login, byes, others = board.login(), list[Bye](), list[Bye]()
+    ben = board.identify(other)
+    assert isinstance(ben, Login)
+    with board.authenticator.staying(login, byes.append), board.authenticator.staying(ben, others.append):
+        board.authenticator.refresh()
+        assert byes == []
+        TokenFile(board.path).revoke(board.token.id)
+        board.authenticator.refresh()
+        assert [bye.reason for bye in byes] == [f"token {board.token.id} was revoked"] and others == []
+    with board.authenticator.staying(login, byes.append):
+        assert len(byes) == 2, "its token ended between admission and stay"
+        board.authenticator.end_all(Bye("REMOTE_SHUTDOWN", "stopping"))
+    board.authenticator.end_all(Bye("REMOTE_SHUTDOWN", "stopping"))
+    assert len(byes) == 3 and others == []
+
+
+def test_a_damaged_file_of_tokens_is_logged_once_and_again_after_a_repair(
+    board: Board, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = board.path.read_bytes()
+    for _ in range(2):
+        board.path.write_text("{")
+        for _ in range(3):
+            assert board.login().token.id == board.token.id, "the previous tokens stay"
+        board.path.write_bytes(good)
+        board.login()
+    messages = [record.message for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(messages) == 2 and all(message.startswith("keeping the previous tokens: ") for message in messages)
+
+
+def test_a_client_ends_when_its_token_expires_though_the_file_is_damaged(board: Board) -> None:
+    clock, byes = Clock(), list[Bye]()
+    board.authenticator._logins._now = clock
+    TokenFile(board.path).edit(board.token.id, expires=clock.now + timedelta(hours=1))
+    with board.authenticator.staying(board.login(), byes.append):
+        board.path.write_text("{")
+        board.authenticator.refresh()
+        assert byes == []
+        clock.now += timedelta(hours=1)
+        board.authenticator.refresh()
+        assert ["expired at" in bye.reason for bye in byes] == [True]
+
+
+def test_the_use_of_a_token_is_noted_where_it_was_valid(board: Board) -> None:
+    board.identify("ltr_x")
+    asyncio.run(board.authenticator.save_uses())
+    assert not board.used.exists()
+    board.login()
+    asyncio.run(board.authenticator.save_uses())
+    assert set(read_last_uses(board.used)) == {board.token.id}
+
+
+def test_the_signing_key_stays_unless_it_is_damaged_or_others_could_read_it(board: Board) -> None:
+    key = signing_key(board.key)
+    assert len(key) == 32 and signing_key(board.key) == key == board.authenticator.signing_key
+    board.key.chmod(0o640)
+    other = signing_key(board.key)
+    assert other != key and board.key.stat().st_mode & 0o777 == 0o600
+    board.key.write_bytes(other[1:])
+    assert len(signing_key(board.key)) == 32
+    board.key.unlink()
+    assert signing_key(board.key) == signing_key(board.key)

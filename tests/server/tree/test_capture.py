@@ -66,7 +66,7 @@ def test_touches_are_seen_in_order(place: Place) -> None:
     touched = place.watch(deed)
     assert touched.steps == ["log.jsonl", "tasks/b.json", Move("tasks/a.json", "tasks/c.json")]
     assert touched.appended == {"log.jsonl": None}
-    assert (touched.veto, touched.unshared) == (None, [])
+    assert (touched.veto, touched.unshared, touched.private) == (None, [], False)
 
 
 def test_a_file_that_was_not_only_appended_to_is_not_called_so(place: Place) -> None:
@@ -76,6 +76,54 @@ def test_a_file_that_was_not_only_appended_to_is_not_called_so(place: Place) -> 
                 file.write("1")
 
     assert place.watch(deed).appended == {}
+
+
+def test_a_file_that_is_cut_is_restored_and_not_called_appended_to(place: Place) -> None:
+    log = place.tree / "log.jsonl"
+    log.write_text("before")
+    touched = place.watch(lambda: os.truncate(log, 2))
+    assert (touched.steps, touched.appended, log.read_text()) == (["log.jsonl"], {}, "be")
+    place.undo.restore()
+    assert log.read_text() == "before"
+
+
+def test_an_announced_append_is_called_so_and_keeps_no_content(place: Place) -> None:
+    log = place.tree / "log.jsonl"
+    log.write_bytes(os.urandom(100_000))
+
+    def deed() -> None:
+        for path, status in place.capture.expect([str(log)]).items():
+            place.capture.note_append(path, status, b"x")
+
+    assert place.watch(deed).appended.keys() == {"log.jsonl"}
+    assert place.undo.before(str(log)) is None
+
+
+def test_only_a_change_that_readers_see_waits_for_what_is_pending(place: Place) -> None:
+    seen: list[str] = []
+    deeds: dict[str, Callable[[], object]] = {
+        "read": (place.tree / "tasks/a.json").read_text,
+        "list": lambda: os.listdir(place.tree),
+        "lock": lambda: (place.tree / "locks/x.lock").write_text(""),
+        "scratch": lambda: (place.scratch / "x").write_text(""),
+        "temporary": lambda: (place.tree / "tasks/.tmp.x").write_text(""),
+        "rename": lambda: os.replace(place.tree / "tasks/.tmp.x", place.tree / "tasks/b.json"),
+        "write": lambda: (place.tree / "tasks/a.json").write_text("b"),
+        "cut": lambda: os.truncate(place.tree / "tasks/a.json", 0),
+        "archive": lambda: os.replace(place.tree / "tasks/a.json", place.tree / "tasks/.tmp.y"),
+        "remove": lambda: os.unlink(place.tree / "tasks/b.json"),
+    }
+    name = ""
+    place.capture.before_change = lambda: seen.append(name)
+    place.undo.begin(Begin("e", 1, "b"))
+    with place.capture.watch() as touched:
+        (place.tree / "config.json").write_text("nothing is pending yet")
+        assert seen == []
+        place.capture.pending = {"x"}
+        for name, deed in deeds.items():  # noqa: B007 - before_change() reads the name
+            deed()
+    assert touched.veto is None
+    assert list(dict.fromkeys(seen)) == ["rename", "write", "cut", "archive", "remove"]
 
 
 def test_names_that_no_copy_would_accept_are_told(place: Place) -> None:

@@ -1,8 +1,12 @@
 """What changed in a tree, as operations which lead there on any copy."""
 
+import ctypes
+import errno
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -20,9 +24,19 @@ from lattice_remote.protocol.operations import (
     PutFile,
     canonical_json,
     digest_of,
+    merge_patch,
 )
+from lattice_remote.server.tree import tree as tree_module
 from lattice_remote.server.tree.capture import AccessLog, Move
-from lattice_remote.server.tree.tree import INLINE_BYTES, ProjectTree, TreeDiff, patch_between
+from lattice_remote.server.tree.tree import (
+    INLINE_BYTES,
+    ProjectTree,
+    SyncFailed,
+    TreeDiff,
+    TrustedDigest,
+    patch_between,
+    sync_files,
+)
 
 
 @pytest.fixture
@@ -181,6 +195,24 @@ def test_a_log_that_grows_is_read_only_where_it_grew(tree: ProjectTree, monkeypa
     assert copy.files[path] == (tree.root / path).read_bytes()
 
 
+@pytest.mark.parametrize("is_trusted", [False, True])
+def test_a_log_that_grows_after_it_was_replaced_has_the_digest_of_its_new_content(
+    tree: ProjectTree, is_trusted: bool
+) -> None:
+    lines = b"x\n" * INLINE_BYTES
+    for line in (lines, b"1\n"):
+        tree.accept(compare(tree, publish(tree, line, b"{}\n")))
+    place, snapshot = tree.root / LOG, b'{"a": 2}\n'
+    size = place.stat().st_size
+    place.unlink()
+    place.write_bytes(b"y" * size)
+    status = place.stat()
+    trusted = {status.st_ino: TrustedDigest(size, status.st_mtime_ns, digest_of(b"y" * size))} if is_trusted else {}
+    tree.accept(tree.after_command(touched(LOG), lambda _: None, trusted))
+    tree.accept(compare(tree, publish(tree, b"2\n", snapshot)))
+    assert tree.files[LOG].digest == digest_of(b"y" * size + b"2\n")
+
+
 def test_a_log_that_somebody_changed_before_it_grew_is_replaced(tree: ProjectTree) -> None:
     path = tree.root / "events/a.jsonl"
     path.write_bytes(b"9\n9\n")
@@ -293,6 +325,46 @@ def test_a_file_larger_than_memory_allows_is_announced_with_its_digest(tree: Pro
     check_leads_there(tree, difference, FILES)
 
 
+@pytest.mark.parametrize(("size", "kind"), [(INLINE_BYTES, PutFile), (INLINE_BYTES + 1, AnnounceFile)])
+def test_a_file_whose_digest_is_trusted_is_read_only_to_travel_within_the_change(
+    tree: ProjectTree, size: int, kind: type
+) -> None:
+    path, data = tree.root / "artifacts/payload/a", os.urandom(size)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(data)
+    status = path.stat()
+    trusted = {status.st_ino: TrustedDigest(size, status.st_mtime_ns, digest_of(data))}
+    difference = tree.after_command(touched("artifacts/payload/a"), lambda _: None, trusted)
+    assert [type(operation) for operation in difference.operations] == [kind]
+    check_leads_there(tree, difference, FILES)
+
+
+def test_an_empty_file_that_is_filled_is_sent_whole(tree: ProjectTree) -> None:
+    (tree.root / "events/_lifecycle.jsonl").write_bytes(b"1\n")
+    assert tree.reconcile().operations == [PutFile("events/_lifecycle.jsonl", b"1\n")]
+
+
+def test_a_settled_file_is_unchanged_until_its_signature_changes(tree: ProjectTree) -> None:
+    path = tree.root / "tasks/a.json"
+    os.utime(path, (1, 1))
+    tree.accept(tree.reconcile())
+    assert tree.is_unchanged("tasks/a.json", path.stat())
+    os.utime(path, (2, 2))
+    assert not tree.is_unchanged("tasks/a.json", path.stat())
+    assert not tree.is_unchanged("tasks/b.json", path.stat())
+
+
+def test_an_error_while_the_whole_file_system_is_synced_is_an_error(
+    tree: ProjectTree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = SimpleNamespace(syncfs=lambda _: ctypes.set_errno(errno.EIO) or -1)
+    monkeypatch.setattr(tree_module, "_MANY_FILES", 1)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: library)
+    with pytest.raises(SyncFailed) as error:
+        sync_files([tree.absolute("tasks/a.json"), tree.absolute("tasks/b.json")])
+    assert error.value.errno == errno.EIO
+
+
 def test_files_written_with_the_same_content_are_no_change(tree: ProjectTree) -> None:
     (tree.root / "tasks/a.json").unlink()
     (tree.root / "tasks/a.json").write_bytes(FILES["tasks/a.json"])
@@ -328,6 +400,7 @@ def test_symbolic_links_and_special_files_are_no_part_of_the_tree(tree: ProjectT
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret/x.json").write_bytes(b"secret")
     (tree.root / "notes").symlink_to(tmp_path / "secret")
+    assert tree.read("notes/x.json", None) is None
     (tree.root / "tasks/x.json").symlink_to(tmp_path / "secret/x.json")
     os.mkfifo(tree.root / "tasks/fifo.json")
     assert tree.reconcile().operations == []
@@ -359,6 +432,17 @@ def test_a_patch_produces_exactly_the_bytes(before: dict[str, object], after: di
 @pytest.mark.parametrize("before", [b"not json", b"[]\n", b'{"a":1}', b"\xff"])
 def test_no_patch_where_there_is_no_object(before: bytes) -> None:
     assert patch_between(before, b'{"b":1}') is None
+
+
+def test_a_patch_between_two_kinds_of_json_produces_exactly_the_bytes() -> None:
+    """Contents that msgspec writes as lattice does are compared in another way."""
+    names = {f"LAT-{n}": f"task_{n}" for n in range(300)}
+    flat, nested = canonical_json({**names, "x": 1}), canonical_json({**names, "x": [1, 2.5]})
+    for before, after in ((flat, nested), (nested, flat)):
+        patch = patch_between(before, after)
+        assert patch is not None and len(patch) < 20
+        assert canonical_json(merge_patch(json.loads(before), json.loads(patch))) == after
+    assert patch_between(canonical_json(names), flat.replace(b": ", b":")) is None, "not as lattice writes it"
 
 
 def test_no_patch_where_json_is_nested_too_deep_to_compare() -> None:

@@ -123,6 +123,19 @@ def test_a_torn_log_restores_what_it_holds(tmp_path: Path, log: UndoLog) -> None
     assert first.read_bytes() == second.read_bytes() == SMALL
 
 
+def test_a_log_torn_within_its_first_record_hides_none_that_follow(tmp_path: Path, log: UndoLog) -> None:
+    path, undo = tmp_path / "file", tmp_path / "journal" / "undo"
+    path.write_bytes(SMALL)
+    log.keep_for_rewrite(*file_at(path))
+    os.truncate(undo, 5)
+    log = UndoLog.open(tmp_path / "journal")
+    assert log.pending is None
+    log.begin(HERE)
+    rewrite(log, path)
+    UndoLog.open(tmp_path / "journal").restore()
+    assert path.read_bytes() == SMALL
+
+
 def test_what_was_cleared_is_not_restored(tmp_path: Path, log: UndoLog) -> None:
     path = tmp_path / "file"
     path.write_bytes(LARGE)
@@ -135,6 +148,24 @@ def test_what_was_cleared_is_not_restored(tmp_path: Path, log: UndoLog) -> None:
 def test_nothing_is_written_for_a_transaction_that_changes_nothing(tmp_path: Path, log: UndoLog) -> None:
     assert (tmp_path / "journal" / "undo").stat().st_size == 0
     assert log.pending is None
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_no_link_to_a_content_stays(tmp_path: Path, log: UndoLog, is_killed: bool) -> None:
+    paths = [tmp_path / name for name in "abc"]
+    for number in range(3):
+        for path in paths:
+            path.write_bytes(LARGE)
+            replace(log, path)
+        assert len(list((tmp_path / "journal/undo.d").iterdir())) == 3
+        if is_killed:
+            log = UndoLog.open(tmp_path / "journal")
+            log.restore()
+        else:
+            log.clear()
+        assert list((tmp_path / "journal/undo.d").iterdir()) == []
+        assert [path.read_bytes() == LARGE for path in paths] == [is_killed] * 3
+        log.begin(Begin("e", number, "boot"))
 
 
 def test_directories_that_were_made_go_again_unless_something_lies_there(tmp_path: Path, log: UndoLog) -> None:
@@ -291,6 +322,26 @@ def test_what_others_write_over_a_replacement_stays(tmp_path: Path, log: UndoLog
     assert (path.read_bytes(), log.of_others, log.replaced) == (b"both", [str(path)], {})
 
 
+def test_a_replacement_that_others_remove_is_taken_back(tmp_path: Path, log: UndoLog) -> None:
+    path = tmp_path / ".lattice/plans/x.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"old")
+    announced_replace(log, path, b"ours")
+    path.unlink()
+    log.restore()
+    assert (path.read_bytes(), log.of_others) == (b"old", [])
+
+
+@pytest.mark.parametrize("deed", [append, rewrite, replace, remove])
+def test_a_replacement_that_the_transaction_changes_again_is_none(tmp_path: Path, log: UndoLog, deed: Deed) -> None:
+    path = tmp_path / ".lattice/plans/x.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"old")
+    announced_replace(log, path, b"ours")
+    deed(log, path)
+    assert log.replaced == {}
+
+
 def test_a_touched_replacement_is_taken_back(tmp_path: Path, log: UndoLog) -> None:
     path = tmp_path / ".lattice/plans/x.md"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -315,7 +366,9 @@ def test_the_first_change_of_a_file_is_reported_before_it_is_kept(tmp_path: Path
     log.keep_for_rewrite(*file_at(old))
     log.keep_for_move(*file_at(new))
     log.keep_for_append(*file_at(new))
-    other = tmp_path / "other"
+    other, removed, rewritten = (tmp_path / name for name in ("other", "removed", "rewritten"))
     log.expect(dict([file_at(new), file_at(other)]))
     log.keep_for_append(*file_at(other))
-    assert seen == [(str(old), 3), (str(new), None), (str(other), None)]
+    log.keep_for_replace(*file_at(removed))
+    log.keep_for_rewrite(*file_at(rewritten))
+    assert seen == [(str(old), 3), *((str(path), None) for path in (new, other, removed, rewritten))]

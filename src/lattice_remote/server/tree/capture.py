@@ -318,7 +318,7 @@ class Capture:
         if not isinstance(given, str):
             self._refuse("use a file in an unknown way")
         if not given.startswith("/"):
-            self._refuse("use a relative path")  # the event for os.open(dir_fd=...) does not name the directory
+            self._refuse("use a relative path")  # it may be relative to a descriptor, which not every event names
         path = os.path.normpath(given)
         if "/../" in given and f"{path}/".startswith((self._tree, self._private)):
             self._refuse("use a path that goes up again")  # behind a symbolic link that leads outside
@@ -390,7 +390,6 @@ class Capture:
             self._undo.keep_for_rewrite(path, _regular(status))
 
     def _rename(self, args: tuple[object, ...]) -> None:
-        self._no_descriptors(args[2:])
         source, target = self._writable(args[0]), self._writable(args[1])
         if source is not None:
             path, status = source
@@ -418,7 +417,6 @@ class Capture:
                 self._touch(*place)
 
     def _remove(self, args: tuple[object, ...]) -> None:
-        self._no_descriptors(args[1:])
         if (place := self._writable(args[0])) is not None:
             path, status = place
             self._undo.keep_for_replace(path, _regular(status))
@@ -426,12 +424,10 @@ class Capture:
             self._real.discard(path)
 
     def _make_directory(self, args: tuple[object, ...]) -> None:
-        self._no_descriptors(args[2:])
         if (place := self._writable(args[0])) is not None:
             self._undo.keep_directory(place[0])
 
     def _remove_directory(self, args: tuple[object, ...]) -> None:
-        self._no_descriptors(args[1:])
         if self._writable(args[0]) is not None:
             self._refuse("remove a directory of the project")
 
@@ -451,10 +447,6 @@ class Capture:
     def _list(self, args: tuple[object, ...]) -> None:
         if not isinstance(args[0], int):
             self._read(args[0])
-
-    def _no_descriptors(self, descriptors: tuple[object, ...]) -> None:
-        if any(isinstance(descriptor, int) and descriptor >= 0 for descriptor in descriptors):
-            self._refuse("use a file relative to a descriptor")
 
     def _touch(self, path: str, status: os.stat_result | None, *, appends: bool = False) -> None:
         relative = path.removeprefix(self._tree)

@@ -284,7 +284,6 @@ class ProjectTree:
         for path, state in difference.states.items():
             if state is None:
                 self.files.pop(path, None)
-                self._logs.pop(path, None)
             else:
                 self.files[path] = state
 

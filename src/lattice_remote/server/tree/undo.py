@@ -53,8 +53,8 @@ class _Content(msgspec.Struct, frozen=True, tag="content"):
     path: str
     data: bytes
     mode: int
-    inode_after: int = 0
-    """Of the replacing file, if known: a third one is another process's."""
+    inode_after: int
+    """Of the replacing file, 0 if unknown: a third one is another process's."""
 
 
 class _Linked(msgspec.Struct, frozen=True, tag="linked"):
@@ -62,7 +62,7 @@ class _Linked(msgspec.Struct, frozen=True, tag="linked"):
     name: str
     size: int
     inode: int
-    inode_after: int = 0
+    inode_after: int
 
 
 _Image = _Absent | _Directory | _Length | _Content | _Linked
@@ -356,7 +356,7 @@ def _cut(path: str, size: int, added: bytes) -> bool:
         file.seek(size)
         tail = file.read() if added else b""
         anothers = tail.removeprefix(added)
-        if not anothers or added.startswith(tail):
+        if added.startswith(tail):
             os.truncate(path, size)
             return False
         file.seek(0)
