@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Self
 
+from lattice_remote.client.cli.watch import GONE_EXIT_CODE
 from sandbox import Client, wait_for
 
 __all__ = ["Watcher"]
@@ -74,6 +75,8 @@ class Watcher:
 
         def is_there() -> bool:
             code = self._process.poll()
+            if code == GONE_EXIT_CODE and self._oldest() > max((seq for _, seq in self.numbers[-1:]), default=0) + 1:
+                return True  # it was slower than the journal's retention, as documented
             assert code is None, f"it has ended with exit code {code}: {self.said[-5:]}"
             epoch, seq = self._position()
             return seq == 0 or self.numbers[-1:] == [(epoch, seq)]  # an epoch in which nothing was done tells nothing
