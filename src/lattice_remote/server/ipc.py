@@ -20,10 +20,13 @@ from lattice_remote.protocol.messages import Attachment
 
 __all__ = [
     "AbandonRequest",
+    "ApplyRecords",
+    "CopyMissing",
     "Edit",
     "FrameBuffer",
     "HookCall",
     "ImportProject",
+    "Lead",
     "ListIndex",
     "NewEpoch",
     "PathState",
@@ -34,6 +37,7 @@ __all__ = [
     "Ready",
     "ReceivedFrames",
     "Reconcile",
+    "RecordApplied",
     "RequestDone",
     "ResultStats",
     "RunCall",
@@ -150,6 +154,25 @@ class AbandonRequest(_Message, frozen=True, tag="abandon"):
     message: str
 
 
+class ApplyRecords(_Message, frozen=True, tag="apply"):
+    """Apply these records of the project's owner, see ``worker/follower.py``. Not answered like a request.
+
+    ``contents`` has a file with each announced content, by digest in hexadecimal digits.
+    """
+
+    records: list[bytes]
+    contents: dict[str, str] = {}
+
+
+class Lead(_Message, frozen=True, tag="lead"):
+    """Execute requests from now on: this node owns the project.
+
+    Outside changes are numbered if ``keeps_edits``, else undone (I12).
+    """
+
+    keeps_edits: bool
+
+
 class Stop(_Message, frozen=True, tag="stop"):
     pass
 
@@ -166,7 +189,9 @@ def asked_by(request: RunCommand | RunCall | Edit) -> tuple[object, ...]:
             return (tag, request.path, request.base, request.base_digest, request.text)
 
 
-ToWorker = RunCommand | RunCall | Edit | ImportProject | Reconcile | NewEpoch | AbandonRequest | Stop
+ToWorker = (
+    RunCommand | RunCall | Edit | ImportProject | Reconcile | NewEpoch | AbandonRequest | ApplyRecords | Lead | Stop
+)
 
 
 # --- from the worker ---
@@ -244,6 +269,12 @@ class RequestDone(_Message, frozen=True, tag="done"):
     report: ResultStats = ResultStats()
     synced_s: float | None = None
     """Duration of the journal's fsync, in one message of all that it covers."""
+    record: bytes = b""
+    """The journal's record of it, for a cluster's other nodes."""
+    announced: list[PathState] = []
+    """Files with a content that the record only announces, likewise."""
+    number: int = 0
+    """The number of the next record in the journal, likewise."""
 
 
 class WorkerFailed(_Message, frozen=True, tag="failed"):
@@ -252,7 +283,25 @@ class WorkerFailed(_Message, frozen=True, tag="failed"):
     message: str
 
 
-ToServer = Ready | RequestDone | WorkerFailed
+class RecordApplied(_Message, frozen=True, tag="applied"):
+    """One of ``ApplyRecords`` is durable; ``change`` is its encoded frame, None for one without."""
+
+    seq: int
+    mark: bytes
+    change: bytes | None
+    after: list[PathState]
+    oldest: int
+    number: int
+    """The number of the next record in the journal."""
+
+
+class CopyMissing(_Message, frozen=True, tag="copy-missing"):
+    """This node's copy of the project is unusable and must be fetched from another node; the worker exits."""
+
+    reason: str
+
+
+ToServer = Ready | RequestDone | RecordApplied | CopyMissing | WorkerFailed
 
 
 # --- framing ---

@@ -43,12 +43,16 @@ from lattice_remote.server.journal.segment import (
 )
 from lattice_remote.server.tree.tree import FileState, SyncFailed, sync, sync_directory, sync_files
 
-__all__ = ["CommitJob", "Committer", "Journal", "Retention"]
+__all__ = ["CommitJob", "Committer", "Journal", "Retention", "encode_record"]
 
 
 _log = logging.getLogger(__name__)
 _encoder = msgspec.msgpack.Encoder()
 _SCRATCH = ".new"
+
+
+def encode_record(record: Record) -> bytes:
+    return _encoder.encode(record)
 
 
 @dataclass(frozen=True)
@@ -236,13 +240,15 @@ class Journal:
 
     # --- appending ---
 
-    def append(self, record: Record) -> int:
+    def append(self, record: Record, payload: bytes | None = None) -> int:
         """Add a record and return the descriptor to fsync before the record is reported (I2).
+
+        ``payload`` is the encoded record, if there is one already.
 
         Raises:
             OSError: the journal is as before, or, rarely, the attempt to restore it failed too.
         """
-        data = frame(_encoder.encode(record))
+        data = frame(payload or encode_record(record))
         last = self._segments[-1]
         try:
             write_all(self._descriptor, data)
@@ -351,6 +357,11 @@ class Journal:
                 item = decoder.decode(payload)
                 if isinstance(item, Record) and item.id and item.time >= time_:
                     yield item
+
+    @property
+    def next_number(self) -> int:
+        """The number that the next record gets."""
+        return self._next_number
 
     @property
     def segment(self) -> Path:

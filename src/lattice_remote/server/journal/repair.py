@@ -34,6 +34,7 @@ from lattice_remote.server.tree.tree import FileState, ManifestFile, ProjectTree
 __all__ = [
     "Repair",
     "differing",
+    "files_at_head",
     "files_of_task",
     "grown_tasks",
     "is_copied",
@@ -571,6 +572,11 @@ def repair_copy(
         f"this is a copy of a running server: {len(notes)} files were restored to change {target}; a new epoch starts"
     )
     return [first, *notes]
+
+
+def files_at_head(journal: Journal, listed: ManifestFile, lattice: Path) -> dict[str, FileState]:
+    """Return the files at a journal's head, which the manifest may be ahead of. Raises OSError."""
+    return _EarlierTrees(journal, listed, ProjectTree(lattice, {})).at(journal.head)
 
 
 def _is_edited(tree: ProjectTree, after: float) -> bool:

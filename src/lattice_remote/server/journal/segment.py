@@ -5,7 +5,9 @@ position of the history, then ``Record``s.
 """
 
 import contextlib
+import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +23,11 @@ __all__ = [
     "Record",
     "Segment",
     "StoredSegment",
+    "cut_records",
     "decoder",
     "header_of",
     "list_beside",
+    "next_number",
     "outline_decoder",
     "read_segment",
     "readable_records",
@@ -175,6 +179,36 @@ def header_of(path: Path) -> Segment | None:
     return item if isinstance(item, Segment) else None
 
 
+def next_number(directory: Path) -> int:
+    """Return the number that the next record gets; 0 without a readable journal. Raises OSError."""
+    for path in reversed(segment_paths(directory)):
+        if (found := read_segment(path)) is not None:
+            return found[0].header.number + len(found[1])
+    return 0
+
+
+def cut_records(directory: Path, number: int, aside: Path) -> None:
+    """Remove the records from ``number`` on, newest first; their bytes are kept in ``aside``. Repeatable after a crash.
+
+    The journal must not be open. Raises OSError.
+    """
+    for path in reversed(segment_paths(directory)):
+        header = header_of(path)
+        if header is None or header.number >= number:
+            aside.mkdir(mode=0o700, parents=True, exist_ok=True)
+            shutil.copyfile(path, aside / path.name)
+            remove_segments([path])
+            continue
+        data = path.read_bytes()
+        offsets = [offset for offset, _ in frames(data)][1:]  # of its records
+        if number - header.number < len(offsets):
+            aside.mkdir(mode=0o700, parents=True, exist_ok=True)
+            end = offsets[number - header.number]
+            (aside / f"{path.name}.from-{end}").write_bytes(data[end:])
+            os.truncate(path, end)
+        return
+
+
 class JournalReader:
     """Reader of the journal, shared by subscribers. Blocking: call it from a thread. Raises OSError.
 
@@ -203,6 +237,21 @@ class JournalReader:
             if isinstance(item, Record) and item.seq > upto:
                 break
         return changes if changes or after >= upto else None
+
+    def payloads(self, number: int) -> Iterator[tuple[int, bytes]]:
+        """Yield number and encoding of each record of the history from ``number`` on, without the contents kept before
+        a command: those are this journal's alone. Nothing if ``number`` has expired.
+        """
+        segments = [(header, path) for path in segment_paths(self._directory) if (header := header_of(path))]
+        of_epoch = [(header, path) for header, path in segments if header.epoch == segments[-1][0].epoch]
+        if not of_epoch or number < of_epoch[0][0].number:
+            return
+        for header, path in of_epoch:
+            for at, (_, payload) in enumerate(frames(path.read_bytes()), header.number - 1):
+                if at >= max(number, header.number):
+                    item = outline_decoder.decode(payload)
+                    if isinstance(item, Outline) and (item.id or item.files):
+                        yield at, payload
 
     def records(self) -> Iterator[Record]:
         """Yield every record of the history, oldest first."""

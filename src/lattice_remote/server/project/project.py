@@ -19,6 +19,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from lattice_remote.errors import Rejected, StorageError
@@ -28,11 +29,15 @@ from lattice_remote.server.config import Config
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.ipc import (
     AbandonRequest,
+    ApplyRecords,
+    CopyMissing,
     Edit,
     ImportProject,
+    Lead,
     NewEpoch,
     Ready,
     Reconcile,
+    RecordApplied,
     RequestDone,
     RunCall,
     RunCommand,
@@ -45,6 +50,7 @@ from lattice_remote.server.project.history import CommitTimes, History, Start
 from lattice_remote.server.project.hooks import HookRunner
 from lattice_remote.server.project.journal_log import LogReader
 from lattice_remote.server.project.metrics import Metrics, OutcomeListener, ProjectMetrics, RequestLog
+from lattice_remote.server.project.order import EmbeddedOrder, Order
 from lattice_remote.server.project.queue import (
     QueuedRequest,
     QueueLimits,
@@ -96,8 +102,10 @@ class Project:
         worker_command: Sequence[str] = WORKER_COMMAND,
         metrics: ProjectMetrics | None = None,
         start_child: StartChild = spawn_child,
+        order: Order | None = None,
     ) -> None:
         self.slug = slug
+        self.order = order or EmbeddedOrder()
         self.paths = paths
         self.metrics = metrics or Metrics().of(slug)
         self.request_log = RequestLog(slug, self.metrics)
@@ -211,6 +219,7 @@ class Project:
                 self._worker.kill()
                 await self._worker.wait(1.0)
         self._writer_lock.release()
+        await self.order.close()
         self.reader.close()
         self.uploads.close()
         await self.pushes.close()
@@ -220,13 +229,14 @@ class Project:
     def _committed(self, seq: int) -> None:
         self.commit_times.committed(seq, time.monotonic())
         self.metrics.changes.inc()
+        self.order.committed(seq)
 
     def _settled_state(self) -> object | None:
         """Return a name of the tree's state at the head; None while a request is with the worker.
 
         It includes the number of attempts: readers may have seen the files of an undone command.
         """
-        settled = self.is_ready and not self._queue.sent
+        settled = self.is_ready and not self._queue.sent and self.order.is_settled
         return (self.history.epoch, self.history.head, self._queue.attempts) if settled else None
 
     def _durable(self) -> tuple[str, int]:
@@ -247,6 +257,13 @@ class Project:
         """
         if self._stopping or self._failure is not None:
             return  # the Bye on this connection gives the reason
+        if self.order.is_shared and isinstance(message, ImportProject):
+            why = "a project is put into a cluster before its server joins: lattice-remote import, then start --cluster"
+            self._refuse(requester, message, on_result, "REMOTE_UNSUPPORTED", why)
+            return
+        if not self.order.is_owner:
+            self.order.forward(message, requester, on_result)
+            return
         job = self._queue.get(message.id)
         if job is not None:
             self._join(job, message, requester, on_result)
@@ -286,6 +303,7 @@ class Project:
     def forget(self, requester: Requester, request_ids: set[str]) -> None:
         """Remove a closed connection. Its requests continue, except waits for a resource."""
         self.pushes.forget(requester)
+        self.order.forget(requester, request_ids)
         for request_id in request_ids:
             job = self._queue.get(request_id)
             if job is None or requester not in job.requesters:
@@ -299,6 +317,8 @@ class Project:
 
         False: the worker has or had it, or another connection also requests it.
         """
+        if self.order.withdraw(requester, request_id, code):
+            return True
         job = self._queue.get(request_id)
         if job is None or job.requesters != [requester] or job.suspect or not self._queue.withdraw(job):
             return False
@@ -318,6 +338,12 @@ class Project:
         """Start a new epoch: a client has a genuine change that ``epoch`` lacks (I7)."""
         if epoch != self.history.epoch:
             return  # another proof came first
+        if self.order.is_shared:
+            self._fail(
+                f"{reason}: this cluster lacks acknowledged changes; on the node that has the most of them, run: "
+                f"lattice-remote cluster rebuild {self.slug}"
+            )
+            return
         if self._disproved_epoch != epoch:
             self._disproved_epoch = epoch
             _log.warning("%s: %s: the server was rolled back; starting a new epoch", self.slug, reason)
@@ -336,6 +362,11 @@ class Project:
         known = await history.mark_at(position.seq) if position.seq <= history.head else b""
         if known is None or (known == position.mark and position.seq <= history.head):
             return None if known is None else True
+        if self.order.is_shared and position.seq > history.head and not await self.order.reach(position.seq):
+            why = f"this node does not have change {position.seq} yet; try again"
+            raise Rejected(why, code="REMOTE_BUSY")
+        if self.order.is_shared and await history.mark_at(position.seq) == position.mark:
+            return True
         if await history.is_genuine(position):
             why = f"a client has seen another change {position.seq}; the head is {history.head}"
             await self.rollback_proved(position.epoch, why)
@@ -379,7 +410,7 @@ class Project:
     def _pump(self) -> None:
         if self._queue.turns:
             self._needed.set()
-        if not self._working or self._stopping:
+        if not self._working or self._stopping or not self.order.is_owner:
             return
         if batch := self._queue.take():
             assert self._worker is not None, "an open project has a worker"
@@ -388,9 +419,16 @@ class Project:
     def _reconcile(self) -> None:
         if self._reconciling or not (self._rescan or self._edited) or self._stopping or self._failure is not None:
             return
+        if not self._working and self.order.is_shared:
+            return
         paths = None if self._rescan else sorted(self._edited)
-        self._rescan, self._reconciling = False, True
+        self._rescan = False
         self._edited.clear()
+        if not self.order.is_owner:
+            assert self._worker is not None, "a working project has a worker"
+            self._worker.send(Reconcile(paths))
+            return
+        self._reconciling = True
         self._enqueue(QueuedRequest(Reconcile(paths)))
 
     # --- messages from the worker ---
@@ -403,7 +441,11 @@ class Project:
                 else:
                     self._epoch_started(message)
             case RequestDone():
-                self._done(message)
+                self.order.pass_on(partial(self._done, message), message)
+            case RecordApplied():
+                self.order.pass_on(partial(self._applied, message))
+            case CopyMissing(reason):
+                self.order.copy_missing(reason)
             case WorkerFailed():
                 self._fail(f"{message.message}; restart the server", for_good=True)
 
@@ -427,6 +469,37 @@ class Project:
         if self._hooks is not None and done.hooks:
             self._hooks.submit(done.seq, done.hooks)
         self._pump()
+
+    def _applied(self, message: RecordApplied) -> None:
+        """Publish a change of the project's owner."""
+        if message.change is not None:
+            self.history.publish(message.seq, message.mark, message.change, message.after, oldest=message.oldest)
+
+    # --- a node of a cluster ---
+
+    def apply(self, records: ApplyRecords) -> None:
+        """Have the worker apply records of the owner."""
+        assert self._worker is not None, "the order sends records to a ready worker"
+        self._worker.send(records)
+
+    def lead(self, *, keeps_edits: bool) -> None:
+        """Execute requests from now on; ``order.is_owner`` is True already."""
+        assert self._worker is not None, "the order does this with a ready worker"
+        self._worker.send(Lead(keeps_edits))
+        if keeps_edits:
+            self._rescan = True
+        self._reconcile()
+        self._pump()
+
+    def step_down(self) -> list[QueuedRequest]:
+        """Kill the worker and return the unanswered requests; ``order.is_owner`` is False already."""
+        self._working = False
+        if self._worker is not None:
+            self._worker.kill()
+        unanswered = self._queue.unanswered()
+        self._queue.reset()
+        self._reconciling = False
+        return unanswered
 
     def _settled(self) -> QueuedRequest:
         job = self._queue.settle()
@@ -461,7 +534,7 @@ class Project:
                     self.files_touched(looked_at)
                 else:
                     self._reconcile()
-            case NewEpoch() | Stop():
+            case NewEpoch() | Stop() | ApplyRecords() | Lead():
                 raise AssertionError("these are not answered with an outcome")
 
     def _uploads_used(self, message: RunCommand | RunCall) -> None:
@@ -517,19 +590,23 @@ class Project:
 
     def _is_idle(self) -> bool:
         is_unused = time.monotonic() - self._used_at >= self._idle_s
+        if self.order.is_shared:  # it applies the records of other nodes
+            return False
         return is_unused and not (self._queue.turns or self._queue.sent or self._queue.waiting or self._stopping)
 
     async def _start_worker(self) -> None:
         """Start a worker, with the unanswered requests of its predecessor."""
         self._worker_ended = asyncio.Event()
         self._ready = asyncio.get_running_loop().create_future()
+        command = (*self._worker_command, *await self.order.prepare())
+        ended = partial(self.order.pass_on, self._ended)
         self._worker = await WorkerProcess.start(
             self.slug,
             self.paths,
             self._writer_lock,
             on_message=self._received,
-            on_end=self._ended,
-            command=self._worker_command,
+            on_end=ended,
+            command=command,
             start_child=self._start_child,
         )
         ready = await asyncio.wait_for(asyncio.shield(self._ready), self._bounds.upkeep_s)
@@ -543,6 +620,7 @@ class Project:
         _log.info("%s: open at change %d, worker pid %d", self.slug, self.history.head, self._worker.pid)
         if self._disproved_epoch != self.history.epoch:  # else it is open once the worker has started a new epoch
             self._open.set()
+        self.order.opened(ready)
         self._reconcile()
         self._pump()
         self._queue.waiting.wake_each_first()  # the last worker's changes may have freed their resources
@@ -568,7 +646,7 @@ class Project:
         self._ready, self._working = None, False
         if self._failure is not None:
             self._queue.clear()
-        if self._stopping or self._failure is not None:
+        if self._stopping or self._failure is not None or not self.order.is_owner:
             return
         if self._resting:
             return

@@ -30,7 +30,6 @@ from lattice_remote.server.ipc import (
     RequestDone,
     RunCall,
     RunCommand,
-    Stop,
     ToWorker,
     asked_by,
 )
@@ -457,6 +456,16 @@ class RequestQueue:
         self._count.clear()
         self._weight.clear()
 
+    def unanswered(self) -> list[QueuedRequest]:
+        """Return every request of a client, in the order of arrival."""
+        return list(self._by_id.values())
+
+    def reset(self) -> None:
+        """Forget everything, also what the worker has: it does not answer any more."""
+        self.clear()
+        self.sent.clear()
+        self._weight_sent = 0
+
     def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -498,7 +507,7 @@ class RequestQueue:
 def refusal_to_join(job: QueuedRequest, message: RunCommand | RunCall | Edit | ImportProject) -> tuple[str, str] | None:
     """Return code and reason why a request may not join the running one with its id, None if it may (I6)."""
     running = job.message
-    assert not isinstance(running, Reconcile | NewEpoch | Stop), "these have no request id"
+    assert isinstance(running, RunCommand | RunCall | Edit | ImportProject | AbandonRequest), "others have no id"
     if running.token_id != message.token_id:
         return "REMOTE_FORBIDDEN", "this request id belongs to another token"
     if _differs(running, message):

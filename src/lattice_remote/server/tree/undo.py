@@ -144,6 +144,10 @@ class UndoLog:
             state.write(self._state_descriptor)
             self._state = state
 
+    def show_open(self) -> None:
+        """Show readers that files change, without a transaction: ``clear`` ends it."""
+        self._show(self._state._replace(is_open=True))
+
     @property
     def paths(self) -> list[str]:
         return list(self._images)

@@ -20,8 +20,10 @@ from lattice_remote.protocol.paths import is_editable
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.ipc import (
     AbandonRequest,
+    ApplyRecords,
     Edit,
     ImportProject,
+    Lead,
     NewEpoch,
     PathState,
     Ready,
@@ -40,6 +42,7 @@ from lattice_remote.server.tree.tree import TreeDiff, TrustedDigest
 from lattice_remote.server.worker.caller import Attached, Identity, SessionOwners
 from lattice_remote.server.worker.calls import CallRequest, Operation, surface_named
 from lattice_remote.server.worker.executor import CommandOutcome, Executor
+from lattice_remote.server.worker.follower import Follower
 from lattice_remote.server.worker.policy import (
     Command,
     command_words,
@@ -240,6 +243,7 @@ class Dispatcher:
     """Runner of the server's requests.
 
     ``plugin_commands`` are those of installed plugins that the administrator allows.
+    ``follower`` applies the records of the project's owner until ``Lead`` arrives.
     """
 
     def __init__(
@@ -251,8 +255,10 @@ class Dispatcher:
         committer: Committer,
         *,
         plugin_commands: Collection[str] = (),
+        follower: Follower | None = None,
     ) -> None:
         self._plugin_commands = plugin_commands
+        self._follower = follower
         self._paths = ProjectPaths(project)
         self._lattice_dir = self._paths.lattice
         self._scratch = scratch
@@ -295,11 +301,18 @@ class Dispatcher:
                 return not is_adopting(self._paths.root)
             case AbandonRequest():
                 self._run_once(message, _refuse_abandoned)
+            case Reconcile() if self._follower is not None:
+                self._follower.restore_outside_changes(message.paths)
             case Reconcile():
                 self._store.keep_retention()
                 found, is_busy = self._store.find_outside_changes(message.paths)
                 retry_at = time.time() + _LOCK_RETRY_S if is_busy else None
                 self._store.commit(found, server_origin("edit"), retry_at=retry_at)
+            case ApplyRecords():
+                assert self._follower is not None, "only followers are sent records"
+                self._follower.apply(message)
+            case Lead(keeps_edits):
+                self._lead(keeps_edits=keeps_edits)
             case NewEpoch():
                 self._committer.wait()
                 self._store.new_epoch()
@@ -307,6 +320,11 @@ class Dispatcher:
             case Stop():
                 return False
         return True
+
+    def _lead(self, *, keeps_edits: bool) -> None:
+        if self._follower is not None and not keeps_edits:
+            self._follower.restore_outside_changes(None)
+        self._follower = None
 
     def _name_of(self, message: ToWorker) -> str:
         """Return the log's name of an unchecked request, in which the caller chooses nothing freely."""

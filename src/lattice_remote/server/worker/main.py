@@ -21,14 +21,15 @@ from pathlib import Path
 import msgspec
 
 from lattice_remote.server.config import JournalSettings
-from lattice_remote.server.ipc import ReceivedFrames, ToWorker, WorkerFailed
+from lattice_remote.server.ipc import CopyMissing, ReceivedFrames, ToWorker, WorkerFailed
 from lattice_remote.server.journal.journal import CommitJob, Committer, Retention
 from lattice_remote.server.logging import FORMAT_VARIABLE, LEVEL_VARIABLE, log_to_stderr
 from lattice_remote.server.tree.tree import SyncFailed
 from lattice_remote.server.worker.dispatcher import Dispatcher
 from lattice_remote.server.worker.executor import Executor
+from lattice_remote.server.worker.follower import CopyNeeded, Follower
 from lattice_remote.server.worker.policy import not_of_plugins
-from lattice_remote.server.worker.recovery import open_store
+from lattice_remote.server.worker.recovery import Membership, open_member, open_store
 
 __all__ = ["code_directories", "main", "prepare_scratch"]
 
@@ -67,6 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--slug", required=True)
     parser.add_argument("--journal", default="{}", help="settings, as in config.json")
     parser.add_argument("--plugin-commands", default="[]", help="likewise")
+    parser.add_argument("--member", default="null", help="of a cluster: a Membership")
     options = parser.parse_args(arguments)
     # The server ends this process; a signal to the whole process group must not interrupt a command.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -80,7 +82,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         plugin_commands = msgspec.json.decode(options.plugin_commands, type=list[str])
         retention = _retention(options.journal)
-        return _serve(options.project_dir.resolve(), connection, committer, retention, plugin_commands)
+        member = msgspec.json.decode(options.member, type=Membership | None)
+        project = options.project_dir.resolve()
+        return _serve(project, connection, committer, retention, plugin_commands, member=member)
+    except CopyNeeded as error:
+        committer.submit(CommitJob(CopyMissing(str(error))))
     except SyncFailed as error:
         _log.exception("the disk could not keep a write")
         committer.submit(CommitJob(WorkerFailed(f"the server's disk could not keep a write: {error}")))
@@ -102,10 +108,15 @@ def _serve(
     committer: Committer,
     retention: Retention,
     plugin_commands: list[str],
+    *,
+    member: Membership | None,
 ) -> int:
     code = code_directories(project)
     scratch = prepare_scratch(project)
-    opened = open_store(project, scratch, committer, code=code, retention=retention)
+    if member is None:
+        opened = open_store(project, scratch, committer, code=code, retention=retention)
+    else:
+        opened = open_member(project, scratch, committer, member, code=code, retention=retention)
     store = opened.store
     executor = Executor(
         project,
@@ -114,7 +125,10 @@ def _serve(
         make_id=store.make_id,
         locks=store.locks,
     )
-    dispatcher = Dispatcher(project, scratch, store, executor, committer, plugin_commands=plugin_commands)
+    follower = Follower(store, committer) if member is not None else None
+    dispatcher = Dispatcher(
+        project, scratch, store, executor, committer, plugin_commands=plugin_commands, follower=follower
+    )
     dispatcher.ready(
         opened.notes + [_UNKNOWN_PLUGIN_COMMAND.format(name) for name in not_of_plugins(executor.cli, plugin_commands)]
     )

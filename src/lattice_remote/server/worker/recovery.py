@@ -12,19 +12,29 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import msgspec
+
 from lattice_remote.protocol.operations import PutFile
 from lattice_remote.server.journal.contents import Contents, counterpart, derive, is_snapshot, log_of
 from lattice_remote.server.journal.journal import Committer, Journal, Retention
-from lattice_remote.server.journal.repair import Repair, differing, is_copied, parsed, repair_copy
-from lattice_remote.server.journal.segment import JournalReader, remove_segments
+from lattice_remote.server.journal.repair import (
+    Repair,
+    differing,
+    files_at_head,
+    is_copied,
+    parsed,
+    repair_copy,
+)
+from lattice_remote.server.journal.segment import JournalReader, cut_records, remove_segments
 from lattice_remote.server.tree.capture import Capture
 from lattice_remote.server.tree.tree import FileState, ManifestFile, ProjectTree, TreeDiff, load_manifest
 from lattice_remote.server.tree.undo import UndoLog
+from lattice_remote.server.worker.follower import CopyNeeded, restore_all
 from lattice_remote.server.worker.patches import LockTable
 from lattice_remote.server.worker.project_import import answer_to, cause_of, finish, first_difference, put_in_place
 from lattice_remote.server.worker.store import Store, server_origin, start_new_epoch
 
-__all__ = ["Opened", "is_in_doubt", "open_store"]
+__all__ = ["Membership", "Opened", "is_in_doubt", "open_member", "open_store"]
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -135,6 +145,80 @@ def open_store(
         store.save_manifest(clean=False)
     if adopted is not None:
         finish(project)
+    remove_segments(store.journal.expire(time.time()))
+    return Opened(store, capture, notes, bool(boot_id))
+
+
+class Membership(msgspec.Struct, frozen=True):
+    """Start of a worker on a node of a cluster.
+
+    Attributes:
+        cut: number of the first record that the cluster does not have; None if it has all.
+        keeps_edits: this node was the last owner, so outside changes stay until it is known who owns the project next.
+    """
+
+    cut: int | None = None
+    keeps_edits: bool = False
+
+
+def open_member(
+    project: Path,
+    scratch: Path,
+    committer: Committer,
+    membership: Membership,
+    *,
+    code: Iterable[str],
+    retention: Retention | None = None,
+) -> Opened:
+    """Open a node's copy of the project in ``project`` at its journal's head; no change is numbered.
+
+    Args: as for ``open_store``.
+
+    Raises:
+        CopyNeeded: the journal or a file cannot be used.
+        OSError: the storage failed.
+    """
+    directory = project / "journal"
+    boot_id = _boot_id(project)
+    if membership.cut is not None:
+        cut_records(directory, membership.cut, project / "set-aside" / f"cut-{membership.cut}")
+    listed = load_manifest(directory / "manifest")
+    if not (project / ".lattice").is_dir() or listed is None:
+        raise CopyNeeded("there are no files here")
+    _make_locks(project / ".lattice" / "locks")
+    copied = is_copied(directory, listed)
+    undo = UndoLog.open(directory)
+    journal = Journal.open(directory, retention)
+    if journal is None or listed.epoch != journal.epoch:
+        raise CopyNeeded("the journal is not readable")
+    reached = journal.oldest - 1 <= listed.seq <= journal.head
+    history = _read_history(journal, listed, boot_id) if reached else None
+    files = history.files if history is not None else files_at_head(journal, listed, project / ".lattice")
+    tree = ProjectTree(project / ".lattice", files)
+    notes = list(journal.notes)
+    keeps_edits = membership.keeps_edits and membership.cut is None and not copied and history is not None
+    if keeps_edits and history is not None and history.is_in_doubt and boot_id:
+        notes += _repair_after_power_cut(tree, journal, history, undo)
+    if copied or membership.cut is not None:
+        undo.clear()
+    else:
+        notes += _undo_interrupted_command(undo, journal, boot_id, tree)
+    capture = Capture(str(tree.root), str(scratch), undo, tuple(code))
+    store = Store(
+        journal=journal,
+        tree=tree,
+        undo=undo,
+        capture=capture,
+        committer=committer,
+        locks=LockTable(tree.root / "locks"),
+        boot_id=boot_id,
+        unsynced=tree.files if history is None else history.unsynced,
+        is_member=True,
+    )
+    if not keeps_edits:
+        notes += restore_all(store, trust_signatures=bool(boot_id) and history is not None and not history.is_in_doubt)
+    committer.wait()
+    store.save_manifest(clean=False)
     remove_segments(store.journal.expire(time.time()))
     return Opened(store, capture, notes, bool(boot_id))
 

@@ -29,7 +29,7 @@ from lattice_remote.protocol.messages import (
     decode_server_frame,
     encode,
 )
-from lattice_remote.protocol.operations import MoveFile, PutFile, digest_of, paths_of
+from lattice_remote.protocol.operations import AnnounceFile, MoveFile, PutFile, digest_of, paths_of
 from lattice_remote.protocol.paths import is_replicated
 from lattice_remote.server.ipc import (
     HookCall,
@@ -39,7 +39,7 @@ from lattice_remote.server.ipc import (
 )
 from lattice_remote.server.journal.contents import is_snapshot
 from lattice_remote.server.journal.ids import make_id
-from lattice_remote.server.journal.journal import CommitJob, Committer, Journal
+from lattice_remote.server.journal.journal import CommitJob, Committer, Journal, encode_record
 from lattice_remote.server.journal.repair import files_of_task, grown_tasks, place_of, repair_task
 from lattice_remote.server.journal.segment import Record, list_beside, remove_segments
 from lattice_remote.server.tree.capture import AccessLog, Capture, Replacement
@@ -133,18 +133,20 @@ class Store:
         locks: LockTable,
         boot_id: str,
         unsynced: Iterable[str] = (),
+        is_member: bool = False,
     ) -> None:
         self.journal = journal
         self.tree = tree
         self.locks = locks
         self._undo = undo
         self._undo.before_first_changes = self._require_known
-        self._undo.before_overwrite = self._write_ahead
+        self._undo.before_overwrite = self.write_ahead
         self._whole: set[str] = set()  # files whose whole content is in the newest segment
         self._unsynced = set(unsynced)
         self._capture = capture
         self._committer = committer
         self._boot_id = boot_id
+        self._is_member = is_member
         self._current = ("", time.perf_counter())
         self.is_keyed = False
         """Whether the running request's id is the caller's key; see ``Record``."""
@@ -234,6 +236,13 @@ class Store:
         except OSError as error:
             raise _cannot_journal(error) from error
 
+    @contextmanager
+    def applying(self) -> Iterator[None]:
+        """Show readers, while the files of a journalled change are written, that the tree is between two numbers."""
+        self._undo.show_open()
+        yield
+        self._undo.clear(self.journal.head)
+
     def show_head(self) -> None:
         """Publish to readers that the tree is at the journal's head."""
         self._undo.clear(self.journal.head)
@@ -294,7 +303,7 @@ class Store:
             OSError: the same, without a request.
             SyncFailed: the disk lost a content that the record refers to.
         """
-        seq, mark, change = self.journal.head, self.journal.mark, None
+        seq, mark, change, payload = self.journal.head, self.journal.mark, None, b""
         if difference.operations:
             seq += 1
             mark = self.journal.change_ids.make(self.journal.epoch, seq)
@@ -315,8 +324,9 @@ class Store:
             )
             # The kernel may write the record before any fsync: the contents it refers to come first.
             sync_files(map(self.tree.absolute, difference.volatile))
+            payload = encode_record(record)
             try:
-                descriptor = self.journal.append(record)
+                descriptor = self.journal.append(record, payload)
             except OSError as error:
                 self._undo_unrecorded(cause, error)
             self._whole.update(moved, (put.path for put in difference.operations if isinstance(put, PutFile)))
@@ -339,10 +349,14 @@ class Store:
             report=self._stats(status=_status_of(result)),
             is_extra=is_extra,
         )
+        if self._is_member:
+            announced = [operation for operation in difference.operations if isinstance(operation, AnnounceFile)]
+            contents = [PathState(operation.path, operation.size, operation.digest) for operation in announced]
+            done = msgspec.structs.replace(done, record=payload, announced=contents, number=self.journal.next_number)
         self._committer.submit(CommitJob(done if report else None, descriptor))
         self.keep_retention()
 
-    def _write_ahead(self, path: str, size: int) -> None:
+    def write_ahead(self, path: str, size: int) -> None:
         """Journal the only durable copy of a content before a command overwrites it, with one fsync per file and
         segment.
 

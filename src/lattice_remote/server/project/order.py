@@ -1,0 +1,111 @@
+"""Order of a project's changes: when an outcome of the worker counts, and which node of a cluster executes.
+
+A server alone has ``EmbeddedOrder``: the fsync of the project's journal decides. A cluster has ``cluster.Member``.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from lattice_remote.server.ipc import Edit, ImportProject, Ready, RequestDone, RunCall, RunCommand
+from lattice_remote.server.project.metrics import OutcomeListener
+from lattice_remote.server.project.queue import Requester
+
+__all__ = ["EmbeddedOrder", "Order", "WriteRequest"]
+
+WriteRequest = RunCommand | RunCall | Edit | ImportProject
+
+
+class Order(Protocol):
+    """The seam between a project and what makes its outcomes final. Belongs to the event loop's thread."""
+
+    is_shared: bool
+    """Whether other nodes have this project too."""
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether this node executes the project's requests."""
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the worker has nothing to apply."""
+
+    @property
+    def unavailable(self) -> str:
+        """Why the project cannot be used here at the moment; "" if it can."""
+
+    async def prepare(self) -> Sequence[str]:
+        """Bring the project's files on disk to a state from which a worker may start; return its further arguments.
+
+        Raises StorageError, or OSError.
+        """
+
+    def opened(self, ready: Ready) -> None:
+        """Note that a worker is ready."""
+
+    def pass_on(self, deliver: Callable[[], None], done: RequestDone | None = None) -> None:
+        """Call ``deliver`` in order, an outcome's once it is final: on an owner that lost the project, never."""
+
+    def copy_missing(self, reason: str) -> None:
+        """Note that the worker cannot use this node's files."""
+
+    def committed(self, seq: int) -> None:
+        """Note that change ``seq`` is the head now."""
+
+    async def reach(self, seq: int) -> bool:
+        """Wait a moment until change ``seq`` is here; return whether it is."""
+
+    def forward(self, message: WriteRequest, requester: Requester, on_result: OutcomeListener | None) -> None:
+        """Have the owner answer a request, on a node that is not the owner."""
+
+    def forget(self, requester: Requester, request_ids: set[str]) -> None:
+        """Stop answering a requester."""
+
+    def withdraw(self, requester: Requester, request_id: str, code: str) -> bool:
+        """Withdraw a forwarded request; return True if it never has an effect."""
+
+    async def close(self) -> None:
+        """Hand the project over. Its worker runs nothing any more."""
+
+
+class EmbeddedOrder:
+    """Order of one server: the journal's fsync makes an outcome final."""
+
+    is_shared = False
+    is_owner = True
+    is_settled = True
+    unavailable = ""
+
+    async def prepare(self) -> Sequence[str]:
+        return ()
+
+    def opened(self, ready: Ready) -> None:
+        pass
+
+    def pass_on(self, deliver: Callable[[], None], done: RequestDone | None = None) -> None:  # noqa: ARG002
+        deliver()
+
+    def copy_missing(self, reason: str) -> None:
+        raise AssertionError(f"only a cluster's worker says so: {reason}")
+
+    def committed(self, seq: int) -> None:
+        pass
+
+    async def reach(self, seq: int) -> bool:  # noqa: ARG002
+        return True
+
+    def forward(
+        self,
+        message: WriteRequest,  # noqa: ARG002
+        requester: Requester,  # noqa: ARG002
+        on_result: OutcomeListener | None,  # noqa: ARG002
+    ) -> None:
+        raise AssertionError("the only node is the owner")
+
+    def forget(self, requester: Requester, request_ids: set[str]) -> None:
+        pass
+
+    def withdraw(self, requester: Requester, request_id: str, code: str) -> bool:  # noqa: ARG002
+        return False
+
+    async def close(self) -> None:
+        pass
