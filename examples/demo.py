@@ -1,7 +1,4 @@
-"""Two machines, one board: the main job on real input, told as it happens. Exit 1 if any step goes wrong.
-
-Run it with ``make demo``.
-"""
+"""Two machines, one board, on real input: ``make demo``. Exit code 1 if a step fails."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from sandbox import Client, Sandbox, Server, differences, wait_for
 
 
 class Story:
-    """What is told: one line a step, with what was seen; remembers whether a step failed."""
+    """One printed line a step, with its evidence; remembers whether a step failed."""
 
     def __init__(self) -> None:
         self.failed = 0

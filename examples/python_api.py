@@ -1,7 +1,7 @@
 """The board of the current directory from Python, local or remote: python examples/python_api.py
 
-Claims the first task that nobody has, writes a plan for it, and comments on it. Others may do the same at the same
-moment: what was built on something that has changed meanwhile is a value, ``Conflict``, and is done anew.
+Claims the first unassigned task, writes a plan for it, and comments on it. Others may do the same at that moment: a
+write on a base that has changed returns a ``Conflict``, and is repeated.
 """
 
 import sys
@@ -16,7 +16,7 @@ type Task = dict[str, Any]
 
 
 def make(board: StorageBackend, title: str, actor: str) -> Task:
-    """Make a task. Its short id is given by whoever writes it."""
+    """Create a task. The storage assigns its short id."""
     task_id = generate_task_id()
     data = {"title": title, "status": "backlog", "type": "task", "priority": "medium"}
     match board.write_task(task_id, [create_event("task_created", task_id, actor, data)], None):
@@ -27,7 +27,7 @@ def make(board: StorageBackend, title: str, actor: str) -> Task:
 
 
 def claim(board: StorageBackend, actor: str) -> Task | None:
-    """Assign a task that nobody has; None when there is none. Of several who try, each gets another one."""
+    """Assign an unassigned task, if there is one. Of several callers, each gets another task."""
     while free := [task for task in board.list_tasks() if task["assigned_to"] is None]:
         task = free[0]
         assign = create_event("assignment_changed", task["id"], actor, {"from": None, "to": actor})
@@ -35,12 +35,12 @@ def claim(board: StorageBackend, actor: str) -> Task | None:
             case Written(claimed):
                 return claimed
             case Conflict():
-                continue  # somebody was faster: look again
+                continue  # another caller was faster: look again
     return None
 
 
 def plan(board: StorageBackend, task: Task, section: str) -> str:
-    """Add a section to a task's plan; return what became of it."""
+    """Add a section to a task's plan; return the outcome."""
     base = board.read_plan(task["id"])
     match board.write_plan(task["id"], f"{base or ''}\n{section}\n", base):
         case Written():
@@ -52,7 +52,7 @@ def plan(board: StorageBackend, task: Task, section: str) -> str:
 
 
 def say(board: StorageBackend, task: Task, words: str, actor: str) -> Task:
-    """Comment on a task, whatever has happened to it since it was read."""
+    """Comment on a task, also if it has changed since it was read."""
     while True:
         comment = create_event("comment_added", task["id"], actor, {"body": words})
         match board.write_task(task["id"], [comment], task["last_event_id"]):

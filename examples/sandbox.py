@@ -1,7 +1,7 @@
-"""A server and its clients in a temporary directory: what the demo, the tests and the benchmarks stand on.
+"""A server and its clients in a temporary directory, for the demo, the tests and the benchmarks.
 
-Everything is real: processes, sockets, files. Nothing of the user's is touched: home, configuration and
-runtime directories are the sandbox's own. Each client is a "machine": it has a background agent of its own.
+Everything is real: processes, sockets, files. Home, configuration and runtime directories are the sandbox's own. Each
+client is a "machine" with a background agent of its own.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 60.0
     """Wait until ``condition()`` is true, looking every 5 ms.
 
     Raises:
-        TimeoutError: it never became true; ``what`` names what was waited for.
+        TimeoutError: it did not become true; the message names ``what``.
     """
     end = time.monotonic() + timeout_s
     while not condition():
@@ -58,7 +58,7 @@ def tree_of(lattice_dir: Path) -> dict[str, bytes]:
     for path in lattice_dir.rglob("*"):
         relative = path.relative_to(lattice_dir).as_posix()
         if is_replicated(relative) and path.is_file():
-            with contextlib.suppress(FileNotFoundError):  # removed since it was listed: it is not there
+            with contextlib.suppress(FileNotFoundError):  # removed since it was listed
                 tree[relative] = path.read_bytes()
     return tree
 
@@ -70,7 +70,6 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def descendants(pid: int) -> list[int]:
-    """Return the process ids of a process's children, and of theirs."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
@@ -79,7 +78,7 @@ def descendants(pid: int) -> list[int]:
 
 
 class Process(Protocol):
-    """A running program: what is used here of ``subprocess.Popen``."""
+    """A running program: the used part of ``subprocess.Popen``."""
 
     pid: int
     stdout: IO[bytes] | None
@@ -92,10 +91,9 @@ class Process(Protocol):
 
 
 class Programs:
-    """The installed ``lattice`` and ``lattice-remote``, started as a person starts them."""
+    """The installed ``lattice`` and ``lattice-remote``."""
 
     def path(self, program: str) -> Path:
-        """Return the file that is run."""
         return BIN / program
 
     def run(
@@ -108,10 +106,10 @@ class Programs:
         stdin: str = "",
         timeout_s: float = COMMAND_TIMEOUT_S,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a program to its end and return what it did, whatever its exit code.
+        """Run a program to its end, with any exit code.
 
         Raises:
-            subprocess.TimeoutExpired: it took longer; it was killed.
+            subprocess.TimeoutExpired: it took longer, and was killed.
         """
         return subprocess.run(
             [self.path(program), *argv],
@@ -134,7 +132,6 @@ class Programs:
         stdout: int | IO[bytes],
         stderr: int | IO[bytes],
     ) -> Process:
-        """Start a program and do not wait for it."""
         return subprocess.Popen(
             [self.path(program), *argv], cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr
         )
@@ -155,11 +152,11 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where it listens; known once it was started."""
+        """Known once it was started."""
         return f"http://127.0.0.1:{self.port}"
 
     def admin(self, *args: str) -> str:
-        """Run ``lattice-remote`` with these arguments on this data directory and return what it prints."""
+        """Run ``lattice-remote`` on this data directory; return its output."""
         done = self.programs.run("lattice-remote", args, cwd=self.log.parent, env=self.env)
         if done.returncode:
             raise RuntimeError(f"lattice-remote {' '.join(args)}: exit {done.returncode}: {done.stderr}{done.stdout}")
@@ -171,16 +168,14 @@ class Server:
         return self.lattice_dir(slug)
 
     def lattice_dir(self, slug: str = "board") -> Path:
-        """Return the project's ``.lattice`` directory, the truth."""
         return self.data / "projects" / slug / ".lattice"
 
     def token(self, actor: str, *act_as: str, slug: str = "board") -> str:
-        """Create a token and return its text."""
         patterns = [argument for pattern in act_as for argument in ("--act-as", pattern)]
         return self.admin("token", "create", "--project", slug, "--actor", actor, *patterns)
 
     def start(self, *options: str) -> Server:
-        """Start the server, on the port it had before if it had one, and return once it listens."""
+        """Start the server, on its earlier port if any; return once it listens."""
         with self.log.open("ab") as log:
             argv = ("start", "--port", str(self.port), *options)
             self.process = self.programs.start(
@@ -196,15 +191,15 @@ class Server:
         return self
 
     def stop(self) -> int:
-        """Ask it to stop and return its exit code."""
+        """Ask it to stop; return its exit code."""
         return self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it with no warning, as a crash would; its workers notice and leave."""
+        """End it as a crash would; its workers notice and exit."""
         self._end(signal.SIGKILL)
 
     def worker_pids(self) -> list[int]:
-        """Return the process ids of the project workers; those that only read are none."""
+        """Return the process ids of the project workers, without readers."""
         if self.process is None:
             return []
         found = []
@@ -226,7 +221,7 @@ class Server:
 
 
 class Client:
-    """A directory in which somebody types ``lattice`` commands, on a machine of their own."""
+    """A working directory for ``lattice`` commands, on a machine of its own."""
 
     def __init__(self, sandbox: Sandbox, name: str, machine: str | None = None) -> None:
         self.dir = sandbox.root / "clients" / name
@@ -235,7 +230,7 @@ class Client:
         self.programs = sandbox.programs
 
     def elsewhere(self, directory: Path) -> Client:
-        """Return another directory on the same machine, in the same environment; it is made if need be."""
+        """Return another directory on the same machine; it is created if missing."""
         directory.mkdir(parents=True, exist_ok=True)
         other = copy.copy(self)
         other.dir = directory
@@ -247,7 +242,6 @@ class Client:
         return self.dir / ".lattice"
 
     def popen(self, *argv: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-        """Start ``lattice`` with these arguments and do not wait for it."""
         return subprocess.Popen(
             [BIN / "lattice", *argv],
             cwd=self.dir,
@@ -266,29 +260,25 @@ class Client:
         cwd: Path | None = None,
         programs: Programs | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run ``lattice`` with these arguments and return what it did, whatever its exit code."""
+        """Run ``lattice`` with these arguments, with any exit code."""
         return (programs or self.programs).run(
             "lattice", argv, cwd=cwd or self.dir, env={**self.env, **(env or {})}, stdin=stdin or ""
         )
 
     def ok(self, *argv: str, stdin: str | None = None) -> str:
-        """Run ``lattice`` with these arguments, insist on success, and return what it prints."""
+        """Run ``lattice`` with these arguments, require success, and return its output."""
         done = self.run(*argv, stdin=stdin)
         if done.returncode:
             raise RuntimeError(f"lattice {' '.join(argv)}: exit {done.returncode}: {done.stderr}{done.stdout}")
         return done.stdout
 
     def add_remote(self, server: Server, token: str, slug: str = "board") -> str:
-        """Add the server's project as this directory's remote and return what is said."""
+        """Add the server's project as this directory's remote; return the output."""
         return self.ok("remote", "add", "origin", server.url, "--project", slug, "--token", token)
 
 
 class Sandbox:
-    """A temporary directory with servers and clients; on exit everything in it is ended and removed.
-
-    Args:
-        programs: how programs are started; by default as a person starts them.
-    """
+    """A temporary directory with servers and clients; on exit all of it is ended and removed."""
 
     def __init__(self, programs: Programs | None = None) -> None:
         self.programs = programs or Programs()
@@ -313,12 +303,12 @@ class Sandbox:
         }
 
     def server(self, name: str = "server") -> Server:
-        """Make a server's data directory (not started)."""
+        """Create a server's data directory; start it separately."""
         self._servers.append(Server(self, name))
         return self._servers[-1]
 
     def client(self, name: str, machine: str | None = None) -> Client:
-        """Make an empty directory; clients that name the same machine share its agent."""
+        """Create an empty directory; clients that name the same machine share its agent."""
         self._clients.append(Client(self, name, machine))
         return self._clients[-1]
 
@@ -345,9 +335,9 @@ class Sandbox:
 
 @contextlib.contextmanager
 def board(*people: str, programs: Programs | None = None) -> Iterator[tuple[Server, list[Client]]]:
-    """A started server with one project ``board``, and one connected client for each of ``people``.
+    """Yield a started server with a project ``board``, and one connected client for each of ``people``.
 
-    Everybody's token acts as ``human:NAME`` and as any agent.
+    Each token acts as ``human:NAME`` and as any agent.
     """
     with Sandbox(programs) as sandbox:
         server = sandbox.server()

@@ -107,7 +107,7 @@ def sync_directory(path: "str | os.PathLike[str]", sync: Callable[[int], None] =
 
 
 def hash_descriptor(descriptor: int, size: int | None = None) -> "tuple[int, hashlib._Hash]":
-    """Return the SHA-256 of the first ``size`` bytes of an open file (None: all), and the number of bytes read."""
+    """Return the number of bytes read, and the SHA-256 of the first ``size`` bytes of an open file (None: all)."""
     import hashlib
 
     hasher, position = hashlib.sha256(), 0

@@ -98,7 +98,6 @@ def short_directories() -> list[str]:
 
 
 def others(place: Runtime) -> list[Runtime]:
-    """Return this user's other agents with a socket."""
     try:
         names = sorted(os.listdir(place.directory))
     except OSError:

@@ -97,7 +97,6 @@ def _header(line: str) -> tuple[str, str]:
 
 
 def known() -> list[Server]:
-    """Return the stored servers, by URL. Raises StorageError."""
     found = credentials.read(servers_path(), _WHAT)
     return [server for url in sorted(found) if (server := _of(found, url)) is not None]
 

@@ -285,14 +285,14 @@ async def test_a_defect_does_not_end_the_care(
 ) -> None:
     failed: list[object] = []
 
-    async def heal(replicator: Replicator, paths: list[str]) -> ReceiveOutcome:
+    async def repair(replicator: Replicator, paths: list[str]) -> ReceiveOutcome:
         if not failed:
             failed.append(paths)
             raise ZeroDivisionError
-        return await Replicator.heal(replicator, paths)
+        return await Replicator.repair(replicator, paths)
 
     monkeypatch.setattr(integrity_monitor, "_RETRY_S", 0.1)
-    monkeypatch.setattr(kept._replicator, "heal", partial(heal, kept._replicator))
+    monkeypatch.setattr(kept._replicator, "repair", partial(repair, kept._replicator))
     alter(directory)
     await until(lambda: bool(failed))
     delete(directory)

@@ -93,7 +93,6 @@ class EditSender:
         self._refused: dict[str, tuple[Signature | None, str, object]] = {}  # path -> signature, reason, server
 
     def refused(self) -> dict[str, str]:
-        """Return path and reason of the refused edits."""
         return {path: why for path, (found, why, _) in self._refused.items() if self._signature(path) == found}
 
     async def push(
@@ -152,7 +151,6 @@ class EditSender:
         return pushed
 
     def withheld(self) -> dict[str, str]:
-        """Return path and reason of the edits that wait for the user."""
         return self._replicator.edits.evidence.withheld()
 
     def notice(self) -> str | None:
@@ -374,7 +372,6 @@ class EditSender:
             await asyncio.sleep(_POLL_S)
 
     def is_being_saved(self, path: str) -> bool:
-        """Return whether a file is open for writing, or was just emptied."""
         found = self._signature(path)
         if found is None:
             return False
@@ -454,7 +451,7 @@ class EditWatcher:
     # --- the task ---
 
     async def run(self) -> None:
-        """Send edits until cancelled. Server errors are waited out."""
+        """Send edits until cancelled, waiting out errors."""
         while True:
             try:
                 await self._pause()

@@ -167,7 +167,7 @@ class IntegrityMonitor:
             later = {path: wait_s for path in due if (wait_s := max(self._stray_s(path), self._vanishing_s(path))) > 0}
             for path, wait_s in later.items():
                 self._repairs.suspect([path], delay_s=wait_s)
-            await self._connection.carry_out(await self._replicator.heal(path for path in due if path not in later))
+            await self._connection.carry_out(await self._replicator.repair(path for path in due if path not in later))
         if not self.has_looked:
             self.has_looked = True
             self._connection.changed.notify()
@@ -210,7 +210,7 @@ class IntegrityMonitor:
                 elif is_editable(path):
                     self._on_edits([path])
             if not self._cache.is_whole():
-                await self._connection.carry_out(await self._replicator.heal([]))
+                await self._connection.carry_out(await self._replicator.repair([]))
         self._scan_cost_s = time.monotonic() - began
 
     def how(self) -> str:

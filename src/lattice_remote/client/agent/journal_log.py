@@ -72,13 +72,11 @@ async def _request[T: LogPage | Version](connection: "Connection", frame: Log | 
 
 
 def records(answer: dict[str, Any], directory: str) -> dict[str, Any]:
-    """Return ``read_log``'s answer as ``--json`` prints it."""
     records = output.as_records(_entries(answer), _short_ids(directory))
     return {"entries": records, "epoch": answer["epoch"], "more": answer["more"]}
 
 
 def lines(answer: dict[str, Any], directory: str) -> list[str]:
-    """Return ``read_log``'s answer as lines for a terminal."""
     return output.as_lines(_entries(answer), _short_ids(directory), answer["epoch"])
 
 

@@ -258,7 +258,6 @@ class PayloadFetcher:
     # --- the task ---
 
     async def run(self) -> None:
-        """Fetch until cancelled, waiting out errors."""
         while True:
             if not await self._connection.changed.until(self._has_work, self._pause_s()):
                 continue

@@ -424,7 +424,7 @@ class Service:
             raise StorageError(f"{self.cache.directory} is locked by another process; nothing was written") from error
 
     async def _run(self, request: dict[str, Any], token: str | None, report: ProgressCallback) -> dict[str, Any]:
-        """Run a command line on the server; its change is then in the files."""
+        """Run a command line; its change is then in the files."""
         answer, notices = await self._carry_out(run_frame(request), request, token, report)
         answer = expect(answer, Reply, sent=True)
         return {
@@ -678,7 +678,6 @@ class Service:
         }
 
     async def _welcomed(self, token: str | None) -> tuple[Welcome | None, RemoteError | None]:
-        """Return the server's welcome to the caller's token, or the error."""
         try:
             connection = self._pool.writing(token)
         except RemoteError as error:
@@ -723,7 +722,6 @@ def _comparison_fields(comparison: CacheComparison) -> dict[str, Any]:
 
 
 def serve_once(request: dict[str, Any], on_progress: ProgressCallback | None) -> dict[str, Any]:
-    """Run one request without an agent; a ``RemoteError`` becomes an answer."""
     return asyncio.run(answered(_serve_once(request, on_progress or _ignore)))
 
 

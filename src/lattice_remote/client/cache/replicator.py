@@ -324,7 +324,7 @@ class Replicator:
                 await self._go_on(result)
         return result
 
-    async def heal(self, paths: Iterable[str]) -> ReceiveOutcome:
+    async def repair(self, paths: Iterable[str]) -> ReceiveOutcome:
         """Fetch those of these files that another program modified (I4)."""
         result = ReceiveOutcome()
         async with self._mutex, self.cache.locked():

@@ -176,7 +176,7 @@ async def compare_files(
     return Compared(comparison, local, readings)
 
 
-_FREE_HEALS = 3
+_FREE_REPAIRS = 3
 """A file is repaired this often at once; further repairs wait 1, 2, 4 ... seconds."""
 _MAX_DELAY_S = 60.0
 _FORGET_S = 600.0
@@ -242,25 +242,25 @@ class RepairSchedule:
     def fetched(self, path: str) -> bool:
         """Like ``repaired``, for a file with the right content, fetched only for its times."""
         now = time.monotonic()
-        heals = self._recent(path, now) + 1
-        self._history[path] = (heals, now)
+        repairs = self._recent(path, now) + 1
+        self._history[path] = (repairs, now)
         self._history.move_to_end(path)
         if len(self._history) > _MAX_REMEMBERED:
             self._history.popitem(last=False)
-        return heals == _FREE_HEALS + 1
+        return repairs == _FREE_REPAIRS + 1
 
     def contested(self) -> list[str]:
         """Return the files that another program keeps changing."""
         now = time.monotonic()
-        return sorted(path for path in self._history if self._recent(path, now) > _FREE_HEALS)
+        return sorted(path for path in self._history if self._recent(path, now) > _FREE_REPAIRS)
 
     def _recent(self, path: str, now: float) -> int:
-        heals, at = self._history.get(path, (0, now))
-        return heals if now - at < _FORGET_S else 0
+        repairs, at = self._history.get(path, (0, now))
+        return repairs if now - at < _FORGET_S else 0
 
     def _not_before(self, path: str, now: float) -> float:
-        heals = self._recent(path, now)
-        if heals < _FREE_HEALS:
+        repairs = self._recent(path, now)
+        if repairs < _FREE_REPAIRS:
             return now
-        delay_s: float = min(_MAX_DELAY_S, 2.0 ** min(heals - _FREE_HEALS, 10))
+        delay_s: float = min(_MAX_DELAY_S, 2.0 ** min(repairs - _FREE_REPAIRS, 10))
         return self._history[path][1] + delay_s

@@ -126,7 +126,6 @@ def clone(
 
 
 def _named_server(url: str, project: str | None, *, ca_file: str | None, insecure: bool) -> tuple[Server, str]:
-    """Return server and project of a command line."""
     server_url, slug = parse_url(url, project)
     if slug is None and server_url.endswith("/") and not _is_known(server_url):
         host_url, last = parse_url(url.strip().rstrip("/"))  # a project with a slash that a shell or browser added
@@ -392,4 +391,4 @@ def _is_plain_context(text: str) -> bool:
 
 
 def _ignore(_progress: dict[str, Any]) -> None:
-    """Ignore progress."""
+    pass

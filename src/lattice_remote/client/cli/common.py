@@ -60,7 +60,6 @@ def complete_remotes(incomplete: str) -> Values:
 
 
 def complete_settings(ctx: typer.Context, incomplete: str) -> Values:
-    """Return the names of settings; after a name its values."""
     values = CHOICES.get(ctx.params.get("name") or "", tuple(CHOICES))
     return [(value, "") for value in values if value.startswith(incomplete)]
 
@@ -84,7 +83,6 @@ _REMOVED = "the current directory was removed; go to another one"
 
 
 def lattice_directory() -> str | None:
-    """Return the absolute path of the surrounding ``.lattice``."""
     try:
         root = find_root()
     except LatticeRootError as error:

@@ -132,7 +132,6 @@ def _foreign(directory: str, cannot: str, clone: str) -> str:
 
 
 def _token(remote: Remote) -> tuple[str, str]:
-    """Return the token and its place. Raises RemoteError."""
     given, stored = credentials.from_environment(), credentials.stored(remote.url, remote.project)
     token = given or stored
     if token is None:

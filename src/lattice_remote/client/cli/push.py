@@ -356,7 +356,6 @@ async def _ask(connection: "Connection", directory: str, attempt: _Attempt) -> P
 
 
 def _changed(directory: str, found: "Survey") -> str | None:
-    """Return a file that has changed since the survey."""
     now = survey(directory).files
     return next(
         (path for path in sorted(now.keys() | found.files.keys()) if now.get(path) != found.files.get(path)), None

@@ -65,7 +65,7 @@ def login(url: Url = "", ca_file: CaFile = None, insecure: Insecure = False) -> 
 
 
 async def _check(server: Server, project: str, token: str) -> str:
-    """Check a token with the server. Raises Rejected if the server refuses it, or must not receive it."""
+    """Check a token. Raises Rejected if the server refuses it, or must not receive it."""
     try:
         async with connected(Remote("origin", server.url, project), token, server) as (_, welcome):
             return f"accepted, acting as {welcome.actor}"
@@ -74,7 +74,7 @@ async def _check(server: Server, project: str, token: str) -> str:
 
 
 def _check_server(server: Server, token: str) -> str:
-    """Check a token without a project. Raises Rejected if the server refuses it, or must not receive it."""
+    """Check a token without a project, as ``_check`` does."""
     from lattice_remote.client.connection.dial import fetch_projects
 
     try:

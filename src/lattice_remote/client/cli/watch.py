@@ -98,7 +98,6 @@ def run_for(command: str, record: dict[str, Any], line: str, timeout_s: float) -
 
 
 def _end(process: "subprocess.Popen[bytes]", sign: signal.Signals) -> None:
-    """End a command and its descendants."""
     for each in (sign, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, each)
@@ -270,7 +269,6 @@ class _Watch:
                 self._show.note(f"watched up to change {last.seq}: resume with --since {last}")
 
     def _fail(self, error: RemoteError) -> None:
-        """Report the final error; with ``--json`` in lattice's envelope."""
         if self._handler.as_json:
             envelope = {"ok": False, "error": {"code": error.code, "message": error.message}}
             typer.echo(json.dumps(envelope, sort_keys=True))

@@ -91,7 +91,6 @@ class ReceiveQueue:
         self._changed.set()
 
     async def take(self) -> list[Item]:
-        """Wait for at least one item; return all."""
         while not self._items:
             await self._next_change()
         items = list(self._items)
@@ -167,7 +166,6 @@ class Condition:
         self._waiting = None
 
     async def until(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
-        """Return whether ``predicate`` holds within ``timeout_s``."""
         try:
             async with asyncio.timeout(timeout_s):
                 while not predicate():
@@ -440,14 +438,14 @@ class Connection:
 
     async def _converse(self) -> None:
         self._socket = await open_socket(self.remote, self.token, self.named, self._accepted)
-        inbox = ReceiveQueue()
+        queue = ReceiveQueue()
         hello = await self.session.hello()
         self._offered = hello.epoch
         await self._socket.send(encode(hello))
         jobs: list[Awaitable[None]] = [
-            read_frames(self._socket, inbox, self._hear),
-            self._talk(inbox),
-            self._keep_alive(self._socket, inbox),
+            read_frames(self._socket, queue, self._hear),
+            self._talk(queue),
+            self._keep_alive(self._socket, queue),
         ]
         tasks = [asyncio.ensure_future(job) for job in jobs]
         try:
@@ -460,15 +458,15 @@ class Connection:
         # An explicit reason, from the server or the files, says more than the close that came with it.
         raise min(errors, key=lambda error: isinstance(error, ConnectionClosed) or type(error) is ConnectionFailed)
 
-    async def _talk(self, inbox: ReceiveQueue) -> None:
+    async def _talk(self, queue: ReceiveQueue) -> None:
         try:
             async with asyncio.timeout(FIRST_FRAME_TIMEOUT_S):
-                items = await inbox.take()
+                items = await queue.take()
         except TimeoutError as error:
             raise ConnectionFailed("it accepts the connection but sends nothing") from error
         while True:
             await self._take(items)
-            items = await inbox.take()
+            items = await queue.take()
 
     async def _take(self, items: list[Item]) -> None:
         """Process the frames before a goodbye or failure, then raise that."""
@@ -515,14 +513,14 @@ class Connection:
         self.heard_at = boot_time()
         self.on_heard()
 
-    async def _keep_alive(self, socket: ClientConnection, inbox: ReceiveQueue) -> None:
+    async def _keep_alive(self, socket: ClientConnection, queue: ReceiveQueue) -> None:
         """Ping a silent server; abort without an answer. A full queue means a slow client, not a silent server."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PING_INTERVAL_S):
                     await self._probe.wait()
             self._probe.clear()
-            if inbox.is_full:
+            if queue.is_full:
                 continue
             try:
                 async with asyncio.timeout(PING_TIMEOUT_S):

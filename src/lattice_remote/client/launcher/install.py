@@ -114,7 +114,6 @@ def remove(directory: Path) -> Path | None:
 
 
 def is_ours(path: Path) -> bool:
-    """Return whether a file is a launcher, of this installation or another."""
     try:
         with path.open("rb") as file:
             return _MARK.encode() in file.read(1024)

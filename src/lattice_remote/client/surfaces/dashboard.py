@@ -176,17 +176,16 @@ class _Server(socketserver.ThreadingMixIn, HTTPServer):
 
     def __init__(self, address: tuple[str, int], handler: Any, directory: str) -> None:
         self.directory = directory
-        self.pulse = CacheWatcher(directory)
+        self.watcher = CacheWatcher(directory)
         self.streams = 0
         super().__init__(address, handler)  # last: it closes the server if the port is taken
 
     def server_close(self) -> None:
         """End the streams too: pages reconnect."""
-        self.pulse.close()
+        self.watcher.close()
         super().server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignore a disconnected browser."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
@@ -297,8 +296,8 @@ def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
             self.send_header("Cache-Control", "no-store")
             self.end_headers()
             known = None
-            with self.server.pulse as pulse:
-                while (state := pulse.wait(known, _KEEP_ALIVE_S)) is not None:
+            with self.server.watcher as watcher:
+                while (state := watcher.wait(known, _KEEP_ALIVE_S)) is not None:
                     self.wfile.write(livepage.event(*state))
                     known = state
 
