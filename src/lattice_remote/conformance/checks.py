@@ -97,14 +97,13 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 def summary(outcomes: Sequence[Outcome], seconds: float) -> str:
-    """Return the last line of the report."""
     counts = {result: sum(each.result == result for each in outcomes) for result in ("ok", "failed", "not offered")}
     optional = f", {counts['not offered']} not offered" if counts["not offered"] else ""
     return f"{len(outcomes)} checks: {counts['ok']} ok, {counts['failed']} failed{optional}; {seconds:.0f} s"
 
 
 async def run_checks[T](checks: Iterable[Check[T]], target: T, *, concurrency: int) -> AsyncIterator[Outcome]:
-    """Yield the outcomes in the order of the checks, which run concurrently."""
+    """Yield the outcomes in the order of the checks."""
     turn = asyncio.Semaphore(concurrency)
 
     async def run(check: Check[T]) -> Outcome:

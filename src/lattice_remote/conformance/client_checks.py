@@ -118,7 +118,6 @@ class Play:
         await self._start()
 
     async def kill(self) -> None:
-        """Kill the client's processes without warning."""
         for process in self._processes:
             _signal(process, signal.SIGKILL)
             await process.wait()
@@ -127,14 +126,12 @@ class Play:
         await self.until(lambda: not self.server.links, "the end of the client's connections")
 
     async def run(self, *argv: str) -> tuple[int, bytes, bytes]:
-        """Run one command; return its exit code and its output."""
         process = await self._start(*(argv or ("comment", "LAT-1", "x", "--actor", "human:ana")))
         out, err = await process.communicate()
         return process.returncode or 0, out, err
 
     @property
     def tree(self) -> Files:
-        """The replicated files of the client."""
         found: Files = {}
         for place, directories, names in os.walk(self.lattice):
             directories[:] = [name for name in directories if not name.startswith(".")]
@@ -146,7 +143,6 @@ class Play:
         return found
 
     async def equal(self) -> None:
-        """Wait until the client's files are the server's."""
         end = time.monotonic() + EQUAL_TIMEOUT_S
         while True:
             began = time.monotonic()
@@ -166,7 +162,6 @@ class Play:
             await asyncio.sleep(0.02)
 
     async def cut_and_attempt(self) -> None:
-        """Cut the client's connections; wait for its next attempt to connect."""
         before = self.server.attempts
         self.server.cut()
         await self.until(lambda: self.server.attempts > before, "attempt to connect")
@@ -184,7 +179,6 @@ def _signal(process: asyncio.subprocess.Process, number: int) -> None:
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """End a process with the chance to clean up."""
     _signal(process, signal.SIGTERM)
     try:
         await asyncio.wait_for(process.wait(), 10)
@@ -622,7 +616,7 @@ def change_of(*operations: Operation, seq: int = 1, **fields: Any) -> Change:
 
 
 async def closes(target: ClientTarget, message: bytes | str, name: str) -> None:
-    """Check that a message ends the connection, and that nothing is written because of it."""
+    """Check that a message ends the connection and writes nothing."""
     async with target.filled() as play:
         before = play.tree
         first = play.server.links[0]

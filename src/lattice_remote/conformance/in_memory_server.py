@@ -51,7 +51,7 @@ def append_to(path: str, before: bytes, data: bytes) -> AppendBytes:
 
 
 def merge_into(path: str, before: bytes, patch: dict[str, object]) -> tuple[MergeJson, bytes]:
-    """Return the operation that patches a canonical JSON file, and the file's content afterwards."""
+    """Return the operation that patches a canonical JSON file, and the content afterwards."""
     import json
 
     after = canonical_json(merge_patch(json.loads(before), patch))
@@ -149,7 +149,6 @@ class InMemoryServer:
         return self.head
 
     def trim(self, oldest: int) -> None:
-        """Forget the changes before this one (retention)."""
         self.oldest = max(self.oldest, min(oldest, self.head + 1))
 
     def roll_back(self, seq: int) -> None:
@@ -175,7 +174,7 @@ class InMemoryServer:
         return connection
 
     def take(self, connection: InMemoryConnection) -> None:
-        """Handle the next frame of a client. Frames on an ended connection are dropped."""
+        """Handle the next frame of a client, unless its connection has ended."""
         if connection not in self.connections:
             connection.to_server.clear()
             return

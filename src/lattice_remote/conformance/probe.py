@@ -121,7 +121,6 @@ class ServerTarget:
 
     @contextlib.asynccontextmanager
     async def greeted(self, **fields: Any) -> AsyncIterator["Probe"]:
-        """Open a connection and exchange greetings."""
         async with self.open() as probe:
             await probe.greet(**fields)
             yield probe
@@ -164,7 +163,6 @@ class Probe:
                 await self.socket.send(frame if isinstance(frame, bytes | str) else encode(frame))
 
     async def greet(self, **fields: Any) -> Welcome:
-        """Send Hello with these fields; return the Welcome."""
         defaults = {"client_version": "conformance/1", "lattice_version": "", "capabilities": list(CAPABILITIES)}
         await self.send(Hello(versions=[1], **{**defaults, **fields}))
         frame = await self.receive()
@@ -202,7 +200,6 @@ class Probe:
                     return frame
 
     async def ask(self, request: Request) -> Response:
-        """Send a request; return its answer."""
         await self.send(request)
         return await self.until(Response, lambda answer: answer.id == request.id)  # type: ignore[arg-type]
 
@@ -228,7 +225,7 @@ class Probe:
             await self.socket.pinged.wait()
 
     async def ends(self, code: str, close_code: int) -> Bye:
-        """Check that the connection ends with a Bye of this code and this close code."""
+        """Check that the connection ends with a Bye of these codes."""
         bye, closed = await self.farewell()
         found = f"{bye.code if bye else 'no Bye'}, close code {closed}"
         expect(bye is not None and bye.code == code and closed == close_code, f"{found}; not {code}, {close_code}")

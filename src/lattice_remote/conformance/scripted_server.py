@@ -162,7 +162,6 @@ class ScriptedServer:
         self.cut()
 
     async def change(self, files: dict[str, bytes | None], *, announced: frozenset[str] = frozenset()) -> None:
-        """Write or delete files in one change, with the operations that fit."""
         after = {path: data for path, data in (self.files | files).items() if data is not None}
         await self.write(delta(self.files, after, announced=announced), after)
 
@@ -179,7 +178,6 @@ class ScriptedServer:
             await link.send(*messages)
 
     async def bye(self, code: str, retry_after_s: float | None, close_code: int) -> None:
-        """End every connection with Bye."""
         for link in list(self.links):
             await link.send(encode(Bye(code, "ended by a check", retry_after_s)))
             await link.socket.close(close_code)
@@ -264,7 +262,6 @@ class ScriptedServer:
             await self._send_queued(link)
 
     async def _flush(self, link: Link) -> None:
-        """Send the queued frames and, unless they are held back, all pieces."""
         while (self._is_behind(link) or not self.holds_pieces) and self.model.say(link.connection, piece_first=False):
             pass
         await self._send_queued(link)

@@ -86,7 +86,6 @@ async def prepare(target: ServerTarget, *, may_be_in_use: bool) -> None:
 
 
 def run(target: ServerTarget, *argv: str, **fields: Any) -> Run:
-    """Return a command of the token's actor."""
     return Run(new_id(), [*argv, "--actor", target.actor], **fields)
 
 
@@ -95,7 +94,6 @@ def comment(target: ServerTarget, **fields: Any) -> Run:
 
 
 async def manifest(probe: Probe) -> dict[str, Entry]:
-    """Return the manifest by path."""
     await probe.send(Manifest())
     first = frame = await probe.until(Entries)
     found = {entry.path: entry for entry in frame.entries}
@@ -693,7 +691,6 @@ async def _(target: ServerTarget) -> None:
 
 @contextlib.asynccontextmanager
 async def plan(target: ServerTarget) -> AsyncIterator[tuple[Probe, str, bytes]]:
-    """Yield a connection, the path of a new task's plan, and its text."""
     async with target.greeted() as probe:
         request = run(target, "create", "Plan of a check")
         await answered(probe, request)

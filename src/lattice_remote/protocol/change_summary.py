@@ -60,7 +60,7 @@ def texts_of(change: Change) -> list[tuple[str, str, str]]:
 
 
 def about(change: Change) -> About:
-    """Return the summary of a change, without malformed content."""
+    """Summarize a change, without malformed content."""
     paths = [path for operation in change.ops for path in paths_of(operation)]
     found = About(tasks=tasks_in(paths))
     found.resources = sorted({match[1] for path in paths if (match := _RESOURCE.fullmatch(path))})
@@ -85,7 +85,6 @@ def about(change: Change) -> About:
 
 
 def described(change: Change, found: About) -> dict[str, Any]:
-    """Return author, cause and touched objects of a change, as JSON."""
     return {
         "seq": change.seq,
         "time": change.time,

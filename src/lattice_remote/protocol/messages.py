@@ -536,7 +536,6 @@ _MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def encode(frame: ClientFrame | ServerFrame) -> bytes:
-    """Return a frame as bytes: one msgpack map."""
     return _encoder.encode(frame)
 
 

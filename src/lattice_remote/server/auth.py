@@ -102,7 +102,6 @@ class Logins:
         return None if token is None else Login(token, sha256)
 
     def objection(self, login: Login) -> Bye | None:
-        """Return why this client may not stay."""
         was, now = login.token, self._now()
         token = self._by_id.get(was.id)
         if token is None:
@@ -170,7 +169,7 @@ class Authenticator:
         self._error = ""  # the last logged error, to log it once
 
     def start(self) -> None:
-        """Raises StorageError."""
+        """Read the tokens and the key. Raises StorageError."""
         self.signing_key = signing_key(self._key_path)
         self._logins.refresh()
 
@@ -209,7 +208,7 @@ class Authenticator:
         return "" if login is None or self._logins.objection(login) is not None else login.token.id
 
     def ended(self, login: Login) -> ApiError | None:
-        """Return why an admitted client may no longer continue: its request may take its time."""
+        """Return why an admitted client, whose request may take its time, may not continue."""
         self.refresh()
         objection = self._logins.objection(login)
         return None if objection is None else _unauthorized(objection.reason)
@@ -226,7 +225,6 @@ class Authenticator:
             del self._staying[end]
 
     def refresh(self) -> None:
-        """Read changed tokens, and end clients whose token has ended."""
         try:
             changed = self._logins.refresh()
         except RemoteError as error:

@@ -82,7 +82,7 @@ class ProjectPaths:
         """Held by the project's worker while it lives."""
 
     def upload(self, token_id: str, digest: bytes) -> Path:
-        """Return the path of a complete upload; any string may be a token's id."""
+        """Return the path of a complete upload of any token id."""
         owner = hashlib.sha256(token_id.encode(errors="surrogatepass")).hexdigest()[:16]
         return self.uploads / f"{owner}-{digest.hex()}"
 
@@ -116,7 +116,7 @@ class DataDir:
             write_atomically(self._config, b"{}\n")
 
     def config(self) -> Config:
-        """Raises Misuse: never initialised, or ``config.json`` is invalid."""
+        """Return the settings. Raises Misuse: never initialised, or ``config.json`` is invalid."""
         try:
             return msgspec.json.decode(self._config.read_bytes(), type=Config)
         except FileNotFoundError:
@@ -127,12 +127,11 @@ class DataDir:
             raise Misuse(f"{self._config}: {error}") from error
 
     def writable_by_everybody(self) -> list[Path]:
-        """Return the paths controlling access that any user may change."""
         paths = (self.path, self._config, self.tokens, self.projects)
         return [path for path in paths if path.exists() and path.stat().st_mode & stat.S_IWOTH]
 
     def lock(self) -> int:
-        """Lock the directory for this server; return the descriptor. Raises Misuse: another server runs on it."""
+        """Lock the directory for a server; return the descriptor. Raises Misuse: another one runs on it."""
         try:
             return lock(self.path / ".lock")
         except LockedElsewhere as error:
@@ -146,7 +145,7 @@ class DataDir:
         return _projects_in(self.projects)
 
     def has_project(self, slug: str) -> bool:
-        """Any string may be asked for (I9)."""
+        """Return whether a project exists, for any string (I9)."""
         return _is_project(self.projects, slug)
 
     def is_archived(self, slug: str) -> bool:
@@ -203,7 +202,7 @@ class DataDir:
         raise Misuse(f"no code can be derived from {slug!r}; name one with --code, 1 to 5 letters")
 
     def require_free(self, slug: str) -> None:
-        """Raise Misuse if a project may not get this name: it is invalid, or taken."""
+        """Raise Misuse if the name is invalid or taken."""
         if _SLUG.fullmatch(slug) is None:
             raise Misuse(f"bad project name {slug!r}: use lower case letters, digits and dashes, at most 63")
         if (self.projects / slug).exists():
@@ -291,7 +290,7 @@ def default_location() -> Path:
 
 
 def remember(path: Path) -> None:
-    """Note a new data directory for this user's next commands; errors are ignored."""
+    """Note a new data directory for this user's next commands, if possible."""
     kept = [*(known for known in _remembered() if known.is_dir()), path.absolute()]
     with contextlib.suppress(OSError):
         file = _memory()

@@ -417,7 +417,6 @@ class TreeState(NamedTuple):
         return os.open(journal / _TREE_STATE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def write(self, descriptor: int) -> None:
-        """Publish the state with one system call."""
         os.pwrite(descriptor, _tree_state.pack(*self), 0)
 
 

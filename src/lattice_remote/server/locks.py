@@ -87,7 +87,7 @@ def _writer_lock(project: Path) -> int:
 
 
 def closed_because(project: Path) -> str | None:
-    """Return the message for clients while a command holds this project."""
+    """Return the message for clients if a command holds this project."""
     try:
         mark = os.open(project / _MARK, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -175,7 +175,6 @@ def log_to_stderr(pattern: str, context: Mapping[str, str] | None = None) -> Non
 
 
 def _log_the_end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Log the exception that ends this process."""
     logging.getLogger(__name__).critical("ended by an error", exc_info=(kind, error, trace))
 
 

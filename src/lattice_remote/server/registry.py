@@ -276,7 +276,7 @@ class ProjectRegistry:
     # --- in the background ---
 
     async def _watch_closing(self) -> None:
-        """Release projects that an administrator's command requests, see ``locks``."""
+        """Release the projects that an administrator's command wants, see ``locks``."""
         while True:
             await asyncio.sleep(_CLOSING_CHECK_S)
             for slug, project in tuple(self._projects.items()):

@@ -105,7 +105,6 @@ def _bind_figures(address: str) -> socket.socket:
 
 
 def _certificate(config: Config, root: Path) -> Certificate | None:
-    """Return the certificate of the settings, by paths relative to the data directory."""
     tls = config.tls
     if not tls.cert and not tls.key:
         return None

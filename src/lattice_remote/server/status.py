@@ -328,7 +328,6 @@ def listen(directory: Path) -> socket.socket | None:
 
 
 async def answer(listener: socket.socket, document: Callable[[], Awaitable[bytes]]) -> None:
-    """Answer each connection in turn."""
     loop = asyncio.get_running_loop()
     while True:
         try:

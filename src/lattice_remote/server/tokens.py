@@ -92,7 +92,6 @@ class TokenFile:
         return [token for token in self.read_all() if token.revoked is None]
 
     def read_all(self) -> list[Token]:
-        """Return the revoked ones too."""
         try:
             return msgspec.json.decode(self._path.read_bytes(), type=_Tokens).tokens
         except FileNotFoundError:
@@ -208,7 +207,7 @@ class TokenFile:
         return self._replace(id_or_text, edited)
 
     def revoke(self, id_or_text: str) -> Token:
-        """Raises Misuse if there is none."""
+        """Revoke a token. Raises Misuse if there is none."""
         now = datetime.now(UTC).replace(microsecond=0)
         return self._replace(id_or_text, lambda token: msgspec.structs.replace(token, revoked=now))
 
@@ -332,12 +331,10 @@ def expiry(text: str, now: datetime) -> datetime | None:
 
 
 def shown(moment: datetime | None, otherwise: str) -> str:
-    """Return a moment in UTC, to the second."""
     return otherwise if moment is None else moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def read_last_uses(path: Path) -> dict[str, datetime]:
-    """Return the last use of each token, by id, as far as known."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Moment])
     except (OSError, msgspec.DecodeError):

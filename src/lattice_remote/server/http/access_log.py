@@ -81,7 +81,7 @@ class AccessLogEntry:
         self._outcome = outcome
 
     def log(self, left_out: int = 0) -> None:
-        """Write the line; ``left_out`` lines before it were suppressed."""
+        """Write the line, after ``left_out`` suppressed ones."""
         token, outcome = self.login.token if self.login else None, self._outcome
         fields: dict[str, object] = {
             "method": self.method,
@@ -191,7 +191,7 @@ class _Patterns:
         return candidates[0].path if candidates else _NOWHERE
 
     def path_of(self, scope: Scope) -> str:
-        """Return the path for the log: its pattern, with plain names."""
+        """Return the pattern, with plain names."""
         values = scope.get("path_params", {})
 
         def shown(part: re.Match[str]) -> str:

@@ -194,7 +194,6 @@ def signed_in(request: Request) -> Login | ApiError | None:
 
 
 def refuse_cross_site(request: Request) -> None:
-    """Raise ApiError for a request from a page of another site."""
     if why := cross_site_objection(request):
         raise ApiError(HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN", why)
 

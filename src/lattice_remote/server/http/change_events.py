@@ -147,7 +147,6 @@ def _spread(line: msgspec.Raw | None) -> dict[str, Any]:
 
 
 def _snapshots(change: Change, reported: set[str]) -> Iterator[ChangeEvent]:
-    """Yield one event per changed task."""
     places: dict[str, tuple[str, bytes | Wanted | None]] = {}  # by task: path and content; None: deleted
     for operation in change.ops:
         _follow(operation, places)
@@ -188,7 +187,6 @@ def _moved(content: bytes | Wanted | None, to: str) -> bytes | Wanted | None:
 
 
 def _moved_with(task: str, change: Change) -> Iterator[str]:
-    """Yield the files that an archived task took along."""
     for operation in change.ops:
         if isinstance(operation, MoveFile) and tasks_in(paths_of(operation)) == [task]:
             yield from paths_of(operation)

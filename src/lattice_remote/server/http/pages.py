@@ -110,7 +110,6 @@ def from_here(request: Request, path: str) -> str:
 
 
 def sign_in_path(request: Request) -> str:
-    """Return the sign-in page that leads back to the requested path."""
     wanted = local_path(wanted_path(request))
     return from_here(request, "/sign-in" if wanted == "/" else f"/sign-in?next={quote(wanted, safe='/')}")
 
@@ -167,7 +166,6 @@ _NOT_KNOWN = "Unknown token. Check that it was pasted completely, or ask your ad
 
 
 async def _sign_in_form(request: Request) -> Response:
-    """Return the form; redirect a user who has signed in."""
     following = local_path(request.query_params.get("next", "/"))
     who = signed_in(request)
     if who is None and is_cross_site_link(request):

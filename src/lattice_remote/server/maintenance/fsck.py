@@ -65,7 +65,6 @@ def check_server(data: DataDir) -> Iterator[Finding]:
 
 
 def server_leftovers(data: DataDir) -> list[Path]:
-    """Return the leftovers of an unfinished ``project create`` or write."""
     scratch = [path for path in data.path.glob(".*") if _SCRATCH.fullmatch(path.name)]
     return sorted([*scratch, *(data.path / "projects").glob(".new-*")])
 
@@ -159,7 +158,6 @@ class FsckReport:
 
     @property
     def left(self) -> int:
-        """The number of unrepaired findings."""
         return sum(not found.repaired for found in self.findings)
 
 
@@ -280,7 +278,6 @@ def _compared(before: Iterable[Finding], after: list[Finding]) -> list[Finding]:
 
 
 def _set_aside(root: Path, paths: Iterable[Path]) -> None:
-    """Move files out of the way, under their own names."""
     place = root / "set-aside" / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
     for path in dict.fromkeys(paths):
         target = place / path.relative_to(root)

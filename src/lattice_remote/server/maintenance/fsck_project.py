@@ -75,7 +75,6 @@ class JournalCheck:
         self.findings.append(Finding(self.project, f"journal/{path.name}", what, repair))
 
     def take(self, path: Path, *, is_last: bool) -> None:
-        """Read one segment; in order."""
         data = path.read_bytes()
         items = frames(data)
         header = _header(items)
@@ -115,7 +114,7 @@ class JournalCheck:
         self._run = []
 
     def _records(self, path: Path, items: Iterator[tuple[int, bytes]], end: int) -> int:
-        """Check records; return where the last whole one ends."""
+        """Check records; return the end of the last whole one."""
         for offset, payload in items:
             end = offset + HEAD_BYTES + len(payload)
             try:
@@ -149,7 +148,7 @@ class JournalCheck:
 
 
 def check_journal(project: str, directory: Path) -> JournalCheck:
-    """Raises OSError."""
+    """Read every segment. Raises OSError."""
     check = JournalCheck(project)
     paths = segment_paths(directory)
     for path in paths:

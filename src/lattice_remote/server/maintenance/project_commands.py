@@ -232,7 +232,7 @@ def finish_renames(data: DataDir) -> int:
 
 
 def archive_project(data: DataDir, slug: str) -> None:
-    """Raises Misuse: there is none; StorageError: it cannot be moved, or its worker does not end."""
+    """Stop serving a project. Raises Misuse: there is none; StorageError, also if its worker does not end."""
     data.config()
     _require(data, slug)
     with closing(data.project(slug).root, f"project {slug!r} is archived; ask its administrator"):

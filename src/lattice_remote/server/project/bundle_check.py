@@ -54,7 +54,7 @@ class Candidate:
             (self.lattice / directory).mkdir(parents=True, exist_ok=True)
 
     def add(self, path: str, size: int, pieces: Iterable[bytes]) -> None:
-        """Raises Misuse if a project cannot contain the file, or OSError."""
+        """Create a file. Raises Misuse if a project cannot contain it, or OSError."""
         self.layout.add(path, size)
         target = self.lattice / path
         target.parent.mkdir(parents=True, exist_ok=True)

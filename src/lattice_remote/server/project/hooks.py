@@ -61,7 +61,6 @@ class HookRunner:
             self._task = asyncio.get_running_loop().create_task(self._run_waiting(), name=f"hooks {self._slug}")
 
     async def close(self) -> None:
-        """Kill the running hook and drop the others."""
         self._waiting.clear()
         self._closing.set()
         if self._task is not None:
@@ -89,7 +88,7 @@ class HookRunner:
 
     @contextlib.contextmanager
     def _started(self, call: HookCall, stdin: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-        """Start a hook in its own process group; end it on exit."""
+        """Start a hook in its own process group, which the block's end kills."""
         process = subprocess.Popen(  # noqa: S602 - the administrator's own command, as upstream runs it
             call.command,
             shell=True,
@@ -152,7 +151,7 @@ def _commands(hooks: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 @contextlib.contextmanager
 def _event_file(text: str) -> Iterator[IO[bytes]]:
-    """Open a hook's standard input: a file, so that no pipe blocks; in memory on Linux."""
+    """Open standard input: a file, so that no pipe blocks; in memory on Linux."""
     in_memory = getattr(os, "memfd_create", None)
     with os.fdopen(in_memory("event"), "w+b") if in_memory else tempfile.TemporaryFile() as file:
         file.write(text.encode())

@@ -189,7 +189,7 @@ class LogReader:
 
 
 def present_epoch(paths: ProjectPaths) -> str:
-    """Return "" without a readable journal. Blocking. Raises OSError."""
+    """Return the epoch; "" without a readable journal. Blocking. Raises OSError."""
     headers = map(header_of, reversed(segment_paths(paths.journal)))
     return next((header.epoch for header in headers if header is not None), "")
 

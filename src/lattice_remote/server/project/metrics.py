@@ -168,7 +168,6 @@ class RequestLog:
         self._add(message, ResultStats(code=code), None, time.monotonic(), on_result)
 
     def found(self, seq: int) -> None:
-        """Record an outside change."""
         fields = {"project": self._project, "actor": "server", "command": "", "outcome": "found", "seq": seq}
         _log.info("%s: another program changed files, change %d", self._project, seq, extra={"fields": fields})
 

@@ -157,7 +157,7 @@ class Staging:
 
     @contextlib.contextmanager
     def _directory(self) -> Iterator[int]:
-        """Raises OSError if it is a symbolic link."""
+        """Open the directory. Raises OSError if it is a symbolic link."""
         descriptor = os.open(self._paths.uploads, READ | os.O_DIRECTORY)
         try:
             yield descriptor
@@ -383,7 +383,7 @@ class Pushes:
             push.task = asyncio.get_running_loop().create_task(self._check(push, first_sent_at), name="push")
 
     def forget(self, requester: Requester) -> None:
-        """Remove a closed connection. Its pushes continue."""
+        """Remove a closed connection; its pushes continue."""
         for push in self._under_way.values():
             if requester in push.requesters:
                 push.requesters.remove(requester)
