@@ -36,11 +36,10 @@ from lattice_remote.server.ipc import (
 )
 from lattice_remote.server.journal.ids import token_digest
 from lattice_remote.server.journal.journal import CommitJob, Committer
-from lattice_remote.server.journal.segment import Record
 from lattice_remote.server.tree.capture import AccessDenied, AccessLog
 from lattice_remote.server.tree.tree import TreeDiff, TrustedDigest
 from lattice_remote.server.worker.caller import Attached, Identity, SessionOwners
-from lattice_remote.server.worker.calls import CallRequest, Operation, surface_named
+from lattice_remote.server.worker.calls import CallRequest, surface_named
 from lattice_remote.server.worker.executor import CommandOutcome, Executor
 from lattice_remote.server.worker.follower import Follower
 from lattice_remote.server.worker.policy import (
@@ -291,13 +290,13 @@ class Dispatcher:
         self._store.begin_request(self._name_of(message), is_keyed=is_keyed)
         match message:
             case RunCommand():
-                self._run_once(message, self._execute)
+                self._run_once(message, self._run_command)
             case RunCall():
-                self._run_once(message, self._invoke)
+                self._run_once(message, self._run_call)
             case Edit():
                 self._run_once(message, self._editor.edit)
             case ImportProject():
-                self._run_once(message, self._adopt)
+                self._run_once(message, self._import_project)
                 return not is_adopting(self._paths.root)
             case AbandonRequest():
                 self._run_once(message, _refuse_abandoned)
@@ -346,11 +345,14 @@ class Dispatcher:
                 self._require_new(request)
                 self._run_apart(request, run)
             else:
-                self._resend_reply(request, known)
+                _require_same(request, known.fingerprint, is_own=known.token_id == request.token_id)
+                self._store.resend_reply(request.id, known)
         except Rejected as rejected:
             message = rejected.message[:_MAX_MESSAGE_CHARS]
             self._store.refuse(Refused(request.id, rejected.code, message))
         finally:
+            if isinstance(request, RunCommand | RunCall) and request.files:
+                self._runner.empty_scratch()
             self._executor.release_locks()
 
     def _run_apart[R: _Request](self, request: R, run: Callable[[R], None]) -> None:
@@ -386,13 +388,7 @@ class Dispatcher:
         if self._store.is_keyed and (why := self._store.journal.request_ids.objection(request.token_id)) is not None:
             raise Rejected(f"{why}; nothing was changed", code="REMOTE_BUSY")
 
-    def _resend_reply(self, request: _Request, known: Record) -> None:
-        _require_same(request, known.fingerprint, is_own=known.token_id == request.token_id)
-        self._store.resend_reply(request.id, known)
-
-    # --- a whole project ---
-
-    def _adopt(self, request: ImportProject) -> None:
+    def _import_project(self, request: ImportProject) -> None:
         """Accept a project that replaces this one; the next worker puts it in place and replies."""
         # The files on disk decide, including those that are not numbered yet.
         require_empty(self._lattice_dir, {path: status.st_size for path, status in self._store.tree.scan()})
@@ -404,24 +400,58 @@ class Dispatcher:
         except OSError as error:
             raise cannot_store("the project", error) from error
 
-    # --- a command line ---
+    # --- a command line, or an operation of another surface ---
 
-    def _execute(self, request: RunCommand) -> None:
-        try:
-            attached = self._attach(request, request.argv)
-            identity = self._identity(request)
-            command = parse(
-                self._executor.cli,
-                attached.argv,
-                identity,
-                files=attached.paths,
-                lattice_dir=self._lattice_dir,
-                plugin_commands=self._plugin_commands,
+    def _run_command(self, request: RunCommand) -> None:
+        attached = self._attach(request, request.argv)
+        command = parse(
+            self._executor.cli,
+            attached.argv,
+            self._identity(request),
+            files=attached.paths,
+            lattice_dir=self._lattice_dir,
+            plugin_commands=self._plugin_commands,
+        )
+
+        def note(difference: TreeDiff) -> None:
+            if command.path == "session start":
+                self._owners.note(difference.operations, request.token_id, request.actor)
+
+        self._runner.run_in_transaction(
+            Transaction(
+                name=f"'lattice {command.path}'",
+                cause=_cause(request, command.actor or request.actor, describe_command(request.argv)),
+                run=lambda: self._executor.run(
+                    attached.argv,
+                    command.path,
+                    last_try=request.last_try,
+                    may_wait=request.may_wait,
+                    ahead=request.ahead,
+                    own_copies=attached.paths,
+                ),
+                answer=lambda outcome, seq: _reply(request.id, seq, outcome, command, attached),
+                vouched=attached.vouched,
+                note=note,
             )
-            self._runner.run_in_transaction(self._command(request, command, attached))
-        finally:
-            if request.files:
-                self._runner.empty_scratch()
+        )
+
+    def _run_call(self, request: RunCall) -> None:
+        identity, attach = self._identity(request), partial(self._attach, request)
+        operation = surface_named(request.surface).prepare(
+            CallRequest(request.name, request.payload, identity, self._lattice_dir, attach, self._executor.run_step)
+        )
+        self._store.set_label(operation.label)
+        if request.files and operation.attached is None:
+            raise Rejected("a file was attached to an operation that takes none", code="REMOTE_UNSUPPORTED")
+        called = partial(self._executor.call, may_wait=request.may_wait, ahead=request.ahead)
+        self._runner.run_in_transaction(
+            Transaction(
+                name=f"'{operation.label}'",
+                cause=_cause(request, operation.actor, describe_call(operation.label)),
+                run=lambda: _bounded(called(operation.run, operation.label)),
+                answer=lambda outcome, seq: _returned(request.id, seq, outcome, operation.attached or Attached([])),
+            )
+        )
 
     def _identity(self, request: RunCommand | RunCall) -> Identity:
         return Identity(request.actor, request.act_as, request.token_id, self._owners)
@@ -433,63 +463,6 @@ class Dispatcher:
             return Attached.write(values, request.files, self._scratch, uploaded, is_argv=is_argv)
         except OSError as error:
             raise cannot_store("the attached files", error) from error
-
-    def _command(self, request: RunCommand, command: Command, attached: Attached) -> Transaction:
-        return Transaction(
-            name=f"'lattice {command.path}'",
-            cause=_cause(request, command.actor or request.actor, describe_command(request.argv)),
-            run=lambda: self._executor.run(
-                attached.argv,
-                command.path,
-                last_try=request.last_try,
-                may_wait=request.may_wait,
-                ahead=request.ahead,
-                own_copies=attached.paths,
-            ),
-            answer=lambda outcome, seq: _reply(request.id, seq, outcome, command, attached),
-            vouched=attached.vouched,
-            note=lambda difference: self._note(request, command, difference),
-        )
-
-    def _note(self, request: RunCommand, command: Command, difference: TreeDiff) -> None:
-        if command.path == "session start":
-            self._owners.note(difference.operations, request.token_id, request.actor)
-
-    # --- an operation of another surface ---
-
-    def _invoke(self, request: RunCall) -> None:
-        try:
-            operation = self._prepare(request)
-            self._runner.run_in_transaction(self._operation(request, operation))
-        finally:
-            if request.files:
-                self._runner.empty_scratch()
-
-    def _prepare(self, request: RunCall) -> Operation:
-        surface = surface_named(request.surface)
-        identity = self._identity(request)
-        attach = partial(self._attach, request)
-        run_line = self._executor.run_step
-        operation = surface.prepare(
-            CallRequest(request.name, request.payload, identity, self._lattice_dir, attach, run_line)
-        )
-        self._store.set_label(operation.label)
-        if request.files and operation.attached is None:
-            raise Rejected("a file was attached to an operation that takes none", code="REMOTE_UNSUPPORTED")
-        return operation
-
-    def _operation(self, request: RunCall, operation: Operation) -> Transaction:
-        attached = operation.attached or Attached([])
-        return Transaction(
-            name=f"'{operation.label}'",
-            cause=_cause(request, operation.actor, describe_call(operation.label)),
-            run=lambda: self._call(request, operation),
-            answer=lambda outcome, seq: _returned(request.id, seq, outcome, attached),
-        )
-
-    def _call(self, request: RunCall, operation: Operation) -> CommandOutcome:
-        called = partial(self._executor.call, may_wait=request.may_wait, ahead=request.ahead)
-        return _bounded(called(operation.run, operation.label))
 
 
 def _with_fingerprint[R: _Request](request: R) -> R:
