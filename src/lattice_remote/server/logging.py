@@ -97,7 +97,7 @@ class _Json(logging.Formatter):
         return _as_json(line)
 
 
-class _Unhurried(logging.StreamHandler[TextIO]):
+class _NonBlocking(logging.StreamHandler[TextIO]):
     """Handler that writes without blocking, and counts dropped lines."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -123,11 +123,11 @@ class _Unhurried(logging.StreamHandler[TextIO]):
             return
         if self._left_out:
             text = "%d lines were dropped here: too many at once, or the log was not read"
-            if self._tell(logging.LogRecord(__name__, logging.WARNING, "", 0, text, (self._left_out,), None)):
+            if self._write_line(logging.LogRecord(__name__, logging.WARNING, "", 0, text, (self._left_out,), None)):
                 self._left_out = 0
-        self._left_out += not self._tell(record)
+        self._left_out += not self._write_line(record)
 
-    def _tell(self, record: logging.LogRecord) -> bool:
+    def _write_line(self, record: logging.LogRecord) -> bool:
         """Write a line; return whether all of it was taken."""
         if self._descriptor < 0:
             super().emit(record)
@@ -138,7 +138,7 @@ class _Unhurried(logging.StreamHandler[TextIO]):
             self._write(f"{self.format(record)}\n".encode(self.stream.encoding, "backslashreplace"))
         except OSError:  # a full disk, a closed pipe
             return False
-        except Exception:  # noqa: BLE001 - what can't be told ends nothing
+        except Exception:  # noqa: BLE001 - an event that cannot be logged ends nothing
             self.handleError(record)
         return not self._is_torn
 
@@ -157,7 +157,7 @@ def log_to_stderr(pattern: str, context: Mapping[str, str] | None = None) -> Non
 
     ``pattern`` is the format of a text line; ``context`` are further members of each JSON line.
     """
-    handler = _Unhurried(sys.stderr)
+    handler = _NonBlocking(sys.stderr)
     is_json = os.environ.get(FORMAT_VARIABLE) == "json"
     handler.setFormatter(_Json(context or {}) if is_json else _Text(pattern))
     level = os.environ.get(LEVEL_VARIABLE, "").upper()

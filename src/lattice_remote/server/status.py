@@ -342,7 +342,7 @@ async def answer(listener: socket.socket, document: Callable[[], Awaitable[bytes
                     await loop.sock_sendall(connection, await document())
             except OSError:  # it has left, or does not read
                 continue
-            except Exception:  # noqa: BLE001 - who asks next may be luckier
+            except Exception:  # noqa: BLE001 - the next request may succeed
                 _log.exception("cannot send the status")
 
 
@@ -407,11 +407,11 @@ def present_status(data: DataDir) -> ServerStatus:
 
     Raises StorageError as ``ask``, or if the answer is incomplete or from an incompatible version.
     """
-    told = ask(data.path)
-    if told is None:
+    document = ask(data.path)
+    if document is None:
         return stopped_status(data)
     try:
-        return msgspec.json.decode(told, type=ServerStatus)
+        return msgspec.json.decode(document, type=ServerStatus)
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise StorageError("unexpected response from the server; look at its log, or upgrade it") from None
 

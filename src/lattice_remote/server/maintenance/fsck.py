@@ -269,12 +269,12 @@ def _repaired(slug: str, paths: ProjectPaths, data: DataDir, report: FsckReport)
 def _compared(before: Iterable[Finding], after: list[Finding]) -> list[Finding]:
     """Return the earlier findings, with repairs marked, and new ones."""
     left = {(found.where, found.what) for found in after}
-    told = [
+    marked = [
         found if (found.where, found.what) in left else msgspec.structs.replace(found, repaired=True)
         for found in before
     ]
-    known = {(found.where, found.what) for found in told}
-    return told + [found for found in after if (found.where, found.what) not in known]
+    known = {(found.where, found.what) for found in marked}
+    return marked + [found for found in after if (found.where, found.what) not in known]
 
 
 def _set_aside(root: Path, paths: Iterable[Path]) -> None:

@@ -343,5 +343,5 @@ def _doctor(slug: str, paths: ProjectPaths) -> Iterator[Finding]:
         for found in json.loads(done.stdout)["data"]["findings"]:
             yield Finding(slug, ".lattice", f"lattice doctor: {found['level']}: {found['message']}")
     except (ValueError, KeyError, TypeError):
-        said = " ".join(done.stderr.decode(errors="replace").split())[-300:]
-        yield Finding(slug, ".lattice", f"lattice doctor does not work here: {said or f'exit {done.returncode}'}")
+        problem = " ".join(done.stderr.decode(errors="replace").split())[-300:]
+        yield Finding(slug, ".lattice", f"lattice doctor does not work here: {problem or f'exit {done.returncode}'}")

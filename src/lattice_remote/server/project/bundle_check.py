@@ -178,8 +178,8 @@ async def _checked(
         return ImportReport(
             refused=f"the check exceeded its limits of memory or processor time (signal {-process.returncode})"
         )
-    said = " ".join(stderr.decode(errors="replace").split())[-_MAX_ERROR_CHARS:]
-    raise StorageError(f"cannot check the project: {said or f'exit {process.returncode}'}")
+    problem = " ".join(stderr.decode(errors="replace").split())[-_MAX_ERROR_CHARS:]
+    raise StorageError(f"cannot check the project: {problem or f'exit {process.returncode}'}")
 
 
 _PIECE_BYTES = 1 << 20

@@ -77,14 +77,14 @@ class HookRunner:
         try:
             with _event_file(call.stdin) as stdin, self._started(call, stdin) as process:
                 assert process.stderr is not None, "stderr is a pipe"
-                code, said = self._watch(process, process.stderr)
+                code, output = self._watch(process, process.stderr)
         except (OSError, ValueError) as error:  # ValueError: a NUL in the command or in its environment
             self._failed(seq, call, f"could not start: {error}")
         else:
             if code is None and not self._closing.is_set():
-                self._failed(seq, call, f"took longer than {self._timeout_s:g} s and was ended", said)
+                self._failed(seq, call, f"took longer than {self._timeout_s:g} s and was ended", output)
             elif code:
-                self._failed(seq, call, f"ended with {code}" if code > 0 else f"ended by signal {-code}", said)
+                self._failed(seq, call, f"ended with {code}" if code > 0 else f"ended by signal {-code}", output)
 
     @contextlib.contextmanager
     def _started(self, call: HookCall, stdin: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
@@ -111,7 +111,7 @@ class HookRunner:
         """Return a hook's exit code (None on timeout) and the start of its stderr."""
         os.set_blocking(stderr.fileno(), False)
         deadline = time.monotonic() + self._timeout_s
-        said = bytearray()
+        output = bytearray()
         is_open = True
         while process.poll() is None:
             if time.monotonic() >= deadline or self._closing.is_set():
@@ -120,14 +120,14 @@ class HookRunner:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_POLL_S)
             elif select.select([stderr], [], [], _POLL_S)[0]:
-                is_open = _read_some(stderr, said)
+                is_open = _read_some(stderr, output)
         if is_open:
-            _read_some(stderr, said)
-        return process.returncode, bytes(said)
+            _read_some(stderr, output)
+        return process.returncode, bytes(output)
 
-    def _failed(self, seq: int, call: HookCall, how: str, said: bytes = b"") -> None:
+    def _failed(self, seq: int, call: HookCall, how: str, output: bytes = b"") -> None:
         """Log a failed hook, without its command line, which may contain a password."""
-        line = said.decode(errors="replace").strip().splitlines()[:1]
+        line = output.decode(errors="replace").strip().splitlines()[:1]
         text = f": {printable(masked_output(line[0]))[:_MAX_SHOWN_CHARS]}" if line else ""
         event = call.env.get("LATTICE_EVENT_TYPE", "?")
         _log.error("%s: change %d: hook %s of %s %s%s", self._slug, seq, self._name(call), printable(event), how, text)
@@ -159,13 +159,13 @@ def _event_file(text: str) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _read_some(stderr: IO[bytes], said: bytearray) -> bool:
+def _read_some(stderr: IO[bytes], output: bytearray) -> bool:
     """Read available output; return whether more may follow."""
     try:
         data = os.read(stderr.fileno(), 65536)
     except BlockingIOError:
         return True
-    said += data[: _MAX_LINE_BYTES - len(said)]
+    output += data[: _MAX_LINE_BYTES - len(output)]
     return bool(data)
 
 

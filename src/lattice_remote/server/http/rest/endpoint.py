@@ -72,7 +72,7 @@ class EndpointRequest[Q: Query, B: Json | Nothing | bytes]:
         path: the values of the parts in braces.
         query, body: of the types that the handler declares.
         once: id and fingerprint of a write.
-        request: for its headers.
+        http: for its headers.
     """
 
     context: RequestContext
@@ -80,7 +80,7 @@ class EndpointRequest[Q: Query, B: Json | Nothing | bytes]:
     query: Q
     body: B
     once: IdempotencyKey
-    request: Request
+    http: Request
 
 
 def header_of(request: Request, name: str) -> str:
@@ -165,7 +165,7 @@ class Endpoint:
 
     @cached_property
     def takes(self) -> tuple[type[Any], type[Any]]:
-        query, body = get_args(get_type_hints(self.handler)["asked"])
+        query, body = get_args(get_type_hints(self.handler)["request"])
         return query, body
 
     @property
@@ -280,14 +280,14 @@ class _Envelope(msgspec.Struct, frozen=True):
     error: _Error = _Error()
 
 
-def options(body: Author, asked: EndpointRequest[Any, Any], *, without: Collection[str] = ()) -> list[str]:
+def options(body: Author, request: EndpointRequest[Any, Any], *, without: Collection[str] = ()) -> list[str]:
     """Return a body's fields as options of a command, one argument each, so that no value is taken for another.
 
     None and False omit the option, True makes a flag, and commas separate the items of a list.
     """
     given = {name: getattr(body, name) for name in body.__struct_fields__ if name not in without}
     if body.actor is None and body.name is None:
-        given["actor"] = asked.context.login.token.actor
+        given["actor"] = request.context.login.token.actor
     return [option for name, value in given.items() for option in _option(name.replace("_", "-"), value)]
 
 
@@ -303,9 +303,9 @@ def _option(name: str, value: object) -> list[str]:
             return [f"--{name}={value}"]
 
 
-async def read(asked: EndpointRequest[Any, Any], path: str, *arguments: str) -> Response:
+async def read(request: EndpointRequest[Any, Any], path: str, *arguments: str) -> Response:
     """Return the output of a read-only command, for example ``resource list``."""
-    return output_response(await read_output(asked, path, *arguments))
+    return output_response(await read_output(request, path, *arguments))
 
 
 def output_response(printed: ReadResult) -> Response:
@@ -314,37 +314,37 @@ def output_response(printed: ReadResult) -> Response:
 
 
 async def read_output(
-    asked: EndpointRequest[Any, Any], path: str, *arguments: str, list_at: tuple[str, ...] = ()
+    request: EndpointRequest[Any, Any], path: str, *arguments: str, list_at: tuple[str, ...] = ()
 ) -> ReadResult:
     """Return the output of a read-only command; ``list_at`` as in ``ReadCommand``. Raises StorageError: it crashed."""
     asking = ReadCommand(path, (*path.split(), "--json", *arguments), list_at)
-    printed = await asked.context.project.reader.read(asking, asked.context.share)
+    printed = await request.context.project.reader.read(asking, request.context.share)
     if not printed.body:
         raise StorageError(f"the server cannot run 'lattice {path}': {_error_message(printed.message)}")
     return printed
 
 
 async def write(
-    asked: EndpointRequest[Any, Any], path: str, *arguments: str, success: HTTPStatus = HTTPStatus.OK
+    request: EndpointRequest[Any, Any], path: str, *arguments: str, success: HTTPStatus = HTTPStatus.OK
 ) -> Response:
     """Run a command for the request's actor; return its output."""
-    done = await run(asked.context, [*path.split(), "--json", *arguments], once=asked.once)
+    done = await run(request.context, [*path.split(), "--json", *arguments], once=request.once)
     if not done.stdout:
         raise Rejected(_error_message(done.stderr.decode(errors="replace")), code="REMOTE_INVALID")
-    return await with_position(asked, done.seq, envelope_response(done.stdout, success))
+    return await with_position(request, done.seq, envelope_response(done.stdout, success))
 
 
 async def write_together(
-    asked: EndpointRequest[Any, Any], name: str, payload: dict[str, object]
+    request: EndpointRequest[Any, Any], name: str, payload: dict[str, object]
 ) -> tuple[Returned, Response]:
     """Run commands that take effect together or not at all."""
-    done = await call(asked.context, "commands", name, json.dumps(payload).encode(), once=asked.once)
-    return done, await with_position(asked, done.seq, envelope_response(done.payload))
+    done = await call(request.context, "commands", name, json.dumps(payload).encode(), once=request.once)
+    return done, await with_position(request, done.seq, envelope_response(done.payload))
 
 
-async def with_position(asked: EndpointRequest[Any, Any], seq: int, response: Response) -> Response:
+async def with_position(request: EndpointRequest[Any, Any], seq: int, response: Response) -> Response:
     """Add the position up to which a response is true."""
-    history = asked.context.project.history
+    history = request.context.project.history
     epoch, mark = history.epoch, (await history.mark_at(seq) if seq <= history.head else None)
     response.headers["Lattice-Change"] = str(Position(epoch, seq, mark or b""))
     return response

@@ -101,61 +101,63 @@ class ResourceChanges(Provenance, frozen=True, kw_only=True):
     force: bool = False
 
 
-async def list_resources(asked: EndpointRequest[Nothing, Nothing]) -> Response:
+async def list_resources(request: EndpointRequest[Nothing, Nothing]) -> Response:
     """List the resources and their holders."""
-    return await read(asked, "resource list")
+    return await read(request, "resource list")
 
 
-async def show_resource(asked: EndpointRequest[Nothing, Nothing]) -> Response:
+async def show_resource(request: EndpointRequest[Nothing, Nothing]) -> Response:
     """Return a resource and its holders."""
-    return await read(asked, "resource status", "--", asked.path["name"])
+    return await read(request, "resource status", "--", request.path["name"])
 
 
-async def create_resource(asked: EndpointRequest[Nothing, NewResource]) -> Response:
+async def create_resource(request: EndpointRequest[Nothing, NewResource]) -> Response:
     """Create a resource."""
-    ttl = [] if asked.body.ttl_seconds is None else [f"--ttl={asked.body.ttl_seconds}"]
-    given = [*options(asked.body, asked, without=["ttl_seconds"]), *ttl]
-    return await write(asked, "resource create", *given, "--", asked.path["name"], success=HTTPStatus.CREATED)
+    ttl = [] if request.body.ttl_seconds is None else [f"--ttl={request.body.ttl_seconds}"]
+    given = [*options(request.body, request, without=["ttl_seconds"]), *ttl]
+    return await write(request, "resource create", *given, "--", request.path["name"], success=HTTPStatus.CREATED)
 
 
-async def acquire_resource(asked: EndpointRequest[Nothing, Acquisition]) -> Response:
+async def acquire_resource(request: EndpointRequest[Nothing, Acquisition]) -> Response:
     """Acquire a resource or renew its lease; create one that is only in the project's settings.
 
     Status 409 if others hold it, with ``wait`` until ``timeout`` has passed. Disconnecting ends the wait.
     """
-    given = options(asked.body, asked, without=[] if asked.body.wait else ["timeout"])
-    return await cancel_on_disconnect(asked.request, write(asked, "resource acquire", *given, "--", asked.path["name"]))
+    given = options(request.body, request, without=[] if request.body.wait else ["timeout"])
+    return await cancel_on_disconnect(
+        request.http, write(request, "resource acquire", *given, "--", request.path["name"])
+    )
 
 
-async def release_resource(asked: EndpointRequest[Nothing, Provenance]) -> Response:
+async def release_resource(request: EndpointRequest[Nothing, Provenance]) -> Response:
     """Release a resource."""
-    return await write(asked, "resource release", *options(asked.body, asked), "--", asked.path["name"])
+    return await write(request, "resource release", *options(request.body, request), "--", request.path["name"])
 
 
-async def extend_resource(asked: EndpointRequest[Nothing, Provenance]) -> Response:
+async def extend_resource(request: EndpointRequest[Nothing, Provenance]) -> Response:
     """Renew the lease of a resource, like ``lattice resource heartbeat``."""
-    return await write(asked, "resource heartbeat", *options(asked.body, asked), "--", asked.path["name"])
+    return await write(request, "resource heartbeat", *options(request.body, request), "--", request.path["name"])
 
 
-async def show_resource_with_id(asked: EndpointRequest[Nothing, Nothing]) -> Response:
+async def show_resource_with_id(request: EndpointRequest[Nothing, Nothing]) -> Response:
     """Return the resource with this name and id."""
-    return output_response(await _with_id(asked))
+    return output_response(await _with_id(request))
 
 
-async def change_resource(asked: EndpointRequest[Nothing, ResourceChanges]) -> Response:
+async def change_resource(request: EndpointRequest[Nothing, ResourceChanges]) -> Response:
     """Change fields of a resource in one change; or acquire or release it, with ``held``."""
-    return await _change(asked, await read_output(asked, "resource status", "--", asked.path["name"]))
+    return await _change(request, await read_output(request, "resource status", "--", request.path["name"]))
 
 
-async def change_resource_with_id(asked: EndpointRequest[Nothing, ResourceChanges]) -> Response:
+async def change_resource_with_id(request: EndpointRequest[Nothing, ResourceChanges]) -> Response:
     """Change fields of the resource with this name and id; or acquire or release it, with ``held``."""
-    return await _change(asked, await _with_id(asked))
+    return await _change(request, await _with_id(request))
 
 
-async def _change(asked: EndpointRequest[Nothing, ResourceChanges], found: ReadResult) -> Response:
+async def _change(request: EndpointRequest[Nothing, ResourceChanges], found: ReadResult) -> Response:
     if found.status:
         return output_response(found)
-    body, resource = asked.body, msgspec.json.decode(found.body, type=dict[str, Any])["data"]
+    body, resource = request.body, msgspec.json.decode(found.body, type=dict[str, Any])["data"]
     given = {name: getattr(body, name) for name in _FIELDS}
     values = {name: value for name, value in given.items() if value is not UNSET}
     if bool(values) == (body.held is not None):
@@ -167,41 +169,43 @@ async def _change(asked: EndpointRequest[Nothing, ResourceChanges], found: ReadR
         raise Rejected(why, code="REMOTE_INVALID")
     if not values:
         command, without = ("acquire", []) if body.held else ("release", ["task", "force"])
-        options_ = options(body, asked, without=[*_FIELDS, "held", *without])
-        return await write(asked, f"resource {command}", *options_, "--", resource.get("id") or resource["name"])
+        options_ = options(body, request, without=[*_FIELDS, "held", *without])
+        return await write(request, f"resource {command}", *options_, "--", resource.get("id") or resource["name"])
     if body.name is not None or body.task is not None or body.force:
         raise Rejected("'name', 'task' and 'force' belong to 'held'", code="REMOTE_INVALID")
-    return await _update(asked, resource, values)
+    return await _update(request, resource, values)
 
 
-async def _update(asked: EndpointRequest[Nothing, ResourceChanges], resource: dict[str, Any], values: Any) -> Response:
+async def _update(
+    request: EndpointRequest[Nothing, ResourceChanges], resource: dict[str, Any], values: Any
+) -> Response:
     """Write an event for each field; lattice has no command."""
     from lattice.core.events import create_resource_event
 
     if resource.get("id") is None:
         why = f"resource {resource['name']!r} is only in the project's settings; create it first"
         raise Rejected(why, code="REMOTE_INVALID")
-    body, actor = asked.body, asked.body.actor or asked.context.login.token.actor
+    body, actor = request.body, request.body.actor or request.context.login.token.actor
     about = {name: getattr(body, name) for name in ("reason", "on_behalf_of", "triggered_by", "model", "session")}
     events = [
         create_resource_event("resource_updated", resource["id"], actor, {"field": name, "new_value": value}, **about)
         for name, value in values.items()
     ]
     payload = {"resource": resource["name"], "events": events, "base": resource.get("last_event_id")}
-    done = await call(asked.context, "storage", "write-resource", json.dumps(payload).encode(), once=asked.once)
+    done = await call(request.context, "storage", "write-resource", json.dumps(payload).encode(), once=request.once)
     if done.status == HTTPStatus.CONFLICT:
         raise Rejected(f"resource {resource['name']!r} has just changed; try again", code="REMOTE_BUSY")
     if done.status != HTTPStatus.OK:
         return envelope_response(done.payload)
     content = {"ok": True, "data": msgspec.json.decode(done.payload)["content"]}
     response = Response(msgspec.json.encode(content), media_type="application/json")
-    return await with_position(asked, done.seq, response)
+    return await with_position(request, done.seq, response)
 
 
-async def _with_id(asked: EndpointRequest[Any, Any]) -> ReadResult:
+async def _with_id(request: EndpointRequest[Any, Any]) -> ReadResult:
     """Return lattice's output for a resource. Raises Rejected: it has another id."""
-    name, id_ = asked.path["name"], asked.path["id"]
-    printed = await read_output(asked, "resource status", "--", name)
+    name, id_ = request.path["name"], request.path["id"]
+    printed = await read_output(request, "resource status", "--", name)
     resource = {} if printed.status else msgspec.json.decode(printed.body, type=dict[str, Any])["data"]
     if (resource.get("name"), resource.get("id")) != (name, id_):
         raise Rejected(f"no resource {name!r} has the id {id_!r}", code="REMOTE_NOT_FOUND")

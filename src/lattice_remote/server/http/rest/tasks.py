@@ -178,28 +178,28 @@ class Completion(Provenance, frozen=True, kw_only=True):
 # --- the list ---
 
 
-async def list_tasks(asked: EndpointRequest[Filters, Nothing]) -> Response:
+async def list_tasks(request: EndpointRequest[Filters, Nothing]) -> Response:
     """List tasks in order of creation, filtered like ``lattice list``."""
-    query = asked.query
+    query = request.query
     values = {name: getattr(query, name) for name in ("status", "assigned", "tag", "type", "priority")}
     given = [f"--{name}={value}" for name, value in values.items() if value is not UNSET]
     flags = {"--include-archived": query.include_archived, "--compact": query.compact}
     given += [name for name, is_set in flags.items() if is_set]
-    return output_response(page_of(await read_output(asked, "list", *given, list_at=("data",)), query, by_id=True))
+    return output_response(page_of(await read_output(request, "list", *given, list_at=("data",)), query, by_id=True))
 
 
-async def create_task(asked: EndpointRequest[Nothing, NewTask]) -> Response:
+async def create_task(request: EndpointRequest[Nothing, NewTask]) -> Response:
     """Create a task."""
-    given = options(asked.body, asked, without=["title"])
-    return await write(asked, "create", *given, "--", asked.body.title, success=HTTPStatus.CREATED)
+    given = options(request.body, request, without=["title"])
+    return await write(request, "create", *given, "--", request.body.title, success=HTTPStatus.CREATED)
 
 
-async def claim_next_task(asked: EndpointRequest[Nothing, ClaimNext]) -> Response:
+async def claim_next_task(request: EndpointRequest[Nothing, ClaimNext]) -> Response:
     """Claim the next task, like ``lattice next --claim``: the actor's current one, or the most important that is ready.
 
     Status 204 if there is none.
     """
-    response = await write(asked, "next", "--claim", *options(asked.body, asked))
+    response = await write(request, "next", "--claim", *options(request.body, request))
     is_none = response.status_code == HTTPStatus.OK and _data_of(bytes(response.body)) == msgspec.Raw(b"null")
     if not is_none:
         return response
@@ -209,35 +209,35 @@ async def claim_next_task(asked: EndpointRequest[Nothing, ClaimNext]) -> Respons
 # --- one task ---
 
 
-async def show_task(asked: EndpointRequest[Nothing, Nothing]) -> Response:
+async def show_task(request: EndpointRequest[Nothing, Nothing]) -> Response:
     """Return a task with its events and its relationships, archived or not."""
-    if wants_page(asked.request):
-        return await _task_on_board(asked)
-    return await read(asked, "show", "--", asked.path["id"])
+    if wants_page(request.http):
+        return await _task_on_board(request)
+    return await read(request, "show", "--", request.path["id"])
 
 
-async def _task_on_board(asked: EndpointRequest[Nothing, Nothing]) -> Response:
-    found = await read_output(asked, "show", "--", asked.path["id"])
+async def _task_on_board(request: EndpointRequest[Nothing, Nothing]) -> Response:
+    found = await read_output(request, "show", "--", request.path["id"])
     if found.status:
-        raise Rejected(f"there is no task {asked.path['id']} in this project", code="REMOTE_NOT_FOUND")
+        raise Rejected(f"there is no task {request.path['id']} in this project", code="REMOTE_NOT_FOUND")
     task = msgspec.json.decode(found.body, type=_Shown).data.id
     return RedirectResponse(f"../dashboard/#/task/{quote(task)}", HTTPStatus.SEE_OTHER)
 
 
-async def change_task(asked: EndpointRequest[Nothing, TaskChanges]) -> Response:
+async def change_task(request: EndpointRequest[Nothing, TaskChanges]) -> Response:
     """Change status, assignment and fields of a task in one change, all or nothing."""
-    lines = list(_lines(asked, asked.body))
+    lines = list(_lines(request, request.body))
     if not lines:
         raise Rejected("there is nothing to change in the request's body", code="REMOTE_INVALID")
     # If nothing had to change, lattice prints no task, so read it.
-    done, response = await write_together(asked, "together", {"lines": lines, "task": asked.path["id"]})
+    done, response = await write_together(request, "together", {"lines": lines, "task": request.path["id"]})
     if response.status_code != HTTPStatus.OK:
         return response
     return _with_data(response, msgspec.json.decode(_data_of(done.payload), type=list[msgspec.Raw])[-1])
 
 
-def _lines(asked: EndpointRequest[Any, Any], changes: TaskChanges) -> list[list[str]]:
-    common, task = ["--json", *options(changes, asked, without=_CHANGED)], asked.path["id"]
+def _lines(request: EndpointRequest[Any, Any], changes: TaskChanges) -> list[list[str]]:
+    common, task = ["--json", *options(changes, request, without=_CHANGED)], request.path["id"]
     lines = []
     if pairs := list(_pairs(changes)):
         lines.append(["update", *common, "--", task, *pairs])
@@ -258,28 +258,28 @@ def _pairs(changes: TaskChanges) -> list[str]:
     return [f"{name}={value}" for name, value in values.items() if value is not UNSET]
 
 
-async def claim_task(asked: EndpointRequest[Nothing, Author]) -> Response:
+async def claim_task(request: EndpointRequest[Nothing, Author]) -> Response:
     """Claim this task: assign and start it, like ``lattice next --claim`` does with the task it picks."""
-    line = ["next", "--json", "--claim", *options(asked.body, asked)]
-    done, response = await write_together(asked, "claim", {"task": asked.path["id"], "line": line})
+    line = ["next", "--json", "--claim", *options(request.body, request)]
+    done, response = await write_together(request, "claim", {"task": request.path["id"], "line": line})
     if response.status_code != HTTPStatus.OK:
         return response
     return _with_data(response, msgspec.json.decode(_data_of(done.payload), type=list[msgspec.Raw])[0])
 
 
-async def complete_task(asked: EndpointRequest[Nothing, Completion]) -> Response:
+async def complete_task(request: EndpointRequest[Nothing, Completion]) -> Response:
     """Complete a task with a review, like ``lattice complete``."""
-    return await write(asked, "complete", *options(asked.body, asked), "--", asked.path["id"])
+    return await write(request, "complete", *options(request.body, request), "--", request.path["id"])
 
 
-async def archive_task(asked: EndpointRequest[Nothing, Provenance]) -> Response:
+async def archive_task(request: EndpointRequest[Nothing, Provenance]) -> Response:
     """Archive a task."""
-    return await write(asked, "archive", *options(asked.body, asked), "--", _one(asked.path["id"]))
+    return await write(request, "archive", *options(request.body, request), "--", _one(request.path["id"]))
 
 
-async def unarchive_task(asked: EndpointRequest[Nothing, Provenance]) -> Response:
+async def unarchive_task(request: EndpointRequest[Nothing, Provenance]) -> Response:
     """Restore a task from the archive."""
-    return await write(asked, "unarchive", *options(asked.body, asked), "--", _one(asked.path["id"]))
+    return await write(request, "unarchive", *options(request.body, request), "--", _one(request.path["id"]))
 
 
 def _one(task: str) -> str:
@@ -308,22 +308,24 @@ class NewComment(Provenance, frozen=True, kw_only=True):
     role: str | None = None
 
 
-async def list_comments(asked: EndpointRequest[PageQuery, Nothing]) -> Response:
+async def list_comments(request: EndpointRequest[PageQuery, Nothing]) -> Response:
     """List the comments on a task, oldest first, with replies; a page counts comments, not replies."""
-    comments = await read_output(asked, "comments", "--", asked.path["id"], list_at=("data",))
-    return output_response(page_of(comments, asked.query, by_id=False))
+    comments = await read_output(request, "comments", "--", request.path["id"], list_at=("data",))
+    return output_response(page_of(comments, request.query, by_id=False))
 
 
-async def add_comment(asked: EndpointRequest[Nothing, NewComment]) -> Response:
+async def add_comment(request: EndpointRequest[Nothing, NewComment]) -> Response:
     """Comment on a task; return the task."""
-    given = options(asked.body, asked, without=["body"])
-    return await write(asked, "comment", *given, "--", asked.path["id"], asked.body.body, success=HTTPStatus.CREATED)
+    given = options(request.body, request, without=["body"])
+    return await write(
+        request, "comment", *given, "--", request.path["id"], request.body.body, success=HTTPStatus.CREATED
+    )
 
 
-async def list_events(asked: EndpointRequest[PageQuery, Nothing]) -> Response:
+async def list_events(request: EndpointRequest[PageQuery, Nothing]) -> Response:
     """List a task's events, oldest first."""
-    events = await read_output(asked, "show", "--", asked.path["id"], list_at=("data", "events"))
-    return output_response(page_of(events, asked.query, by_id=False))
+    events = await read_output(request, "show", "--", request.path["id"], list_at=("data", "events"))
+    return output_response(page_of(events, request.query, by_id=False))
 
 
 endpoints = [

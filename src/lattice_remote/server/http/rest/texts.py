@@ -150,145 +150,145 @@ class _Place:
         return f"archive/{self.active}" if self.is_archived else self.active
 
 
-async def read_plan(asked: EndpointRequest[Nothing, Nothing]) -> Response:
+async def read_plan(request: EndpointRequest[Nothing, Nothing]) -> Response:
     """Return a task's plan, archived or not; 304 if ``If-None-Match`` matches."""
-    return await _with_place(asked, "plans", _get)
+    return await _with_place(request, "plans", _get)
 
 
-async def read_notes(asked: EndpointRequest[Nothing, Nothing]) -> Response:
+async def read_notes(request: EndpointRequest[Nothing, Nothing]) -> Response:
     """Return a task's notes, archived or not; 304 if ``If-None-Match`` matches."""
-    return await _with_place(asked, "notes", _get)
+    return await _with_place(request, "notes", _get)
 
 
-async def write_plan(asked: EndpointRequest[Nothing, bytes]) -> Response:
+async def write_plan(request: EndpointRequest[Nothing, bytes]) -> Response:
     """Replace a task's plan, or create it.
 
     With ``If-Match`` or ``If-None-Match: *`` the answer is 412 if that does not match.
     """
-    return await _with_place(asked, "plans", _put)
+    return await _with_place(request, "plans", _put)
 
 
-async def write_notes(asked: EndpointRequest[Nothing, bytes]) -> Response:
+async def write_notes(request: EndpointRequest[Nothing, bytes]) -> Response:
     """Replace a task's notes, or create them.
 
     With ``If-Match`` or ``If-None-Match: *`` the answer is 412 if that does not match. A task has a plan
     from its creation; notes exist once they are written.
     """
-    return await _with_place(asked, "notes", _put)
+    return await _with_place(request, "notes", _put)
 
 
-async def list_plan_versions(asked: EndpointRequest[PageQuery, Nothing]) -> Response:
+async def list_plan_versions(request: EndpointRequest[PageQuery, Nothing]) -> Response:
     """List the changes of a task's plan, newest first, as far back as the journal reaches."""
-    return await _with_place(asked, "plans", _versions)
+    return await _with_place(request, "plans", _versions)
 
 
-async def list_notes_versions(asked: EndpointRequest[PageQuery, Nothing]) -> Response:
+async def list_notes_versions(request: EndpointRequest[PageQuery, Nothing]) -> Response:
     """List the changes of a task's notes, newest first, as far back as the journal reaches."""
-    return await _with_place(asked, "notes", _versions)
+    return await _with_place(request, "notes", _versions)
 
 
-async def read_plan_version(asked: EndpointRequest[Nothing, Nothing]) -> Response:
+async def read_plan_version(request: EndpointRequest[Nothing, Nothing]) -> Response:
     """Return a task's plan after a change: ``EPOCH-NUMBER``, or a number."""
-    return await _with_place(asked, "plans", _version)
+    return await _with_place(request, "plans", _version)
 
 
-async def read_notes_version(asked: EndpointRequest[Nothing, Nothing]) -> Response:
+async def read_notes_version(request: EndpointRequest[Nothing, Nothing]) -> Response:
     """Return a task's notes after a change: ``EPOCH-NUMBER``, or a number."""
-    return await _with_place(asked, "notes", _version)
+    return await _with_place(request, "notes", _version)
 
 
 async def _with_place[B: Nothing | bytes, Q: Query](
-    asked: EndpointRequest[Q, B], kind: str, work: Callable[[EndpointRequest[Q, B], _Place], Awaitable[Response]]
+    request: EndpointRequest[Q, B], kind: str, work: Callable[[EndpointRequest[Q, B], _Place], Awaitable[Response]]
 ) -> Response:
     """Return the response of ``work`` on a task's text, or lattice's error if there is no such task."""
-    printed = await read_output(asked, "show", "--compact", "--", asked.path["id"])
+    printed = await read_output(request, "show", "--compact", "--", request.path["id"])
     if printed.status:
         return envelope_response(printed.body)
     data = msgspec.json.decode(printed.body, type=dict[str, Any])["data"]
-    return await work(asked, _Place(data["id"], kind, bool(data.get("archived"))))
+    return await work(request, _Place(data["id"], kind, bool(data.get("archived"))))
 
 
-async def _versions(asked: EndpointRequest[PageQuery, Nothing], place: _Place) -> Response:
-    page = asked.query
+async def _versions(request: EndpointRequest[PageQuery, Nothing], place: _Place) -> Response:
+    page = request.query
     limit = MAX_VERSIONS if page.limit is UNSET else page.limit
     if page.cursor is not UNSET and not re.fullmatch("[0-9]{1,18}", page.cursor):
         raise Rejected("the cursor belongs to another list; restart without it", code="REMOTE_INVALID")
     before = None if page.cursor is UNSET else int(page.cursor)
     found, following = await list_versions(
-        asked.context.project, place.task, _KINDS[place.kind], limit=limit, before=before
+        request.context.project, place.task, _KINDS[place.kind], limit=limit, before=before
     )
     envelope = {"ok": True, "data": found} | ({} if following is None else {"next": str(following)})
     return Response(msgspec.json.encode(envelope), media_type="application/json")
 
 
-async def _version(asked: EndpointRequest[Nothing, Nothing], place: _Place) -> Response:
-    async with asked.context.share.making():
-        found = await version_text(asked.context.project, place.task, _KINDS[place.kind], asked.path["change"])
-        asked.context.share.hold(found.data)
+async def _version(request: EndpointRequest[Nothing, Nothing], place: _Place) -> Response:
+    async with request.context.share.making():
+        found = await version_text(request.context.project, place.task, _KINDS[place.kind], request.path["change"])
+        request.context.share.hold(found.data)
     headers = {"ETag": _etag(found.data), "Lattice-Change": f"{found.epoch}-{found.seq}"}
     return Response(found.data, headers=headers, media_type="text/markdown; charset=utf-8")
 
 
-async def _get(asked: EndpointRequest[Nothing, Nothing], place: _Place) -> Response:
-    text = await text_at_head(asked.context.project, place.path, asked.context.share)
+async def _get(request: EndpointRequest[Nothing, Nothing], place: _Place) -> Response:
+    text = await text_at_head(request.context.project, place.path, request.context.share)
     if text is None:
         raise Rejected(f"task {place.task} has no {_KINDS[place.kind]}", code="REMOTE_NOT_FOUND")
     etag = _etag(text)
     headers = {"ETag": etag, "Cache-Control": "no-cache"}
-    named = header_of(asked.request, "If-None-Match")
+    named = header_of(request.http, "If-None-Match")
     if named == "*" or etag in {f'"{tag}"' for _, tag in _ETAG.findall(named)}:
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
     return Response(text, headers=headers, media_type="text/markdown; charset=utf-8")
 
 
-async def _put(asked: EndpointRequest[Nothing, bytes], place: _Place) -> Response:
-    media_type = asked.request.headers.get("Content-Type", "text/markdown").partition(";")[0].strip().lower()
+async def _put(request: EndpointRequest[Nothing, bytes], place: _Place) -> Response:
+    media_type = request.http.headers.get("Content-Type", "text/markdown").partition(";")[0].strip().lower()
     if not media_type.startswith("text/") and media_type not in _UNSPECIFIC:
         why = "send the text with Content-Type: text/markdown"
         raise ApiError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "REMOTE_PROTOCOL", why)
-    done, text = await _store(asked, place)
+    done, text = await _store(request, place)
     etag = _etag(text)
     assert done.outcome != "conflict", "a conflict was raised or tried again"
     content = msgspec.json.encode({"ok": True, "data": Text(place.task, etag, done.outcome)})
     return await with_position(
-        asked, done.seq, Response(content, headers={"ETag": etag}, media_type="application/json")
+        request, done.seq, Response(content, headers={"ETag": etag}, media_type="application/json")
     )
 
 
-async def _store(asked: EndpointRequest[Nothing, bytes], place: _Place) -> tuple[Stored, bytes]:
-    wanted = header_of(asked.request, "If-Match")
+async def _store(request: EndpointRequest[Nothing, bytes], place: _Place) -> tuple[Stored, bytes]:
+    wanted = header_of(request.http, "If-Match")
     if wanted:
-        return await _replace(asked, place, wanted), asked.body
-    condition = header_of(asked.request, "If-None-Match")
+        return await _replace(request, place, wanted), request.body
+    condition = header_of(request.http, "If-None-Match")
     if not condition:
-        return await _save(asked, place)
+        return await _save(request, place)
     if condition != "*":
         raise Rejected("a write takes If-None-Match with * alone, to create a text", code="REMOTE_INVALID")
-    return await _edit(asked, place, b""), asked.body
+    return await _edit(request, place, b""), request.body
 
 
-async def _save(asked: EndpointRequest[Nothing, bytes], place: _Place) -> tuple[Stored, bytes]:
+async def _save(request: EndpointRequest[Nothing, bytes], place: _Place) -> tuple[Stored, bytes]:
     """Store the text as an editor that had read the present one does. Of two that change one line, the later wins."""
-    project, once = asked.context.project, asked.once
+    project, once = request.context.project, request.once
     for number in range(_TRIES):
-        base = await text_at_head(project, place.active, asked.context.share)
-        done = await edit(asked.context, place.active, asked.body, base=base, once=once)
+        base = await text_at_head(project, place.active, request.context.share)
+        done = await edit(request.context, place.active, request.body, base=base, once=once)
         if done.outcome == "merged":
             merged = await version_text(project, place.task, _KINDS[place.kind], str(done.seq))
             return done, merged.data
         if done.outcome != "conflict":
-            return done, asked.body
+            return done, request.body
         if f"tasks/{place.task}.json" not in project.history.files:
             raise _archived(place)
-        once = replace(once, id=sha256(f"{asked.once.id} {number}".encode()).hexdigest()[:32])  # of a repetition too
+        once = replace(once, id=sha256(f"{request.once.id} {number}".encode()).hexdigest()[:32])  # of a repetition too
     raise Rejected(f"{place.active} keeps changing; try again", code="REMOTE_BUSY")
 
 
-async def _replace(asked: EndpointRequest[Nothing, bytes], place: _Place, wanted: str) -> Stored:
+async def _replace(request: EndpointRequest[Nothing, bytes], place: _Place, wanted: str) -> Stored:
     for _ in range(_TRIES):
-        _, current = asked.context.project.history.files.get(place.active, (0, b""))
+        _, current = request.context.project.history.files.get(place.active, (0, b""))
         try:
-            return await _edit(asked, place, _base(wanted, current))
+            return await _edit(request, place, _base(wanted, current))
         except Rejected as rejected:
             if rejected.code != "REMOTE_STALE_BASE":
                 raise
@@ -303,8 +303,8 @@ async def _replace(asked: EndpointRequest[Nothing, bytes], place: _Place, wanted
     raise Rejected(f"{place.active} keeps changing; try again", code="REMOTE_BUSY")
 
 
-async def _edit(asked: EndpointRequest[Nothing, bytes], place: _Place, base_digest: bytes) -> Stored:
-    stored = await edit(asked.context, place.active, asked.body, base_digest=base_digest, once=asked.once)
+async def _edit(request: EndpointRequest[Nothing, bytes], place: _Place, base_digest: bytes) -> Stored:
+    stored = await edit(request.context, place.active, request.body, base_digest=base_digest, once=request.once)
     if stored.outcome == "conflict" and not base_digest and not place.is_archived:
         why = f"{place.active} already exists; read it and send its ETag in If-Match"
         raise Rejected(why, code="REMOTE_STALE_BASE")
