@@ -8,6 +8,7 @@ import inspect
 import json
 import runpy
 import sys
+import zlib
 from pathlib import Path
 from typing import Any, get_args
 
@@ -147,6 +148,22 @@ _ENTRY = m.LogEntry(
     command="set-project-code LAT",
     tasks=[],
 )
+
+
+def _zlib(data: bytes) -> bytes:
+    """Return a zlib stream of one stored block: the same bytes with every zlib."""
+    size = len(data).to_bytes(2, "little")
+    return b"\x78\x01\x01" + size + bytes(255 - byte for byte in size) + data + zlib.adler32(data).to_bytes(4)
+
+
+def _parts(*files: Any) -> dict[str, Any]:
+    data = msgspec.msgpack.encode(files)
+    return {"type": "parts", "seq": 42, "size": len(data), "data": _zlib(data)}
+
+
+_FILES = [m.WholeFile(path, o.digest_of(data), data) for path, data in ((EVENTS, LINE), (PLAN, b""))]
+_PARTS = _parts(*_FILES)
+
 FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
     ("hello: a first connection", m.Hello([1], "0.1.0", "0.2.0", list(m.CAPABILITIES))),
     ("hello: goes on at a number", m.Hello([1], "0.1.0", "0.2.0", ["call:mcp"], "8f2c", 41, MARK)),
@@ -249,6 +266,7 @@ FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
     ("part: the second piece", m.Part(EVENTS, 42, len(LINE), o.digest_of(LINE), 20, LINE[20:])),
     ("part: an empty file", m.Part(EVENTS, 42, 0, o.digest_of(b""))),
     ("part: no such file", m.Part(EVENTS, 42, gone=True)),
+    ("parts", m.Parts(42, _PARTS["size"], _PARTS["data"])),
     ("log-page", m.LogPage(ID, [_ENTRY, msgspec.structs.replace(_ENTRY, seq=7, tasks=[TASK], more_tasks=2)], 17)),
     ("log-page: the end", m.LogPage(ID, [], None)),
     ("log-page: versions", m.LogPage(ID, [msgspec.structs.replace(_ENTRY, text_bytes=120)], None)),
@@ -397,6 +415,16 @@ REJECTED: list[tuple[str, str, Any]] = [
             "changes": [{**_DELETE, "ops": [{"op": "delete", "path": "../a"}]}],
         },
     ),
+    ("server", "parts: no file", _parts()),
+    ("server", "parts: a path that is not allowed", _parts(m.WholeFile("../a", bytes(32), b""))),
+    ("server", "parts: a short digest", _parts({"path": "a", "digest": bytes(31), "data": b""})),
+    ("server", "parts: another size", {**_PARTS, "size": _PARTS["size"] - 1}),
+    ("server", "parts: more than 2 MiB", {**_PARTS, "size": (2 << 20) + 1}),
+    ("server", "parts: a stream without its end", {**_PARTS, "data": _PARTS["data"][:-1]}),
+    ("server", "parts: bytes after the stream", {**_PARTS, "data": _PARTS["data"] + b"x"}),
+    ("server", "parts: another checksum", {**_PARTS, "data": _PARTS["data"][:-4] + bytes(4)}),
+    ("server", "parts: no zlib stream", {**_PARTS, "data": msgspec.msgpack.encode(_FILES)}),
+    ("server", "parts: no array", {**_PARTS, "size": 1, "data": _zlib(b"\x80")}),
     ("client", "an epoch that is no name", {**_HELLO, "epoch": "8f2c-1"}),
     ("client", "an epoch that ends in a line break", {**_HELLO, "epoch": "8f2c\n"}),
     ("server", "an outcome that does not exist", {"type": "stored", "id": ID, "seq": 1, "outcome": "lost"}),

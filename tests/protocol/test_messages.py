@@ -1,6 +1,8 @@
 """Bytes from a peer become a frame or a ``ProtocolError``, whatever they are."""
 
 import json
+import tracemalloc
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from lattice_remote.protocol.messages import (
     Fetch,
     Hello,
     Part,
+    Parts,
     Put,
     Run,
     ServerFrame,
+    WholeFile,
 )
 from lattice_remote.protocol.operations import DeleteFile
 
@@ -111,12 +115,32 @@ def test_argv_is_bounded(argv: list[str]) -> None:
         messages.decode_client_frame(messages.encode(Run(ID, argv)))
 
 
+def test_the_number_of_compressed_files_is_bounded() -> None:
+    for count in (0, messages.MAX_FETCH_PATHS + 1):
+        packed = messages.pack_files([WholeFile(f"tasks/{number}", bytes(32), b"") for number in range(count)])
+        with pytest.raises(ProtocolError):
+            messages.decode_server_frame(messages.encode(Parts(1, *packed)))
+
+
+def test_compressed_files_are_not_decompressed_beyond_their_bound() -> None:
+    bomb = zlib.compress(bytes(64 << 20), 1)
+    data = messages.encode(Parts(1, messages.MAX_PARTS_BYTES, bomb))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError, match="another size"):
+            messages.decode_server_frame(data)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("path", ["../x", "remote.json", "/etc/passwd"])
 def test_paths_of_server_frames_are_checked_while_decoding(path: str) -> None:
     mark, digest = bytes(16), bytes(32)
     frames: list[ServerFrame] = [
         Entries(1, mark, [Entry("config.json", 1, digest), Entry(path, 1, digest)], last=True),
         Part(path, 1),
+        Parts(1, *messages.pack_files([WholeFile("a", digest, b""), WholeFile(path, digest, b"x")])),
         Change(1, mark, "2030-01-01T00:00:00.000Z", "human:a", "tok", ID, "x", [DeleteFile(path)]),
     ]
     for frame in frames:

@@ -30,6 +30,7 @@ from lattice_remote.protocol.effects import (
     WritePart,
 )
 from lattice_remote.protocol.messages import (
+    MAX_FETCH_PATHS,
     Bye,
     Change,
     Entries,
@@ -38,12 +39,15 @@ from lattice_remote.protocol.messages import (
     Limits,
     Manifest,
     Part,
+    Parts,
     Refused,
     Reply,
     ServerFrame,
     Stored,
     Welcome,
+    WholeFile,
     encode,
+    pack_files,
 )
 from lattice_remote.protocol.operations import (
     AppendBytes,
@@ -280,10 +284,12 @@ class Replication(RuleBasedStateMachine):
     """
 
     @initialize(
-        files=st.dictionaries(st.sampled_from(PATHS), st.just(b"{}\n"), min_size=1), processes=st.integers(1, 2)
+        files=st.dictionaries(st.sampled_from(PATHS), st.just(b"{}\n"), min_size=1),
+        processes=st.integers(1, 2),
+        compresses=st.booleans(),
     )
-    def begin(self, files: Files, processes: int) -> None:
-        self.server = InMemoryServer()
+    def begin(self, files: Files, processes: int, compresses: bool) -> None:
+        self.server = InMemoryServer(compresses=compresses)
         self.server.write([], files)
         self.server.trim(2)
         self.disk = Disk()
@@ -657,6 +663,36 @@ def test_moving_a_file_that_is_on_its_way_fetches_it_at_its_new_place() -> None:
     effects = replica.receive(change(2, move))
     assert effects[0] == ApplyChange(change(2, move), (DeleteFile("a"),))
     assert sent(effects) == [Fetch(["b"])]
+
+
+def parts(seq: int, **files: bytes) -> Parts:
+    return Parts(seq, *pack_files([WholeFile(path, digest_of(data), data) for path, data in files.items()]))
+
+
+def test_files_that_come_together_are_written_together_and_those_not_requested_are_ignored() -> None:
+    replica = following(1, missing=("a", "b", "c"))
+    replica.block("c")
+    effects = replica.receive(parts(1, a=b"1", b=b"", c=b"3", d=b"4"))
+    assert effects == [WritePart(part("a", 1, b"1")), WritePart(part("b", 1, b"")), Save()]
+    assert replica.is_current and replica.missing == {"c": 1}
+    assert replica.receive(parts(1, a=b"2")) == []
+
+
+def test_files_that_come_together_are_those_of_the_position() -> None:
+    replica = following(2, missing=("a", "b"))
+    assert replica.receive(parts(1, a=b"1", b=b"2")) == []
+    with pytest.raises(ProtocolError, match="is of 3"):
+        replica.receive(parts(3, a=b"1", b=b"2"))
+
+
+def test_the_first_of_many_missing_files_are_requested_again_when_half_have_come() -> None:
+    names = [f"tasks/{number}.json" for number in range(MAX_FETCH_PATHS + 5)]
+    replica = following(1, missing=())
+    (first,) = sent(replica.drifted(names))
+    assert first == Fetch(names[:MAX_FETCH_PATHS])
+    half = MAX_FETCH_PATHS // 2
+    assert sent(replica.receive(parts(1, **dict.fromkeys(names[: half - 1], b"{}")))) == []
+    assert sent(replica.receive(parts(1, **{names[half]: b"{}"}))) == [Fetch(names[MAX_FETCH_PATHS:])]
 
 
 def test_whole_file_in_a_change_need_not_be_fetched_any_more() -> None:

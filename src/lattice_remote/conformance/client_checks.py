@@ -42,10 +42,10 @@ PLAN, SNAPSHOT, PAYLOAD = f"plans/{TASK}.md", f"tasks/{TASK}.json", "artifacts/p
 IDS = canonical_json({"map": {"LAT-1": TASK}, "next_seq": 2, "schema_version": 1})
 FILES: Files = {
     "config.json": b"{}\n",
+    PLAN: b"# Plan\n\none\ntwo\nthree\n",  # not last: a client killed now has also stored the base of edits
     "ids.json": IDS,
     SNAPSHOT: b'{\n  "title": "T"\n}\n',
     LOG: LINE,
-    PLAN: b"# Plan\n\none\ntwo\nthree\n",
 }
 Edits = dict[str, bytes | None]
 EVIL = b"written by a hostile server"
@@ -674,6 +674,14 @@ async def _(target: ClientTarget) -> None:
             "end of the connection",
             CLOSE_TIMEOUT_S,
         )
+
+
+@check("3.2", "Parts: files that come together, to a client that names the capability")
+async def _(target: ClientTarget) -> None:
+    async with target.play({**FILES, "context.md": b""}) as play:
+        play.server.model.compresses = True
+        await play.follow()
+        await play.equal()
 
 
 @check("2.3", "a violation ends the connection: malformed, unknown, out of turn, a gap")

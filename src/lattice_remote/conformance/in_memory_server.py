@@ -9,6 +9,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
@@ -20,12 +21,15 @@ from lattice_remote.protocol.messages import (
     Limits,
     Manifest,
     Part,
+    Parts,
     Reply,
     ServerFrame,
     Welcome,
+    WholeFile,
     decode_client_frame,
     decode_server_frame,
     encode,
+    pack_files,
 )
 from lattice_remote.protocol.operations import (
     TAIL_BYTES,
@@ -99,6 +103,7 @@ class InMemoryConnection:
         self.to_client: deque[bytes] = deque()
         self.to_server: deque[bytes] = deque()
         self.cursor: int | None = None  # last change sent; None before the greeting
+        self.takes_parts = False
         self.pending: deque[ServerFrame | str] = deque()
         """Pieces of files and manifests, and paths whose files are read when their turn comes."""
 
@@ -115,6 +120,8 @@ class InMemoryServer:
     oldest: int = 1
     piece: int = PIECE
     """Bytes in a part, entries in a piece of a manifest."""
+    compresses: bool = False
+    """Whether files that wait are sent whole, and together in one ``Parts``, to clients that take it."""
     connections: list[InMemoryConnection] = field(default_factory=list)
     trees: dict[tuple[str, bytes], Files] = field(default_factory=lambda: {("epoch0", b""): {}})
     """Every tree that ever was, also in histories that were rolled back, by epoch and mark."""
@@ -197,6 +204,7 @@ class InMemoryServer:
             known = False
         resync = not known or hello.seq + 1 < self.oldest
         connection.cursor = self.head if resync else hello.seq
+        connection.takes_parts = "parts" in hello.capabilities
         connection.send(
             Welcome(
                 version=1,
@@ -234,6 +242,16 @@ class InMemoryServer:
         for offset in range(0, max(1, len(data)), self.piece):
             yield Part(path, seq, len(data), digest_of(data), offset, data[offset : offset + self.piece])
 
+    def _compressed(self, connection: InMemoryConnection) -> Parts | None:
+        """Take the files at the front of the queue that exist; return them in one frame, None if there are none."""
+        assert connection.cursor is not None, "files are sent after the greeting"
+        files = self.history[connection.cursor].files
+        taken = list(takewhile(lambda item: isinstance(item, str) and item in files, connection.pending))
+        for _ in taken:
+            connection.pending.popleft()
+        whole = [WholeFile(path, digest_of(files[path]), files[path]) for path in map(str, taken)]
+        return Parts(connection.cursor, *pack_files(whole)) if whole else None
+
     def _replay_one(self, connection: InMemoryConnection) -> bool:
         if connection.cursor is None or connection.cursor >= self.head:
             return False
@@ -254,6 +272,9 @@ class InMemoryServer:
         frame = connection.pending[0]
         if isinstance(frame, Reply) and connection.cursor is not None and connection.cursor < frame.seq:
             return self._replay_one(connection)
+        if self.compresses and connection.takes_parts and (parts := self._compressed(connection)) is not None:
+            connection.send(parts)
+            return True
         connection.pending.popleft()
         if isinstance(frame, str):
             assert connection.cursor is not None, "files are sent after the greeting"

@@ -76,7 +76,8 @@ def parse_path(path: str) -> tuple[str, ...]:
     if len(components) > MAX_DEPTH:
         raise HostilePath(f"path is nested deeper than {MAX_DEPTH}: {path!r}")
     for component in components:
-        if not component or component.startswith(".") or len(component.encode()) > _MAX_COMPONENT_BYTES:
+        is_long = size > _MAX_COMPONENT_BYTES and len(component.encode()) > _MAX_COMPONENT_BYTES
+        if not component or component.startswith(".") or is_long:
             raise HostilePath(f"path has a component that is not allowed: {path!r}")
     return components
 
@@ -113,8 +114,8 @@ def is_replicated(path: str) -> bool:
 
 def check_path(path: str) -> str:
     """Return a peer's path unchanged. Raises HostilePath unless it is replicated (I9)."""
-    parse_path(path)
     if not is_replicated(path):
+        parse_path(path)  # names the reason if the path is malformed
         raise HostilePath(f"path is outside the replicated tree: {path!r}")
     return path
 

@@ -33,6 +33,7 @@ from lattice_remote.protocol.effects import (
 )
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
+    MAX_FETCH_PATHS,
     PROTOCOL_VERSION,
     Bye,
     Change,
@@ -44,6 +45,7 @@ from lattice_remote.protocol.messages import (
     LogPage,
     Manifest,
     Part,
+    Parts,
     Pushed,
     Refused,
     Replayed,
@@ -159,7 +161,7 @@ class ManifestComparison:
         self.complete = last
 
 
-FETCH_BATCH = 256
+FETCH_BATCH = MAX_FETCH_PATHS
 LARGE_BYTES = 256 * 1024
 """Above it an artifact's content may be deferred."""
 
@@ -255,7 +257,9 @@ class Replica:
             case Entries():
                 return self._listed(frame)
             case Part():
-                return self._part_received(frame)
+                return self._parts_received((frame,))
+            case Parts():
+                return self._parts_received(frame.parts)
             case Reply() | Stored() | Pushed() | Returned():
                 self.head = max(self.head, frame.seq) if self._follow else self.head
                 self._answers.append(frame)
@@ -457,7 +461,14 @@ class Replica:
         self._requested.update(paths)
         return [Send(Fetch(paths))] if paths else []
 
-    def _part_received(self, part: Part) -> list[Effect]:
+    def _parts_received(self, parts: Iterable[Part]) -> list[Effect]:
+        requested = len(self._requested)
+        effects = [effect for part in parts for effect in self._take_part(part)]
+        if len(self._requested) < requested:  # some are complete
+            effects += [Save(), *self._requests(), *self._answers_ready()]
+        return effects
+
+    def _take_part(self, part: Part) -> list[Effect]:
         if part.offset + len(part.data) > part.size:
             raise ProtocolError(f"part of {part.path!r} reaches beyond its size")
         if not part.data and part.offset < part.size and not part.gone:
@@ -475,7 +486,6 @@ class Replica:
         effects: list[Effect] = [Remove((part.path,)) if part.gone else WritePart(part)]
         if part.gone or part.offset + len(part.data) == part.size:
             effects += self._arrived(part.path)
-            effects += [Save(), *self._requests(), *self._answers_ready()]
         return effects
 
     # --- comparison with the server's manifest ---

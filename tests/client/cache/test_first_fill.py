@@ -1,5 +1,6 @@
 """The first fill: files written once into a directory that no other program knows, then treated like any others."""
 
+import asyncio
 import hashlib
 import os
 import stat
@@ -39,7 +40,7 @@ def test_a_file_has_the_directorys_permissions_under_any_umask(cache: Cache) -> 
     before = os.umask(0o077)
     try:
         fill = FirstFill(cache)
-        assert fill.write(part("tasks/new/one.json", b"{}"))
+        assert asyncio.run(fill.write([part("tasks/new/one.json", b"{}")])) == []
         fill.close()
     finally:
         os.umask(before)
@@ -53,12 +54,15 @@ def test_a_file_has_the_directorys_permissions_under_any_umask(cache: Cache) -> 
 def test_a_part_a_wrong_digest_and_an_existing_file_are_written_the_usual_way(cache: Cache) -> None:
     cache.replace("tasks/there.json", b"old")
     fill = FirstFill(cache)
-    assert not fill.write(part("tasks/half.json", b"1", size=2))
-    assert not fill.write(part("tasks/wrong.json", b"1", digest=b"0" * 32))
-    assert not fill.write(part("tasks/there.json", b"new"))
-    assert not fill.write(part("config.json", b"{}")), "a person's own text may be compared with it"
+    parts = [
+        part("tasks/half.json", b"1", size=2),
+        part("tasks/wrong.json", b"1", digest=b"0" * 32),
+        part("tasks/there.json", b"new"),
+        part("config.json", b"{}"),  # a person's own text may be compared with it
+    ]
+    assert asyncio.run(fill.write([*parts, part("tasks/new.json", b"{}")])) == parts
     fill.close()
-    assert sorted(cache.paths()) == ["tasks/there.json"]
+    assert sorted(cache.paths()) == ["tasks/new.json", "tasks/there.json"]
     assert cache.read("tasks/there.json") == b"old"
 
 
@@ -68,9 +72,10 @@ def test_a_link_in_the_way_leads_nowhere(cache: Cache, tmp_path: Path) -> None:
     Path(cache.absolute("tasks/one.json")).symlink_to(victim)
     Path(cache.absolute("linked")).symlink_to(tmp_path)
     fill = FirstFill(cache)
-    assert not fill.write(part("tasks/one.json", b"evil"))
+    evil = [part("tasks/one.json", b"evil")]
+    assert asyncio.run(fill.write(evil)) == evil
     with pytest.raises(StorageError):
-        fill.write(part("linked/one.json", b"evil"))
+        asyncio.run(fill.write([part("linked/one.json", b"evil")]))
     fill.close()
     assert victim.read_text() == "mine" and not (tmp_path / "one.json").exists()
 
@@ -79,7 +84,7 @@ def test_a_plan_equals_its_base_until_it_is_edited_also_for_the_next_process(cac
     fill = FirstFill(cache)
     cache.known.settle([])
     cache.known.learn()
-    assert fill.write(part(PLAN, b"# Plan\n"))
+    assert asyncio.run(fill.write([part(PLAN, b"# Plan\n")])) == []
     while time.time_ns() - os.stat(cache.absolute(PLAN)).st_ctime_ns < 60_000_000:
         time.sleep(0.005)
     fill.close()

@@ -11,7 +11,8 @@ from typing import Any, cast
 import pytest
 from harness import until
 
-from lattice_remote.protocol.messages import Part
+from lattice_remote.protocol.messages import Part, Parts
+from lattice_remote.server.project import file_reader
 from lattice_remote.server.project.file_reader import PIECE_BYTES, FileSender, Snapshot
 from lattice_remote.server.project.history import Content
 from lattice_remote.server.project.project import Project
@@ -85,6 +86,44 @@ class OneFile:
 
     def files_touched(self, paths: set[str]) -> None:
         pass
+
+
+class Outbox:
+    async def room(self) -> None:
+        pass
+
+
+async def test_small_files_are_sent_together_and_one_that_changes_meanwhile_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = {name: name.encode() * 100 for name in ("a", "b", "c")}
+    for name, data in contents.items():
+        (tmp_path / name).write_bytes(data)
+    files = {name: content_of(data) for name, data in contents.items()}
+    project = SimpleNamespace(paths=SimpleNamespace(lattice=tmp_path), history=SimpleNamespace(head=1, files=files))
+    sent = list[Part | Parts]()
+    sender = FileSender(cast("Project", project), cast("SendQueue", Outbox()), sent.append, compresses=True)
+    assert await sender.send(["a", "gone", "b", "c"]) == []
+    together, gone = sent
+    assert isinstance(together, Parts) and gone == Part("gone", 1, gone=True)
+    assert {part.path: part.data for part in together.parts} == contents
+    assert {(part.seq, part.size) for part in together.parts} == {(1, 100)}
+
+    def committed_while_reading(*_: Any) -> Any:
+        found = compressed(*_)
+        (tmp_path / "b").write_bytes(b"new")
+        project.history.files, project.history.head = {**files, "b": content_of(b"new")}, 2
+        return found
+
+    compressed = file_reader._compressed
+    monkeypatch.setattr(file_reader, "_compressed", committed_while_reading)
+    sent.clear()
+    assert await sender.send(["a", "b", "c"]) == []
+    assert {part.path: (part.seq, part.data) for part in sent if isinstance(part, Part)} == {
+        "a": (2, contents["a"]),
+        "b": (2, b"new"),
+        "c": (2, contents["c"]),
+    }
 
 
 async def test_a_file_that_cannot_be_read_is_no_trouble_for_whoever_publishes(

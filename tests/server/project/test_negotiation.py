@@ -18,6 +18,8 @@ from lattice_remote.protocol.messages import (
     Change,
     Log,
     LogPage,
+    Part,
+    Parts,
     Put,
     Refused,
     Reply,
@@ -91,6 +93,24 @@ async def test_every_client_gets_the_same_bytes_live_and_on_replay(running: Runn
     kinds = {type(operation) for data in live for operation in decode(data).ops}
     assert kinds >= {AppendBytes, MergeJson, MoveFile, PutFile}, "the commands write in every way"
     assert copy.tree == tree_of(running.tree)
+
+
+async def test_files_come_together_only_to_a_client_that_takes_that(running: Running) -> None:
+    together, apart = Copy(), Copy()
+    async with running.connected() as socket:
+        await together.greet(socket)
+        await together.sync()
+        await work(together)
+    fresh = Copy()
+    async with running.connected() as one, running.connected() as other:
+        await fresh.greet(one)
+        await apart.greet(other, capabilities=["call:mcp", "later"])
+        await fresh.sync()
+        await apart.sync()
+    assert [type(frame) for frame in fresh.frames if isinstance(frame, Part | Parts)] == [Parts]
+    assert [frame for frame in apart.frames if isinstance(frame, Part)]
+    assert not [frame for frame in apart.frames if isinstance(frame, Parts)]
+    assert fresh.tree == apart.tree == tree_of(running.tree)
 
 
 async def test_a_call_of_a_client_that_has_not_named_its_surface_is_refused(running: Running) -> None:

@@ -528,15 +528,24 @@ class Cache:
             top = self._files.top_level()
         for name, is_directory in top:
             if not is_directory:
-                yield from self._replicated([name])
+                if is_replicated(name) and not os.path.islink(self.absolute(name)):
+                    yield name
             elif not name.startswith("."):
-                for directory, directories, names in os.walk(self.absolute(name)):
-                    directories[:] = [each for each in directories if not each.startswith(".")]
-                    prefix = os.path.relpath(directory, self.directory).replace(os.sep, "/")
-                    yield from self._replicated(f"{prefix}/{each}" for each in names)
+                yield from self._paths_below(name)
 
-    def _replicated(self, paths: Iterable[str]) -> Iterator[str]:
-        return (path for path in paths if is_replicated(path) and not os.path.islink(self.absolute(path)))
+    def _paths_below(self, directory: str) -> Iterator[str]:
+        try:
+            with os.scandir(self.absolute(directory)) as found:
+                entries = list(found)  # does not keep the directory open between two paths
+        except OSError:
+            return  # removed since
+        for entry in entries:
+            path = f"{directory}/{entry.name}"
+            if not entry.is_dir(follow_symlinks=False):
+                if is_replicated(path) and not entry.is_symlink():
+                    yield path
+            elif not entry.name.startswith("."):
+                yield from self._paths_below(path)
 
 
 class CacheLock:

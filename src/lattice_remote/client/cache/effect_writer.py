@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.cache.edits import Edits
@@ -105,14 +105,17 @@ class EffectWriter:
                 return {operation.to}
         return set()
 
-    def write_part(self, part: Part, replica: Replica) -> list[Effect]:
-        """Write a part; the last one replaces the file.
+    async def write_parts(self, parts: Sequence[Part], replica: Replica) -> list[Effect]:
+        """Write parts in order; the last one of a file replaces it.
 
         Raises:
             ProtocolError: the parts repeatedly did not add up.
         """
-        if self.first_fill is not None and self.first_fill.write(part):
-            return []
+        if self.first_fill is not None:
+            parts = await self.first_fill.write(parts)
+        return [effect for part in parts for effect in self._write_part(part, replica)]
+
+    def _write_part(self, part: Part, replica: Replica) -> list[Effect]:
         if self._is_only_touched(part):
             self._cache.note(part.path)
             self.mark_synced([part.path])

@@ -1,7 +1,9 @@
 """Direct writing of received files into a new cache, which its later rename makes visible as a whole (I8)."""
 
+import asyncio
 import hashlib
 import os
+from collections.abc import Sequence
 
 from lattice_remote.client.cache.cache import BASE_DIRECTORY, Cache, storage_errors
 from lattice_remote.files import SAFE, signature_of, write_all
@@ -24,24 +26,26 @@ class FirstFill:
         self._mode = os.stat(cache.directory).st_mode & 0o666
         self._texts: dict[str, os.stat_result] = {}  # plans and notes
 
-    def write(self, part: Part) -> bool:
-        """Write a file that arrived in one part; return False if it must be written the usual way.
+    async def write(self, parts: Sequence[Part]) -> list[Part]:
+        """Write those files that arrived in one part, in a thread; return the parts to write the usual way.
 
-        Raises StorageError.
+        Not to be cancelled. Raises StorageError.
         """
-        path = part.path
-        if "/" not in path or len(part.data) != part.size or hashlib.sha256(part.data).digest() != part.digest:
-            return False
-        with storage_errors(path):
-            self._cache.quota.take(part.size)
-            status = self._create(path, part.data)
-            if status is None:
-                return False
-            if is_editable(path):
-                self._create(f"{BASE_DIRECTORY}/{path}", part.data)
-                self._texts[path] = status
-        self._cache.known.note(path, signature_of(status))
-        return True
+        whole = [part for part in parts if "/" in part.path and len(part.data) == part.size]
+        self._cache.quota.take(sum(part.size for part in whole))
+        for parent in {part.path.rpartition("/")[0] for part in whole}:
+            self._open(parent)
+            if parent in ("plans", "notes"):
+                self._open(f"{BASE_DIRECTORY}/{parent}")
+        written: dict[str, os.stat_result] = {}
+        try:
+            await asyncio.to_thread(self._write_all, whole, written)
+        finally:
+            for path, status in written.items():
+                self._cache.known.note(path, signature_of(status))
+                if is_editable(path):
+                    self._texts[path] = status
+        return [part for part in parts if part.path not in written]
 
     def close(self) -> None:
         """End the fill: the texts equal their bases."""
@@ -51,15 +55,30 @@ class FirstFill:
             self._cache.known.settle_text(path, signature_of(status))
         self._texts.clear()
 
+    def _open(self, directory: str) -> None:
+        if directory not in self._directories:
+            with storage_errors(directory):
+                self._directories[directory] = self._cache.open_directory(directory)
+
+    def _write_all(self, parts: Sequence[Part], written: dict[str, os.stat_result]) -> None:
+        """Write whole files, except those that exist or have another digest; add the others to ``written``."""
+        for part in parts:
+            path = part.path
+            if hashlib.sha256(part.data).digest() != part.digest:
+                continue
+            with storage_errors(path):
+                if (status := self._create(path, part.data)) is None:
+                    continue
+                if is_editable(path):
+                    self._create(f"{BASE_DIRECTORY}/{path}", part.data)
+            written[path] = status
+
     def _create(self, path: str, data: bytes) -> os.stat_result | None:
         """Create a file; return None if there is one."""
         parent, _, name = path.rpartition("/")
-        directory = self._directories.get(parent)
-        if directory is None:
-            directory = self._directories[parent] = self._cache.open_directory(parent)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFE
         try:
-            handle = os.open(name, flags, self._mode, dir_fd=directory)
+            handle = os.open(name, flags, self._mode, dir_fd=self._directories[parent])
         except FileExistsError:
             return None
         try:

@@ -32,7 +32,7 @@ from lattice_remote.protocol.effects import (
     Send,
     WritePart,
 )
-from lattice_remote.protocol.messages import Change, ClientFrame, Hello, Part, Put, Response, ServerFrame
+from lattice_remote.protocol.messages import Change, ClientFrame, Hello, Part, Parts, Put, Response, ServerFrame
 from lattice_remote.protocol.paths import is_payload
 from lattice_remote.protocol.replica import Replica, State
 
@@ -436,8 +436,12 @@ class Replicator:
                     queue.extend(self.writer.apply(operations, self.replica))
                     self.edits.is_own = False
                 case WritePart(part=part):
-                    self.received += 1
-                    queue.extend(self.writer.write_part(part, self.replica))
+                    parts = [part]
+                    while queue and isinstance(following := queue[0], WritePart):
+                        parts.append(following.part)
+                        queue.popleft()
+                    self.received += len(parts)
+                    queue.extend(await _uninterrupted(self.writer.write_parts(parts, self.replica)))
                 case Remove(paths=paths):
                     for path in paths:
                         self.writer.remove(path, self.replica)
@@ -529,7 +533,7 @@ class Replicator:
     def _may_save_later(self, frames: Sequence[ServerFrame]) -> bool:
         """Return whether the stored state is still valid: only files have arrived, which would be fetched again."""
         is_recent = time.monotonic() - self._saved_at < _SAVE_EVERY_S
-        return is_recent and bool(self.replica.missing) and all(isinstance(frame, Part) for frame in frames)
+        return is_recent and bool(self.replica.missing) and all(isinstance(frame, Part | Parts) for frame in frames)
 
     def _save(self) -> None:
         self._saved_at = time.monotonic()
@@ -561,10 +565,10 @@ class Replicator:
             await self._resync_lock.enter_async_context(self.cache.locked())
 
 
-async def _uninterrupted(work: Coroutine[Any, Any, None]) -> None:
+async def _uninterrupted[T](work: Coroutine[Any, Any, T]) -> T:
     """Await work in a thread to its end even if cancelled: the thread goes on, so its lock must stay."""
     task = asyncio.ensure_future(work)
     try:
-        await asyncio.shield(task)
+        return await asyncio.shield(task)
     finally:
         await asyncio.wait([task])

@@ -36,6 +36,7 @@ from lattice_remote.protocol.messages import (
     Bye,
     ClientFrame,
     Hello,
+    Parts,
     Request,
     Response,
     ServerFrame,
@@ -83,7 +84,7 @@ class ReceiveQueue:
         return len(self._items) >= MAX_FRAMES or self._bytes >= MAX_BYTES
 
     async def put(self, item: Item, size: int = 0) -> None:
-        """Add an item of ``size`` bytes on the wire, once there is room."""
+        """Add an item of ``size`` bytes, compressed and decompressed, once there is room."""
         while self.is_full:
             await self._next_change()
         self._items.append(item)
@@ -113,7 +114,8 @@ async def read_frames(socket: ClientConnection, queue: ReceiveQueue, on_heard: C
         while True:
             data = await _message(socket)
             on_heard()
-            await queue.put(decode_server_frame(data), len(data))
+            frame = decode_server_frame(data)
+            await queue.put(frame, len(data) + (frame.size if isinstance(frame, Parts) else 0))
     except ConnectionClosed as closed:
         await queue.put(closing_error(closed))
     except ProtocolError as violation:

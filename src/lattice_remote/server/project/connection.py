@@ -120,7 +120,7 @@ class ReplicationStatus:
 
 def offered_capabilities() -> list[str]:
     """Return the server's capabilities, given the installed packages."""
-    return [name for name in CAPABILITIES if is_offered(name.removeprefix("call:"))]
+    return [name for name in CAPABILITIES if not name.startswith("call:") or is_offered(name.removeprefix("call:"))]
 
 
 async def download(request: Download, history: History, paths: ProjectPaths) -> Downloaded | Refused:
@@ -484,7 +484,7 @@ class ClientConnection:
 
     async def _send_pending(self) -> None:
         await self._catch_up()
-        files = FileSender(self.project, self._outbox, self._push)
+        files = FileSender(self.project, self._outbox, self._push, compresses="parts" in self._capabilities)
         while True:
             if self._wants_manifest:
                 self._wants_manifest = False

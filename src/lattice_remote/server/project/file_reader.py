@@ -5,15 +5,16 @@ same digest: at once, or in the tick that commits the change.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from lattice_remote.errors import Rejected, StorageError
 from lattice_remote.files import READ
-from lattice_remote.protocol.messages import Part
+from lattice_remote.protocol.messages import Part, Parts, WholeFile, pack_files
 from lattice_remote.protocol.operations import digest_of
 from lattice_remote.server.project.history import Content
 from lattice_remote.server.project.project import Project
@@ -65,8 +66,10 @@ def read_content(path: Path, content: Content) -> bytes | None:
         descriptor = os.open(path, READ)
     except FileNotFoundError:
         return None
-    with os.fdopen(descriptor, "rb") as file:
-        data = file.read(size + 1)
+    try:
+        data = os.read(descriptor, size + 1)
+    finally:
+        os.close(descriptor)
     return data if digest_of(data) == digest else None
 
 
@@ -148,7 +151,7 @@ class Snapshot:
             self._descriptor = None
 
 
-_BATCH_FILES = 64
+_BATCH_FILES = 256
 _SETTLE_S = 0.25
 """Then the worker is asked to check the file."""
 
@@ -156,12 +159,15 @@ _log = logging.getLogger(__name__)
 
 
 class FileSender:
-    """Sender of files to one client, at the pace of its send queue."""
+    """Sender of files to one client, at the pace of its send queue; small ones in ``Parts`` if it ``compresses``."""
 
-    def __init__(self, project: Project, outbox: SendQueue, push: Callable[[Part], None]) -> None:
+    def __init__(
+        self, project: Project, outbox: SendQueue, push: Callable[[Part | Parts], None], *, compresses: bool = False
+    ) -> None:
         self._project = project
         self._outbox = outbox
         self._push = push
+        self._compresses = compresses
 
     def batch(self, paths: dict[str, None]) -> list[str]:
         """Remove several small files or one large from ``paths``."""
@@ -178,6 +184,9 @@ class FileSender:
 
     async def send(self, paths: list[str]) -> list[str]:
         """Send files; return those that kept changing, to be sent again later."""
+        if self._compresses and len(paths) > 1:
+            sent = await self._send_compressed(paths)
+            paths = [path for path in paths if path not in sent]
         files = self._project.history.files
         known = [(path, files[path]) for path in paths if path in files]
         snapshots = await asyncio.to_thread(_open_all, self._project.paths.lattice, known)
@@ -187,6 +196,17 @@ class FileSender:
         finally:
             for snapshot in snapshots.values():
                 snapshot.close()
+
+    async def _send_compressed(self, paths: list[str]) -> Collection[str]:
+        """Send most of these small files in one frame, unless one of them changes now; return those sent."""
+        history, tree = self._project.history, self._project.paths.lattice
+        known = [(path, history.files[path]) for path in paths if path in history.files]
+        contents, size, data = await asyncio.to_thread(_compressed, tree, known)
+        if not contents or any(history.files.get(path) != content for path, content in contents.items()):
+            return ()
+        self._push(Parts(history.head, size, data))
+        await self._outbox.room()
+        return contents.keys()
 
     async def _send(self, path: str, expected: Content | None, snapshot: Snapshot | None) -> bool:
         """Send one file if possible. Does not yield between checking the manifest and pushing."""
@@ -244,6 +264,18 @@ class FileSender:
         finally:
             forget()
         return await self._send_rest(path, snapshot, content, seq)
+
+
+def _compressed(tree: Path, known: list[tuple[str, Content]]) -> tuple[dict[str, Content], int, bytes]:
+    """Return the files that have these contents, and ``size`` and ``data`` of their ``Parts``. Blocking."""
+    contents: dict[str, Content] = {}
+    files: list[WholeFile] = []
+    for path, content in known:
+        with contextlib.suppress(OSError):  # reported when it is sent by itself
+            if (data := read_content(tree / path, content)) is not None:
+                contents[path] = content
+                files.append(WholeFile(path, content[1], data))
+    return (contents, *pack_files(files)) if files else ({}, 0, b"")
 
 
 def _open_all(tree: Path, known: list[tuple[str, Content]]) -> dict[str, Snapshot]:
