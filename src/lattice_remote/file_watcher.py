@@ -30,8 +30,7 @@ class FileWatcher:
 
     Reports a change after about ``step_ms`` of quiet, ``debounce_ms`` at most. A directory that is replaced is noticed
     within a second: every file in it may have changed. With ``is_scanned`` the owner reads each directory after
-    ``add()``
-    anyway, and the report of the watch's beginning is omitted.
+    ``add()`` anyway, and the report of the watch's beginning is omitted.
     """
 
     def __init__(self, *, step_ms: int = _STEP_MS, debounce_ms: int = _DEBOUNCE_MS, is_scanned: bool = False) -> None:

@@ -80,10 +80,10 @@ def _row(entry: LogEntry, short_ids: Mapping[str, str]) -> tuple[str, str, str, 
     return number, time, who, token, touched, command
 
 
-def local_time(time: str) -> str:
-    """Return a time in the local zone, to the second; return other text unchanged."""
+def local_time(time: str, form: str = "%Y-%m-%d %H:%M:%S") -> str:
+    """Return a time in the local zone; return other text unchanged."""
     try:
-        return f"{datetime.fromisoformat(time).astimezone():%Y-%m-%d %H:%M:%S}"
+        return datetime.fromisoformat(time).astimezone().strftime(form)
     except (ValueError, OverflowError, OSError):
         return time
 

@@ -37,8 +37,7 @@ def merge_text(base: bytes | None, mine: bytes, theirs: bytes | None) -> MergeRe
     """Merge ``mine``, an edit of ``base``, into the file's present text ``theirs``; None means no file.
 
     Conflicts: a file that was removed, two different texts without a base, and texts that differ too much to merge in
-    about
-    a second.
+    about a second.
     """
     if mine in (theirs, base):
         return MergeResult("unchanged", theirs)

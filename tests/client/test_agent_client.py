@@ -268,6 +268,15 @@ def test_a_cache_without_its_remote_is_read_and_not_required(cache: str, agent: 
     assert error.value.code == "REMOTE_GUARD" and not agent.requests
 
 
+def test_a_file_that_the_agent_can_not_read_is_sent_by_the_command_itself_once(
+    agent: FakeAgent, inline: list[dict[str, Any]], cache: str
+) -> None:
+    agent.script = ['{"ok": true, "unreadable": true}\n']
+    asked = request("run", cache, id="1" * 32, argv=["comment", "LAT-1"], files=[{"index": 1}])
+    assert send_request(asked)["inline"]
+    assert [each["id"] for each in (*agent.requests, *inline)] == ["1" * 32] * 2, "the same id: it runs once (I6)"
+
+
 # --- operations of a program ---
 
 

@@ -226,8 +226,6 @@ class Cache:
     def __init__(self, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.directory = directory
         self.requests: list[dict[str, Any]] = []
-        self.inline: list[dict[str, Any]] = []
-        """Requests that this process ran itself."""
         self.answer: dict[str, Any] = {"stdout": "", "stderr": "", "notices": [], "exit_code": 0}
         self.error: Exception | None = None
         self.is_required: list[bool] = []
@@ -247,10 +245,6 @@ class Cache:
         if self.error is not None:
             raise self.error
         return self.answer
-
-    def run_inline(self, request: dict[str, Any], _progress: object) -> dict[str, Any]:
-        self.inline.append(request)
-        return {**self.answer, "unreadable": False}
 
     def ensure_current(
         self, _directory: str, say: Callable[[str], object], *_: object, is_required: bool = False
@@ -273,7 +267,6 @@ def cache(guarded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.chdir(guarded.parent)
     made = Cache(guarded, capsys)
     monkeypatch.setattr(routing, "send_request", made.send)
-    monkeypatch.setattr(routing, "run_inline", made.run_inline)
     monkeypatch.setattr(routing, "ensure_current", made.ensure_current)
     return made
 
@@ -288,13 +281,7 @@ def test_a_write_runs_on_the_server_and_ends_as_it_ended_there(cache: Cache) -> 
     [request] = cache.requests
     assert request["do"] == "run" and request["argv"] == ["create", "One", "--actor", "human:ana"]
     assert len(request["id"]) == 32 and not request["own_connection"] and request["files"] == []
-    assert not cache.inline and not cache.is_required
-
-
-def test_a_file_that_the_agent_can_not_read_is_sent_by_the_command_itself_once(cache: Cache) -> None:
-    cache.answer["unreadable"] = True
-    assert cache.run("comment", "LAT-1", "x", "--actor", "human:ana")[0] == 0
-    assert cache.inline == cache.requests and len(cache.inline) == 1, "the same id: it runs once (I6)"
+    assert not cache.is_required
 
 
 def test_a_command_that_may_wait_long_gets_a_connection_of_its_own(cache: Cache) -> None:

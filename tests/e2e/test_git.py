@@ -56,7 +56,7 @@ def test_a_tracked_copy_sends_nothing_that_git_checks_out(sandbox: Sandbox) -> N
     assert theirs.read_text() == TEXT and not differences(server.lattice_dir(), ana.lattice_dir)
     assert "git wrote it" in ana.run("list").stderr
     pushed = ana.run("remote", "push")
-    assert "tracks 1 file of this .lattice" in pushed.stderr and "git help rm" in pushed.stderr
+    assert "tracks 1 file of .lattice" in pushed.stderr and "git help rm" in pushed.stderr
 
 
 def test_what_git_brings_with_its_own_base_is_restored(sandbox: Sandbox) -> None:

@@ -118,7 +118,9 @@ def send_request(request: dict[str, Any], on_progress: Progress | None = None) -
             return run_inline(request, on_progress)  # no place for a socket
         try:
             answer = _exchange(stream, {**request, "agent": place.name}, on_progress)
-            return run_inline(request, on_progress) if answer.get("not_mine") else _checked(answer)
+            if answer.get("not_mine") or answer.get("unreadable"):  # another environment, or other rights to a file
+                return run_inline(request, on_progress)
+            return _checked(answer)
         except _AgentLost:
             request.setdefault("first_sent_at", began)  # the earlier agent may have sent it
         except _AgentSilent:
@@ -205,8 +207,6 @@ def call(
     asked = request("call", directory, id=os.urandom(16).hex(), surface=surface, name=name, payload=payload)
     asked["files"] = files or []
     answer = send_request(asked)
-    if answer.get("unreadable"):  # the agent has other rights, or sees other directories
-        answer = run_inline(asked)
     for notice in answer["notices"]:
         sys.stderr.write(f"lattice-remote: {one_line(notice)}\n")
     return SurfaceResponse(answer["status"], answer["payload"])

@@ -1,9 +1,11 @@
-"""Completion of tasks in a shell, from the files of a cache: no network, no agent. Standard library only."""
+"""Completion of tasks in a shell, from the files of a cache: no network, no agent."""
 
 import copy
 import json
 import os
 from typing import TYPE_CHECKING
+
+from lattice_remote.errors import one_line
 
 if TYPE_CHECKING:
     import click
@@ -64,4 +66,4 @@ def _title(directory: str, task: str) -> str:
             title = json.load(file)["title"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
-    return "".join(c if c.isprintable() else " " for c in title[:_MAX_TITLE_CHARS]) if isinstance(title, str) else ""
+    return one_line(title[:_MAX_TITLE_CHARS]) if isinstance(title, str) else ""

@@ -81,8 +81,7 @@ def parse_url(text: str, project: str | None = None) -> tuple[str, str | None]:
     """Return a server's normalized URL, and the slug: passed separately, or of the path.
 
     The path is ``/SLUG``, or a page of the project such as ``/projects/SLUG/dashboard``. A path with a slash at the end
-    is
-    a proxy's, below which the server is; ``/PATH/SLUG`` and its pages are below it too.
+    is a proxy's, below which the server is; ``/PATH/SLUG`` and its pages are below it too.
 
     Raises:
         Misuse: not an http or https URL, a malformed slug, or two different slugs.

@@ -19,7 +19,6 @@ from lattice_remote.client.agent_client import (
     ensure_current,
     request,
     request_id,
-    run_inline,
     send_request,
     stay_connected,
 )
@@ -130,9 +129,8 @@ def _invoke(command: click.Command, path: tuple[str, ...], directory: str, argv:
 
 
 def _may_run_warm(path: tuple[str, ...], ctx: click.Context, directory: str) -> bool:
-    """Return whether the warm process may run a command: it reads no file of the caller, serves nothing and starts
-    no program
-    but git, which ``show`` asks for branches.
+    """Return whether the warm process may run a command: it reads no file of the caller, serves nothing and starts no
+    program but git, which ``show`` asks for branches.
     """
     if path in _ELSEWHERE or path == ("dashboard",) or is_unpushed(directory):
         return False
@@ -229,8 +227,6 @@ def _run_there(
         asked = request("run", directory, argv=files.argv, files=files.described, **request_id())
         asked["own_connection"] = _waits(path, ctx)
         answer = send_request(asked, _progress())
-        if answer.get("unreadable"):  # the agent has other rights, or sees other directories
-            answer = run_inline(asked, _progress())
     # The bytes as the server's lattice wrote them; Click handles a closed pipe.
     click.echo(base64.b64decode(answer["stdout"]), nl=False)
     click.echo(base64.b64decode(answer["stderr"]), nl=False, err=True)

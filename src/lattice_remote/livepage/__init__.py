@@ -57,8 +57,7 @@ def with_script(page: bytes) -> bytes:
     """Return the page with the script before its own; unchanged if it has no head.
 
     ``libraries.js`` loads the scripts of other servers: on a closed network the browser would wait for them before it
-    shows
-    anything.
+    shows anything.
     """
     page = _FOREIGN.sub(rb'\1type="text/plain" data-remote-src=', page)
     page = _DEFERRED.sub(rb'\1type="text/plain" data-remote-src=', page)
@@ -129,8 +128,7 @@ def with_listeners(page: bytes, scripts: Iterable[bytes] = ()) -> bytes | None:
     """Return the page with renamed handlers and a list of the calls that ``listeners.js`` may make.
 
     ``scripts`` are the page's script files, to be served through ``without_handlers``. None if any handler in them has
-    an
-    unknown form, or the page has no head.
+    an unknown form, or the page has no head.
     """
     try:
         texts = [page.decode(), *(script.decode() for script in scripts)]

@@ -76,8 +76,7 @@ class EditSender:
     """Sender of one cache's edits, one at a time.
 
     ``connection`` is the one that the replicator follows on. ``reached`` waits until the files hold every change up to
-    a
-    number, and returns whether they do.
+    a number, and returns whether they do.
     """
 
     def __init__(

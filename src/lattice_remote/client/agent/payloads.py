@@ -140,9 +140,7 @@ class PayloadFetcher:
         self._own: set[bytes] = set()  # digests being attached here: they need no download
         self._wishes = 0  # number of requests so far
         self._seen: tuple[int, str, int] | None = None  # state for which all work was done
-        self._looked_at: dict[
-            str, Content | None
-        ] = {}  # local files already compared, and the content they were compared with
+        self._looked_at: dict[str, Content | None] = {}  # content with which each local file was compared
         self._misfits: Counter[bytes] = Counter()
         self._put_off: dict[str, _PutOff] = {}
         self._not_before = 0.0

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -249,7 +249,7 @@ async def _fill(directory: str, *, token: str | None, server: Server, show: Prog
     service = Service(directory, is_new=True)
     service.start(token, named=server, prefer_given=True)
     try:
-        answer = await service.handle({"do": "pull", "directory": directory, "token": token}, show or _ignore)
+        answer = await service.handle({"do": "pull", "directory": directory, "token": token}, show or (lambda _: None))
     finally:
         await service.close()
     return int(answer["seq"])
@@ -388,7 +388,3 @@ def _is_plain_context(text: str) -> bool:
     from lattice.cli.main import _CONTEXT_MD_TEMPLATE
 
     return bool(text.partition("\n")[2] == _CONTEXT_MD_TEMPLATE.partition("\n")[2])
-
-
-def _ignore(_progress: dict[str, Any]) -> None:
-    pass

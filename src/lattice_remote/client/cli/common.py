@@ -38,6 +38,7 @@ __all__ = [
     "request",
     "send_request",
     "show_unpushed",
+    "tracking_problem",
     "unpushed",
     "warn_of_tracking",
 ]
@@ -132,15 +133,21 @@ def show_unpushed(found: Remote, *, as_json: bool) -> None:
 
 
 def warn_of_tracking(directory: str) -> None:
-    """Warn on stderr if a git repository tracks more of a cache than its address."""
-    tracked = [path for path in Repository(directory).tracked() if path not in (REMOTE_FILE, ".gitignore")]
-    if tracked:
-        notify(
-            f"a git repository tracks {counted(len(tracked), 'file')} of this .lattice, such as {tracked[0]}; git "
-            "checkout, stash or reset would put earlier contents there, which are not sent but replaced by the "
-            "server's. Stop tracking all of .lattice except remote.json and .gitignore, and keep the files on disk "
-            "(see git help rm, option --cached)"
-        )
+    if (problem := tracking_problem(Repository(directory))) is not None:
+        notify("; ".join(problem))
+
+
+def tracking_problem(repository: Repository) -> tuple[str, str] | None:
+    """Return problem and remedy if a git repository tracks more of a cache than its address."""
+    tracked = [path for path in repository.tracked() if path not in (REMOTE_FILE, ".gitignore")]
+    if not tracked:
+        return None
+    return (
+        f"the git repository tracks {counted(len(tracked), 'file')} of .lattice, such as {tracked[0]}: git checkout, "
+        "stash or reset puts earlier contents there, which are not sent but reverted",
+        "stop tracking all of .lattice except remote.json and .gitignore, and keep the files on disk (git help rm, "
+        "option --cached)",
+    )
 
 
 def request(do: str, directory: str, **fields: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import typer
 from lattice_remote.client import agent_runtime, credentials, trusted_servers
 from lattice_remote.client.agent_client import agent_enabled, send_if_running
 from lattice_remote.client.cache.evidence import Repository
-from lattice_remote.client.cli.common import Json, lattice_directory, print_result
+from lattice_remote.client.cli.common import Json, lattice_directory, print_result, tracking_problem
 from lattice_remote.client.config import REMOTE_FILE, UNPUSHED_FILE, Remote, is_cache, is_unpushed, read_remote
 from lattice_remote.client.launcher.install import is_ours
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, one_line
@@ -256,17 +256,9 @@ def _git(directory: str) -> Diagnosis:
     repository = Repository(directory)
     if not repository.is_there():
         return Diagnosis("git", True, "no repository around this directory")
-    tracked = [path for path in repository.tracked() if path not in (REMOTE_FILE, ".gitignore")]
-    if not tracked:
+    if (problem := tracking_problem(repository)) is None:
         return Diagnosis("git", True, "the repository tracks nothing of the cache but its address")
-    return Diagnosis(
-        "git",
-        False,
-        f"the repository tracks {counted(len(tracked), 'file')} of .lattice, such as {tracked[0]}: git checkout, stash "
-        "or reset puts earlier contents there, which are reverted",
-        "stop tracking all of .lattice except remote.json and .gitignore, and keep the files on disk (git help rm, "
-        "option --cached)",
-    )
+    return Diagnosis("git", False, *problem)
 
 
 def _program(name: str, path: Path) -> Diagnosis:

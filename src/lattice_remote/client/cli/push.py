@@ -381,8 +381,7 @@ def _become_cache(
     """Turn the directory into a cache; return the files that changed since, which are rescued.
 
     ``remote.json`` is written last: until then this can be repeated. ``entries`` has the digest of each pushed file; a
-    plan
-    or notes not in ``texts`` is taken from disk if unchanged.
+    plan or notes not in ``texts`` is taken from disk if unchanged.
     """
     cache = Cache(directory, remote)
     cache.prepare()

@@ -247,8 +247,7 @@ async def _convert(directory: str, remote: Remote, *, hooks: bool | None) -> lis
     """Convert a cache to a local project; return the names of other files in it.
 
     The removal of ``remote.json`` is the commit. After a crash before it, the directory is a cache without a state,
-    which
-    the next command completes.
+    which the next command completes.
 
     ``hooks``: keep or omit the server's hooks; None: there must be none. Plain lattice would run them here.
 

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Annotated, Any, Self
 
 import msgspec
@@ -22,7 +21,6 @@ from lattice_remote.client.agent.journal_log import MAX_ENTRIES, task_of
 from lattice_remote.client.agent_client import send_request
 from lattice_remote.client.cli.common import Json, complete_tasks, here, print_result, request
 from lattice_remote.errors import ConnectionFailed, Misuse, RemoteError, one_line, printable
-from lattice_remote.output import counted
 from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import LogEntry
 
@@ -42,7 +40,8 @@ def as_line(record: dict[str, Any]) -> tuple[str, str, str, str, str]:
     who = f"{actor} (token of {owner})" if owner not in ("", actor) else actor
     by_hand = record["cause"] in ("edit", "recovery")
     what = f"{record['cause']}: {record['command']}" if by_hand else record["command"]
-    number, time, who, shown, what = map(printable, (str(record["seq"]), _clock(record["time"]), who, shown, what))
+    cells = (str(record["seq"]), output.local_time(record["time"], "%H:%M:%S"), who, shown, what)
+    number, time, who, shown, what = map(printable, cells)
     return number, time, who, shown, what
 
 
@@ -50,13 +49,6 @@ def _named(task: dict[str, Any]) -> str:
     title = task["title"] or ""
     short = title if len(title) <= _MAX_TITLE_CHARS else title[: _MAX_TITLE_CHARS - 1] + "…"
     return f"{task['short_id'] or task['id']} {short}".strip()
-
-
-def _clock(time: str) -> str:
-    try:
-        return f"{datetime.fromisoformat(time).astimezone():%H:%M:%S}"
-    except (ValueError, OverflowError, OSError):
-        return time
 
 
 _LEAVE_S = 2.0
@@ -459,7 +451,7 @@ def _listed(answer: dict[str, Any], task: str, text: str, *, as_json: bool) -> N
 
 
 def _row(entry: LogEntry) -> tuple[str, ...]:
-    size = "removed" if entry.text_bytes is None else counted(entry.text_bytes, "byte")
+    size = "removed" if entry.text_bytes is None else output.counted(entry.text_bytes, "byte")
     cells = (str(entry.seq), output.local_time(entry.time), entry.actor, size, entry.command)
     return tuple(map(printable, cells))
 

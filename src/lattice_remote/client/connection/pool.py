@@ -1,8 +1,7 @@
 """Connections of one cache: one that follows, and one for each further token of a writing command.
 
 A token comes from ``tokens.json`` or with a command (``LATTICE_TOKEN``). A refused one is replaced when the file
-changes
-or a command brings another.
+changes or a command brings another.
 
 Unrequested edits are sent under the token of this cache's commands. After recent commands with several tokens the
 author is unknown: such edits wait for the next command. Agents of several environments may follow one cache, so the
