@@ -3,7 +3,7 @@ PYTHON_VENV := .venv/bin/python
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv demo test check bench soak mutants hostile fuzz backups claims load protocol format clean
+.PHONY: help system venv demo test check bench soak mutants hostile fuzz backups claims order load protocol format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -52,6 +52,9 @@ ROUNDS ?= 200
 
 claims: venv  ## Let 32 processes race for one task, round after round: one winner each (ROUNDS=200)
 	@$(PYTHON_VENV) tests/claims.py --rounds $(ROUNDS)
+
+order: venv  ## Kill, pause and cut off the cluster's engine and its nodes, seed after seed (SEEDS=200)
+	@$(PYTHON_VENV) tests/cluster_order.py --seeds $(SEEDS) --first $(FIRST)
 
 load: venv  ## Measure the fan-out to 1,000 clients, then with hundreds of clients, stalled ones, concurrent writers, a restart, 10,000 tasks
 	@$(PYTHON_VENV) benchmarks/load.py $(ARGS)

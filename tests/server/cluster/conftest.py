@@ -58,6 +58,6 @@ def slug() -> str:
 @pytest.fixture
 async def order(engine: Engine, slug: str) -> JetStreamOrder:
     """An empty order on the one server."""
-    made = JetStreamOrder(engine, slug, "e1", lost_s=2.0)
+    made = JetStreamOrder(engine, slug, "e1", lost_s=0.5)
     await made.create()
     return made

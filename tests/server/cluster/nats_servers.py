@@ -47,7 +47,9 @@ class NatsServer:
         """Write the configuration; ``sync`` None: the server's default."""
         self.directory.mkdir(parents=True, exist_ok=True)
         peers = ", ".join(f'"nats://127.0.0.1:{port}"' for port in routes if port != self.route_port)
-        cluster = f'cluster {{ name: test, listen: "127.0.0.1:{self.route_port}", routes: [{peers}] }}'
+        cluster = (
+            f'cluster {{ name: test, listen: "127.0.0.1:{self.route_port}", routes: [{peers}], no_advertise: true }}'
+        )
         (self.directory / "nats.conf").write_text(f"""
 server_name: {self.name}
 listen: "127.0.0.1:{self.port}"
@@ -117,7 +119,7 @@ jetstream {{
 
 
 class NatsCluster:
-    """One or three servers. ``heal()`` starts and resumes whatever a test has ended or paused."""
+    """One or three servers. ``heal()`` starts and resumes all of them."""
 
     def __init__(self, count: int, directory: Path, *, sync: str | None = "always", extra: str = "") -> None:
         ports = _free_ports(3 * count)

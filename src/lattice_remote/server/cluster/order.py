@@ -19,12 +19,14 @@ import nats.errors
 from nats.aio.subscription import Subscription
 
 from lattice_remote.errors import StorageError
-from lattice_remote.server.cluster.engine import (
+from lattice_remote.server.cluster.engine import Engine
+from lattice_remote.server.cluster.jetstream import (
     FULL,
     NAME_IN_USE,
     NO_STREAM,
+    REQUEST_S,
     WRONG_SEQUENCE,
-    Engine,
+    Ack,
     EngineRefused,
     EngineUnavailable,
     StoredMessage,
@@ -34,9 +36,11 @@ from lattice_remote.server.cluster.engine import (
 __all__ = ["Batch", "Fenced", "JetStreamOrder", "StreamFull", "StreamLost", "TooOld"]
 
 _RETRY_S = 0.1
+_LATE_ANSWERS = 30
+"""An answer counts for so many times the time after which the message is sent again."""
 _LOST_S = 10.0
 """A loss must be seen for so long: a server that was replaced as the leader, or that restarts, may see less."""
-_IDLE_S, _LOOK_S = 1.0, 5.0
+_IDLE_S = 1.0
 _READ_BYTES = 8 << 20
 _FOLLOW_BYTES = 64 << 20
 _WRONG_STREAM = 10060
@@ -97,15 +101,20 @@ class JetStreamOrder:
     Args:
         engine: the connection.
         slug, epoch: of the project.
+        answer_s: time for an answer to an append, which is then sent again.
         lost_s: for how long a loss must be seen before StreamLost.
     """
 
-    def __init__(self, engine: Engine, slug: str, epoch: str, *, lost_s: float = _LOST_S) -> None:
+    def __init__(
+        self, engine: Engine, slug: str, epoch: str, *, answer_s: float = REQUEST_S, lost_s: float = _LOST_S
+    ) -> None:
         self._engine = engine
         self.name = f"lattice-{slug}-{epoch}"
         """Of the stream."""
-        self._subject = f"lattice.order.{slug}.{epoch}"
+        self.subject = f"lattice.order.{slug}.{epoch}"
+        """Of its messages, followed by ``.log`` or ``.owner``. Only this class may publish there."""
         self._live = f"lattice.live.{slug}.{epoch}"
+        self._answer_s = answer_s
         self._lost_s = lost_s
         self._created: str | None = None
         self._owner: _Owner | None = None
@@ -116,12 +125,12 @@ class JetStreamOrder:
         """Create the stream. Raises StreamLost if there is one of this name, EngineUnavailable, EngineRefused."""
         marker = secrets.token_hex(8)
         config = {
-            "subjects": [f"{self._subject}.log", f"{self._subject}.owner"],
+            "subjects": [f"{self.subject}.log", f"{self.subject}.owner"],
             "max_bytes": max_bytes,
             "deny_delete": True,
             "allow_direct": True,
             "duplicate_window": _DUPLICATES_S * 1_000_000_000,
-            "republish": {"src": f"{self._subject}.*", "dest": self._live},
+            "republish": {"src": f"{self.subject}.*", "dest": self._live},
             "metadata": {"lattice-remote": marker},
         }
         try:
@@ -139,7 +148,7 @@ class JetStreamOrder:
     async def bounds(self) -> tuple[int, int]:
         """Return the first and last number without a gap in between; an empty stream has (last + 1, last).
 
-        Of a leader that a majority followed within the last 2 s. The proof that ``last`` is the end is a ``take_over``
+        Of a leader that a majority followed within the last 3 s. The proof that ``last`` is the end is a ``take_over``
         with this number. Raises StreamLost if the stream is missing or was replaced; waits while there is no leader.
         """
         info = await self._info(0)
@@ -177,12 +186,12 @@ class JetStreamOrder:
             payload = await self._put_aside(expected + 1, owner, payload)
         condition = {
             "Nats-Expected-Last-Subject-Sequence": str(owner.seq),
-            "Nats-Expected-Last-Subject-Sequence-Subject": f"{self._subject}.owner",
+            "Nats-Expected-Last-Subject-Sequence-Subject": f"{self.subject}.owner",
         }
         return await self._put("log", expected, payload, id_, condition)
 
     async def read(self, after: int) -> list[Batch]:
-        """Return the batches behind number ``after``, some 8 MiB at once; an empty list: the leader has no more.
+        """Return the batches behind number ``after``, some 8 MiB at once; an empty list: the leader has none behind it.
 
         Raises TooOld, StreamLost; waits while the engine is unavailable.
         """
@@ -203,12 +212,12 @@ class JetStreamOrder:
         try:
             looked = time.monotonic()
             while True:
-                # What is stored: the start, and whatever the live messages have missed.
+                # The start, and each message that was not received live.
                 while found := await self._stored(after + 1):
                     for batch in found:
                         yield batch
                         after = batch.seq
-                if time.monotonic() - looked > _LOOK_S:
+                if time.monotonic() - looked > self._lost_s / 2:
                     await self._check(after)
                     looked = time.monotonic()
                 async for message in follower.messages(after + 1):
@@ -222,19 +231,19 @@ class JetStreamOrder:
 
         Raises EngineUnavailable, StreamLost.
         """
-        owner = await self._engine.message(self.name, last_of=f"{self._subject}.owner")
+        owner = await self._engine.message(self.name, last_of=f"{self.subject}.owner")
         if owner is not None:
-            await self._engine.purge(self.name, subject=f"{self._subject}.owner", before=min(owner.seq, upto + 1))
-        await self._engine.purge(self.name, subject=f"{self._subject}.log", before=upto + 1)
-        for name in await self._engine.part_names(self._parts_prefix):
+            await self._engine.purge(self.name, subject=f"{self.subject}.owner", before=min(owner.seq, upto + 1))
+        await self._engine.purge(self.name, subject=f"{self.subject}.log", before=upto + 1)
+        for name in await self._engine.contents.part_names(self._parts_prefix):
             if int(name.rpartition(".")[2].partition("-")[0]) <= upto:
-                await self._engine.drop_parts(name)
+                await self._engine.contents.drop_parts(name)
 
     async def delete(self) -> None:
         """Delete the stream with all that belongs to it; a missing one is no error."""
         await self._engine.delete_stream(self.name)
-        for name in await self._engine.part_names(self._parts_prefix):
-            await self._engine.drop_parts(name)
+        for name in await self._engine.contents.part_names(self._parts_prefix):
+            await self._engine.contents.drop_parts(name)
 
     @property
     def _parts_prefix(self) -> str:
@@ -245,7 +254,9 @@ class JetStreamOrder:
         name = f"{self._parts_prefix}.{seq}-{secrets.token_hex(6)}"
         while True:
             with suppress(EngineUnavailable):
-                await self._engine.put_parts(name, len(payload), lambda offset, count: payload[offset : offset + count])
+                await self._engine.contents.put_parts(
+                    name, len(payload), lambda offset, count: payload[offset : offset + count]
+                )
                 return msgspec.msgpack.encode(_Payload(owner.node, owner.term, [], name))
 
     async def _put(self, kind: str, expected: int, payload: bytes, id_: str, condition: dict[str, str]) -> int:
@@ -256,33 +267,31 @@ class JetStreamOrder:
             "Nats-Expected-Last-Sequence": str(expected),
             **condition,
         }
-        in_doubt = False
-        while True:
-            try:
-                ack = await self._engine.publish(f"{self._subject}.{kind}", payload, headers)
-            except EngineUnavailable as error:
-                self.in_doubt += not in_doubt
-                in_doubt = True
-                _log.debug("append %d to %s is in doubt: %s", expected + 1, self.name, error)
-                await self._check(expected)
+        attempts = _Attempts(self._engine, f"{self.subject}.{kind}", payload, headers, self._answer_s)
+        try:
+            while True:
+                ack = await attempts.answer()
+                if ack is None:
+                    self.in_doubt += attempts.count == 1
+                    await self._check(expected)
+                elif ack.error is None:
+                    if ack.seq != expected + 1:  # the same id, long ago or in a stream that was put here
+                        raise StreamLost(f"the engine stored change {expected + 1} of {self.name} as {ack.seq}")
+                    return ack.seq
+                elif ack.error.err_code == _WRONG_STREAM:
+                    raise StreamLost(f"another stream has taken the subjects of {self.name}")
+                elif ack.error.err_code in FULL and attempts.count == 1:
+                    raise StreamFull(
+                        f"the cluster's engine cannot store more: {ack.error.description} ({ack.error.err_code})"
+                    )
+                elif ack.error.err_code in WRONG_SEQUENCE:
+                    with suppress(EngineUnavailable):
+                        if await self._is_there(expected + 1, id_):
+                            return expected + 1
+                # Else: a message with this id is under way, or the answer of a server that is the leader no longer.
                 await asyncio.sleep(_RETRY_S)
-                continue
-            if ack.error is None:
-                if ack.seq != expected + 1:  # the same id, long ago or in a stream that was put here
-                    raise StreamLost(f"the engine stored change {expected + 1} of {self.name} as {ack.seq}")
-                return ack.seq
-            number = ack.error.err_code
-            if number == _WRONG_STREAM:
-                raise StreamLost(f"another stream has taken the subjects of {self.name}")
-            if number in FULL and not in_doubt:
-                raise StreamFull(f"the cluster's engine cannot store more: {ack.error.description} ({number})")
-            if number in WRONG_SEQUENCE:
-                with suppress(EngineUnavailable):
-                    if await self._is_there(expected + 1, id_):
-                        return expected + 1
-            # Else: a message with this id is under way, or the answer of a server that is the leader no longer.
-            in_doubt = True
-            await asyncio.sleep(_RETRY_S)
+        finally:
+            attempts.close()
 
     async def _is_there(self, seq: int, id_: str) -> bool:
         """Return whether message ``seq`` has this id; False: there is none, according to the leader.
@@ -307,12 +316,12 @@ class JetStreamOrder:
         raise Fenced(f"message {seq} of {self.name} is of {payload.node}, term {payload.term}")
 
     async def _check_owner(self) -> None:
-        """Raise Fenced or StreamLost if the stream's last record of an owner is not ours."""
+        """Raise Fenced if the stream's last record of an owner is not ours."""
         if self._owner is None:
             return
-        last = await self._engine.message(self.name, last_of=f"{self._subject}.owner")
+        last = await self._engine.message(self.name, last_of=f"{self.subject}.owner")
         if last is None:
-            raise StreamLost(f"the owner's record of {self.name} was removed")
+            raise Fenced(f"the owner's record of {self.name} was removed")
         if last.seq > self._owner.seq:
             raise Fenced(f"{self._payload_of(last).node} has taken {self.name} over")
 
@@ -330,7 +339,7 @@ class JetStreamOrder:
         payload = self._payload_of(message)
         while payload.parts:
             try:
-                data = b"".join([part async for part in self._engine.get_parts(payload.parts)])
+                data = b"".join([part async for part in self._engine.contents.get_parts(payload.parts)])
             except KeyError:
                 raise StreamLost(f"the content of message {message.seq} of {self.name} is missing") from None
             except EngineUnavailable:
@@ -401,6 +410,42 @@ class JetStreamOrder:
             await asyncio.sleep(_RETRY_S)
 
 
+class _Attempts:
+    """One message, sent until there is an answer. Of several copies the engine stores the first; any answer counts.
+
+    Attributes:
+        count: of the copies that were sent.
+    """
+
+    def __init__(self, engine: Engine, subject: str, payload: bytes, headers: dict[str, str], answer_s: float) -> None:
+        self.count = 0
+        self._engine = engine
+        self._message = (subject, payload, headers)
+        self._answer_s = answer_s
+        self._waiting: set[asyncio.Task[Ack]] = set()
+
+    async def answer(self) -> Ack | None:
+        """Send a copy, and return an answer to any copy; None: there is none yet."""
+        self.count += 1
+        publish = self._engine.publish(*self._message, timeout_s=_LATE_ANSWERS * self._answer_s)
+        self._waiting.add(asyncio.create_task(publish))
+        done, self._waiting = await asyncio.wait(
+            self._waiting, timeout=self._answer_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        answers = [each.result() for each in done if each.exception() is None]
+        for each in done:
+            if (error := each.exception()) is not None and not isinstance(error, EngineUnavailable):
+                raise error
+        return next((each for each in answers if each.error is None), answers[0] if answers else None)
+
+    def close(self) -> None:
+        """Wait for no more answers."""
+        for each in self._waiting:
+            if each.done():
+                each.exception()
+            each.cancel()
+
+
 class _Follower:
     """Live messages of the core, which the engine sends as it stores them; they may be lost."""
 
@@ -414,7 +459,7 @@ class _Follower:
         try:
             if self._subscription is None:
                 self._subscription = await self._engine.subscribe(self._subject, max_bytes=_FOLLOW_BYTES)
-                return  # what was stored before it is read first
+                return  # the caller reads the messages that were stored before
             while True:
                 message = await self._subscription.next_msg(timeout=_IDLE_S)
                 headers = message.headers or {}
@@ -441,5 +486,7 @@ class _Follower:
 def _first_of(info: StreamInfo) -> int:
     """Return the first number with no gap behind it. Of older messages only the owner's record may be left."""
     state = info.state
+    if state.messages == 0:
+        return state.last_seq + 1
     without_gap = state.last_seq - state.first_seq + 1 == state.messages
     return state.first_seq if without_gap else state.last_seq - state.messages + 2

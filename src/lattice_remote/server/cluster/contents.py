@@ -1,0 +1,161 @@
+"""Contents in the engine: files by their digest, and records that are too large for a message.
+
+A content is stored in parts, as messages of one stream. A last message has their number. The library's object store is
+not used: it sends parts without waiting for their acknowledgement, and reading takes quadratic time.
+"""
+
+import asyncio
+import hashlib
+import os
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import msgspec
+
+from lattice_remote.errors import StorageError
+from lattice_remote.files import sync_directory
+from lattice_remote.server.cluster.jetstream import FULL, EngineRefused, EngineUnavailable, JetStream, persist
+
+__all__ = ["Contents"]
+
+_PART_BYTES, _PARTS_AT_ONCE = 512 * 1024, 4
+_STREAM, _SUBJECT = "lattice-contents", "lattice.contents"
+
+
+class _End(msgspec.Struct, array_like=True):
+    """Last message of a stored content; a content without it is incomplete."""
+
+    size: int
+    parts: int
+
+
+class Contents:
+    """The contents of all projects."""
+
+    def __init__(self, engine: JetStream) -> None:
+        self._engine = engine
+        self._is_there = False
+
+    async def put(self, digest: bytes, file: Path) -> None:
+        """Store a file's content by its digest; nothing is sent if it is there already.
+
+        Once this returns, the content is on the disks of a majority. Raises EngineUnavailable, OSError.
+        """
+        if await self.has(digest):
+            return
+        with file.open("rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+
+            def piece(offset: int, count: int) -> bytes:
+                opened.seek(offset)
+                return opened.read(count)
+
+            await self.put_parts(digest.hex(), size, piece)
+
+    async def get(self, digest: bytes, to: Path) -> bool:
+        """Write a stored content to ``to``, atomically and durably. False: it is not stored.
+
+        Raises EngineUnavailable, OSError; StorageError if the stored content has another digest.
+        """
+        temporary = to.with_name(f".{to.name}.part")
+        hashed = hashlib.sha256()
+        try:
+            with temporary.open("wb") as opened:
+                async for part in self.get_parts(digest.hex()):
+                    hashed.update(part)
+                    await asyncio.to_thread(opened.write, part)
+                await asyncio.to_thread(_flush, opened.fileno(), opened.flush)
+        except KeyError:
+            temporary.unlink()
+            return False
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        if hashed.digest() != digest:
+            temporary.unlink()
+            raise StorageError(f"the cluster's content {digest.hex()} is damaged; copy the project from another node")
+        temporary.replace(to)
+        sync_directory(to.parent)
+        return True
+
+    async def has(self, digest: bytes) -> bool:
+        """Return whether the whole content is stored."""
+        await self._ensure()
+        return await self._engine.message(_STREAM, last_of=f"{_SUBJECT}.{digest.hex()}.end") is not None
+
+    async def drop(self, digest: bytes) -> None:
+        """Remove a content; a missing one is no error."""
+        await self.drop_parts(digest.hex())
+
+    async def put_parts(self, name: str, size: int, piece: Callable[[int, int], bytes]) -> None:
+        """Store ``size`` bytes under a name. ``piece(offset, count)`` returns a part, in a thread. Idempotent."""
+        await self._ensure()
+        step = min(_PART_BYTES, self._engine.max_message_bytes)
+        waiting: set[asyncio.Task[None]] = set()
+        offsets = range(0, size, step)
+        async with asyncio.TaskGroup() as group:
+            for number, offset in enumerate(offsets):
+                data = await asyncio.to_thread(piece, offset, min(step, size - offset))
+                waiting.add(group.create_task(self._put_part(f"{name}.{number}", data)))
+                if len(waiting) == _PARTS_AT_ONCE:
+                    _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        await self._put_part(f"{name}.end", msgspec.msgpack.encode(_End(size, len(offsets))))
+
+    async def get_parts(self, name: str) -> AsyncIterator[bytes]:
+        """Yield the parts that are stored under a name. Raises KeyError if they are not there, or no longer."""
+        await self._ensure()
+        end = await self._part(f"{name}.end")
+        for number in range(msgspec.msgpack.decode(end, type=_End).parts):
+            yield await self._part(f"{name}.{number}")
+
+    async def drop_parts(self, name: str) -> None:
+        """Remove all parts under a name at once."""
+        await self._ensure()
+        await self._engine.purge(_STREAM, subject=f"{_SUBJECT}.{name}.>")
+
+    async def part_names(self, prefix: str) -> list[str]:
+        """Return the names ``prefix.*`` under which parts are stored."""
+        await self._ensure()
+        pattern = f"{_SUBJECT}.{prefix}.*.end"
+        found = (await self._engine.stream_info(_STREAM, subjects=pattern)).state.subjects
+        return [each.removeprefix(f"{_SUBJECT}.").removesuffix(".end") for each in found]
+
+    async def _ensure(self) -> None:
+        if not self._is_there:
+            config = {
+                "subjects": [f"{_SUBJECT}.>"],
+                "max_msgs_per_subject": 1,
+                "allow_rollup_hdrs": True,
+                "allow_direct": True,
+            }
+            await self._engine.ensure_stream(_STREAM, config)
+            self._is_there = True
+
+    async def _put_part(self, name: str, data: bytes) -> None:
+        async def attempt() -> None:
+            ack = await self._engine.publish(f"{_SUBJECT}.{name}", data)
+            if ack.error is not None:
+                if ack.error.err_code in FULL:
+                    raise EngineRefused(ack.error.err_code, ack.error.description)
+                raise EngineUnavailable(f"the cluster's engine cannot store a content: {ack.error.description}")
+
+        await persist(attempt)
+
+    async def _part(self, name: str) -> bytes:
+        subject = f"{_SUBJECT}.{name}"
+
+        async def attempt() -> bytes:
+            answer = await self._engine.request(f"$JS.API.DIRECT.GET.{_STREAM}.{subject}")
+            if not (answer.headers or {}).get("Status"):
+                return bytes(answer.data)
+            found = await self._engine.message(_STREAM, last_of=subject)  # a replica that lags behind says 404
+            if found is None:
+                raise KeyError(name)
+            return found.data
+
+        return await persist(attempt)
+
+
+def _flush(descriptor: int, flush: Callable[[], None]) -> None:
+    flush()
+    os.fsync(descriptor)
