@@ -19,6 +19,8 @@ from lattice_remote.errors import StorageError
 from lattice_remote.protocol.messages import Attachment
 
 __all__ = [
+    "GO",
+    "MAX_FORK_REQUEST_BYTES",
     "AbandonRequest",
     "ApplyRecords",
     "CopyMissing",
@@ -379,6 +381,11 @@ class ReceivedFrames:
 
 
 # --- beside the messages ---
+
+GO = b"\0"
+"""Sent by the server to a forked child before anything else, once it knows the child."""
+MAX_FORK_REQUEST_BYTES = 65536
+"""Largest request to the template process."""
 
 
 class TreeState(NamedTuple):

@@ -82,6 +82,7 @@ def run(data: DataDir, config: Config, listener: socket.socket) -> None:
     async def serve() -> None:
         registry, started = ProjectRegistry(data, config=config), datetime.now(UTC)
         registry.start()
+        registry.template.prepare()
 
         async def document() -> bytes:
             return msgspec.json.encode(await status_of(registry, started))

@@ -4,6 +4,8 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -231,3 +233,22 @@ async def test_a_template_ends_with_its_server_and_its_children_too(project: Pat
     assert is_gone(pid) and not child.has_ended(), "a worker ends with its own connection"
     connection.close()
     await ended(child)
+
+
+def test_loaded_objects_are_immortal_in_the_template() -> None:
+    """No reference to them is counted, so a child gets no copies of the pages that it reads."""
+    program = (
+        "import gc, sys\n"
+        "from lattice_remote.server.worker.template import make_immortal\n"
+        "import json.decoder\n"
+        "function = json.decoder.JSONDecoder.decode\n"
+        "objects = [json.decoder, function, function.__code__, *function.__code__.co_consts, json.decoder.NaN]\n"
+        "make_immortal([each for each in gc.get_objects() if each is not objects])\n"
+        "assert all(sys.getrefcount(each) >= 1 << 30 for each in objects), [*map(sys.getrefcount, objects)]\n"
+        "assert json.loads('[NaN, {}]')[1] == {}\n"
+        "gc.collect()\n"
+        "objects.clear()\n"
+        "print('ok')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "ok\n", done.stderr

@@ -21,7 +21,7 @@ from typing import Protocol
 
 import msgspec
 
-from lattice_remote.server.worker.template import GO, MAX_REQUEST_BYTES
+from lattice_remote.server.ipc import GO, MAX_FORK_REQUEST_BYTES
 
 __all__ = ["PYTHON", "ChildProcess", "StartChild", "Template", "spawn_child"]
 
@@ -180,7 +180,12 @@ class Template:
         return await spawn_child(command, project, slug, inherited=inherited)
 
     def prepare(self) -> None:
-        """Start the template, unless it runs or has just been started. Raises _NoTemplate, OSError."""
+        """Start the template before the first child is needed. A failure is reported then."""
+        with contextlib.suppress(_NoTemplate, OSError):
+            self._require()
+
+    def _require(self) -> None:
+        """Start the template, unless it runs. Raises _NoTemplate, OSError."""
         if self._control is not None:
             return
         if not hasattr(os, "pidfd_open"):
@@ -201,8 +206,8 @@ class Template:
         asyncio.get_running_loop().add_reader(ours, self._receive)
 
     async def _fork(self, request: bytes, inherited: Sequence[int]) -> tuple[ChildProcess, socket.socket]:
-        self.prepare()
-        if len(request) > MAX_REQUEST_BYTES:
+        self._require()
+        if len(request) > MAX_FORK_REQUEST_BYTES:
             raise _NoTemplate("the command line is too long for the template process")
         ours, theirs = socket.socketpair()
         reply: asyncio.Future[ChildProcess] = asyncio.get_running_loop().create_future()
@@ -223,7 +228,7 @@ class Template:
         return child, ours
 
     def _send(self, request: bytes, descriptors: Sequence[int]) -> None:
-        assert self._control is not None, "prepare() has started it"
+        assert self._control is not None, "_require() has started it"
         try:
             socket.send_fds(self._control, [request], descriptors)
         except OSError as error:

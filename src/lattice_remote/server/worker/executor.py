@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,7 +31,7 @@ from lattice_remote.server.worker.patches import (
     parse_faster,
 )
 
-__all__ = ["CommandOutcome", "Executor", "ResourceBusy"]
+__all__ = ["CommandOutcome", "Executor", "ResourceBusy", "load_lattice"]
 
 _log = logging.getLogger(__name__)
 _FAILED = 400
@@ -96,6 +96,30 @@ class _WouldWait(BaseException):
         self.waiting = waiting
 
 
+@cache
+def load_lattice() -> click.Group:
+    """Load lattice and its plugins, prepare what does not depend on a project, and return the command group.
+
+    The template process calls it for all the processes that it forks.
+    """
+    os.environ["LATTICE_REMOTE_SERVER"] = "1"
+    os.environ.pop("_LATTICE_COMPLETE", None)  # Click would complete the line for a shell
+    import mimetypes
+
+    from lattice.cli.main import cli
+
+    mimetypes.init()  # reads system files, which a command may not
+    _parse_faster(cli)
+    return cli
+
+
+def _parse_faster(command: click.Command) -> None:
+    parse_faster(command)
+    if isinstance(command, click.Group):
+        for each in command.commands.values():
+            _parse_faster(each)
+
+
 class Executor:
     """Runner of commands in the project at ``root``, the real path of the directory that contains ``.lattice``.
 
@@ -118,19 +142,14 @@ class Executor:
         locks: LockTable | None = None,
     ) -> None:
         os.environ["LATTICE_ROOT"] = str(root)
-        os.environ["LATTICE_REMOTE_SERVER"] = "1"
-        os.environ.pop("_LATTICE_COMPLETE", None)  # Click would complete the line for a shell
-        import mimetypes
-
+        cli = load_lattice()
         from lattice.cli import artifact_cmds, resource_cmds
-        from lattice.cli.main import cli
         from lattice.core import ids
         from lattice.core.resources import is_resource_available
         from lattice.storage import fs, hooks, short_ids
         from lattice.storage import locks as lattice_locks
 
-        mimetypes.init()  # reads system files, which a command may not
-        self.cli: click.Group = cli
+        self.cli = cli
         self._root = root
         self._hooks: list[HookCall] = []
         self._clock = Clock(_pause)
@@ -265,13 +284,11 @@ class Executor:
 
     def _guard(self, group: click.Group, words: list[str]) -> None:
         """Make every command below ``group`` verify that it is the checked one."""
-        parse_faster(group)
         for word, command in group.commands.items():
             path = [*words, word]
             if isinstance(command, click.Group):
                 self._guard(command, path)
             else:
-                parse_faster(command)
                 setattr(command, "invoke", partial(self._invoke, " ".join(path), command.invoke))  # noqa: B010 - a method
 
     def _invoke(self, path: str, invoke: Callable[[click.Context], Any], context: click.Context) -> Any:

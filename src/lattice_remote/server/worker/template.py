@@ -9,6 +9,7 @@ process has one thread and no child's descriptors. It exits when the server is g
 """
 
 import argparse
+import ctypes
 import errno
 import gc
 import os
@@ -16,17 +17,23 @@ import select
 import signal
 import socket
 import sys
+import sysconfig
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from types import CodeType
 from typing import NoReturn
 
 import msgspec
 
-__all__ = ["GO", "MAX_REQUEST_BYTES", "main"]
+from lattice_remote.server.ipc import GO, MAX_FORK_REQUEST_BYTES
+from lattice_remote.server.worker.executor import load_lattice
 
-MAX_REQUEST_BYTES = 65536
-GO = b"\0"
+__all__ = ["main", "make_immortal"]
+
 _MAX_DESCRIPTORS = 4
+_IMMORTAL = 0xFFFFFFFF
+_ALL_MEMORY = 1 << 46
+"""Words of 4 bytes in the address space of a process."""
 _SEVERAL_THREADS = "an installed plugin has started a thread: workers cannot be forked"
 
 Main = Callable[[list[str]], int]
@@ -47,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(_SEVERAL_THREADS, file=sys.stderr)  # noqa: T201 - the server's log
         return 1
     gc.collect()
+    make_immortal(gc.get_objects())
     gc.freeze()
     _serve(control, programs)
     return 0
@@ -54,18 +62,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _preload() -> dict[str, Main]:
     """Import all that workers and readers use, and the plugins; return their entry points by module."""
-    os.environ["LATTICE_REMOTE_SERVER"] = "1"
-    os.environ.pop("_LATTICE_COMPLETE", None)  # see Executor
-    import mimetypes
-
-    import lattice.cli.main
+    load_lattice()
     import lattice.dashboard.git_reader
     import lattice.dashboard.server  # noqa: F401
 
     from lattice_remote.server.worker import main as worker
     from lattice_remote.server.worker import reader
 
-    mimetypes.init()
+    sysconfig.get_paths()  # loads the installation's variables
     return {worker.__name__: worker.main, reader.__name__: reader.main}
 
 
@@ -80,17 +84,16 @@ def _serve(control: socket.socket, programs: dict[str, Main]) -> None:
                 os.close(descriptor)
                 os.waitpid(children.pop(descriptor), 0)
                 continue
-            request, kept, _, _ = socket.recv_fds(control, MAX_REQUEST_BYTES, _MAX_DESCRIPTORS)
+            request, kept, _, _ = socket.recv_fds(control, MAX_FORK_REQUEST_BYTES, _MAX_DESCRIPTORS)
             if not request:
                 return
+            reply, descriptors = -1, list[int]()
             try:
                 pid = os.fork()
             except OSError as error:  # no memory, or too many processes
-                pid, reply, descriptors = -1, error.errno or errno.EAGAIN, []
+                pid, reply = -1, error.errno or errno.EAGAIN
             if pid == 0:
-                _run_child(
-                    programs, msgspec.msgpack.decode(request, type=list[str]), kept, [control.fileno(), *children]
-                )
+                _run_child(programs, request, kept, [control.fileno(), *children])
             for number in kept:
                 os.close(number)
             if pid > 0:
@@ -101,7 +104,52 @@ def _serve(control: socket.socket, programs: dict[str, Main]) -> None:
                 socket.send_fds(control, [msgspec.msgpack.encode(reply)], descriptors)
 
 
-def _run_child(programs: dict[str, Main], request: list[str], kept: list[int], unused: Collection[int]) -> NoReturn:
+# --- shared memory ---
+
+
+def make_immortal(tracked: list[object]) -> None:
+    """Make objects of the collector and what they refer to immortal, as Python's own constants are (PEP 683).
+
+    A reference to an object is counted in the object, so a child would get a copy of each page that it only reads.
+    References to immortal objects are not counted. That halves a child's memory. Python has no function for it: the
+    count is written to the object's address. Does nothing in an interpreter that counts otherwise.
+    """
+    if not _counts_as_expected():
+        return
+    objects = [*tracked, *gc.get_referents(*tracked)]
+    untracked = {id(each): each for each in objects if type(each) is dict or type(each) is tuple}
+    objects += gc.get_referents(*untracked.values())
+    codes = {id(each): each for each in objects if type(each) is CodeType}
+    while codes:
+        parts = [part for code in codes.values() for part in _parts_of(code)]
+        objects += parts
+        codes = {id(each): each for each in parts if type(each) is CodeType}
+    memory = (ctypes.c_uint32 * _ALL_MEMORY).from_address(0)
+    for address in map(id, objects):
+        memory[address >> 2] = _IMMORTAL
+
+
+def _parts_of(code: CodeType) -> list[object]:
+    """Return the objects of a code object, which the collector does not know."""
+    own = (code.co_consts, code.co_names, code.co_varnames, code.co_name, code.co_qualname)
+    return [*own, *code.co_consts, *code.co_names]
+
+
+def _counts_as_expected() -> bool:
+    """Return whether this interpreter has the reference count of PEP 683 at the start of an object."""
+    is_known = sys.implementation.name == "cpython" and (3, 12) <= sys.version_info < (3, 15)
+    if not is_known or sys.maxsize < 1 << 32:
+        return False
+    probe, other = object(), object()
+    references = [probe] * 1000
+    more, less = (ctypes.c_uint32.from_address(id(each)).value for each in (probe, other))
+    return more - less == len(references) and sys.getrefcount(None) >= 1 << 30
+
+
+# --- in the child ---
+
+
+def _run_child(programs: dict[str, Main], request: bytes, kept: list[int], unused: Collection[int]) -> NoReturn:
     code = 1
     try:
         os.setpgid(0, 0)  # as the server's other children
@@ -109,7 +157,7 @@ def _run_child(programs: dict[str, Main], request: list[str], kept: list[int], u
             os.close(descriptor)
         if socket.socket(fileno=os.dup(kept[0])).recv(1) != GO:
             os._exit(0)
-        module, *arguments = request
+        module, *arguments = msgspec.msgpack.decode(request, type=list[str])
         _show_as([*sys.orig_argv[: sys.orig_argv.index("-m") + 1], module, *arguments])
         gc.enable()
         code = programs[module]([*arguments, "--fd", str(kept[0])])
