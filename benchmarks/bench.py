@@ -27,12 +27,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent / part) for part in ("examples", "tests")]
 
-from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.client import ClientConnection, connect  # noqa: E402
 
-from lattice_remote.protocol.messages import SUBPROTOCOL, Hello, Reply, Run, Welcome, decode_server_frame, encode
-from sandbox import Client, Process, Programs, Sandbox, Server, board, wait_for
+from lattice_remote.protocol.messages import (  # noqa: E402
+    SUBPROTOCOL,
+    Hello,
+    Reply,
+    Run,
+    Welcome,
+    decode_server_frame,
+    encode,
+)
+from lattice_remote.server.journal.segment import JournalReader  # noqa: E402
+from load_scenarios import fill  # noqa: E402
+from sandbox import Client, Process, Programs, Sandbox, Server, board, wait_for  # noqa: E402
 
 ACTOR = ("--actor", "human:ana")
 MIB = 1024 * 1024
@@ -249,16 +259,26 @@ def rest(runs: int) -> Iterator[Figure]:
 _WARM_LOCAL = """
 import contextlib, io, os, sys, time
 from lattice.cli.main import cli
-count = int(sys.argv[1])
+count, command = int(sys.argv[1]), sys.argv[2]
 def run(*argv):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         cli.main(args=list(argv), prog_name="lattice")
 run("comment", "LAT-1", "warm up", "--actor", "human:ana")
 began = time.perf_counter()
 for n in range(count):
-    run("comment", "LAT-%d" % (n % 20 + 1), "comment number %d of many" % n, "--actor", "human:ana")
+    line = ("create",) if command == "create" else ("comment", "LAT-%d" % (n % 20 + 1))
+    run(*line, "%s number %d of many" % (command, n), "--actor", "human:ana")
 print(count / (time.perf_counter() - began))
 """
+
+
+def _warm_local(local: Client, command: str, total: int) -> float:
+    """Return the commands a second of lattice in one process, each durable."""
+    done = subprocess.run(
+        [sys.executable, "-c", _WARM_LOCAL, str(total), command],
+        cwd=local.dir, env=local.env, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return float(done.stdout.split()[-1])
 
 
 async def _open_writer(server: Server, token: str) -> ClientConnection:
@@ -273,7 +293,7 @@ async def _open_writer(server: Server, token: str) -> ClientConnection:
     return connection
 
 
-async def _throughput(server: Server, token: str, clients: int, total: int) -> float:
+async def _throughput(server: Server, token: str, clients: int, total: int, command: str = "comment") -> float:
     """Commands a second of ``clients`` connections that each send their next command when the last is answered.
 
     They write only: what a follower does with the changes is done on its own machine.
@@ -281,7 +301,8 @@ async def _throughput(server: Server, token: str, clients: int, total: int) -> f
 
     async def work(connection: ClientConnection, number: int) -> None:
         for n in range(number, total, clients):
-            argv = ["comment", f"LAT-{n % 20 + 1}", f"comment number {n} of many", *ACTOR]
+            line = ["create"] if command == "create" else ["comment", f"LAT-{n % 20 + 1}"]
+            argv = [*line, f"{command} number {n} of many", *ACTOR]
             await connection.send(encode(Run(id=secrets.token_hex(16), argv=argv)))
             reply = decode_server_frame(bytes(await connection.recv(decode=False)))
             assert isinstance(reply, Reply), reply
@@ -306,19 +327,52 @@ def throughput(runs: int) -> Iterator[Figure]:
         ana.ok("remote", "agent", "stop")  # clients are on other machines: theirs is not the server's time
         rates: dict[str, list[float]] = {"local": [], "one": [], "many": []}
         for _ in range(rounds):
-            warm = subprocess.run(
-                [sys.executable, "-c", _WARM_LOCAL, str(total)],
-                cwd=local.dir, env=local.env, check=True, capture_output=True, text=True,
-            )  # fmt: skip
-            rates["local"].append(float(warm.stdout.split()[-1]))
+            rates["local"].append(_warm_local(local, "comment", total))
             rates["one"].append(asyncio.run(_throughput(server, token, 1, total)))
             rates["many"].append(asyncio.run(_throughput(server, token, 32, total)))
         yield Figure("comments a second, one warm local process", statistics.median(rates["local"]), "/s")
         yield Figure("comments a second, 1 client", statistics.median(rates["one"]), "/s")
         yield Figure("comments a second, 32 clients", statistics.median(rates["many"]), "/s")
         ratios = {k: statistics.median(a / b for a, b in zip(rates[k], rates["local"], strict=True)) for k in rates}
-        yield Figure("1 client / one warm local process", ratios["one"], "x")
-        yield at_least("32 clients / one warm local process", ratios["many"], "x", 1.0)
+        yield at_least("1 client / one warm local process", ratios["one"], "x", 1.0)
+        yield at_least("32 clients / one warm local process", ratios["many"], "x", 1.6)
+
+
+# --- create: a new task beside many ---
+
+
+def create(runs: int) -> Iterator[Figure]:
+    """Create tasks beside 10,000, whose short ids are one file, here and in one warm local process."""
+    rounds, total, tasks = max(3, runs // 4), 60, 10_000
+    with Sandbox() as sandbox:
+        server, local = sandbox.server(), sandbox.client("local")
+        server.project()
+        server.start()
+        token = server.token("human:ana")
+        asyncio.run(_throughput(server, token, 1, 1, "create"))
+        server.stop()
+        fill(server.lattice_dir(), tasks)
+        shutil.copytree(server.lattice_dir(), local.lattice_dir)
+        server.start()
+        rates: dict[str, list[float]] = {"here": [], "local": []}
+        for _ in range(rounds):
+            rates["local"].append(_warm_local(local, "create", total))
+            rates["here"].append(asyncio.run(_throughput(server, token, 1, total, "create")))
+        changes = _changes_of(server)
+        yield Figure(
+            "tasks created a second beside 10,000, one warm local process", statistics.median(rates["local"]), "/s"
+        )
+        yield Figure("the same, 1 client", statistics.median(rates["here"]), "/s")
+        ratio = statistics.median(a / b for a, b in zip(rates["here"], rates["local"], strict=True))
+        yield at_least("1 client / one warm local process", ratio, "x", 1.0)
+        yield Figure("the file of short ids", (server.lattice_dir() / "ids.json").stat().st_size / 1024, "KiB")
+        yield at_most("the change of a new task on the wire", max(map(len, changes)) / 1024, "KiB", 4)
+
+
+def _changes_of(server: Server) -> list[bytes]:
+    """Return the newest changes as they were sent."""
+    reader = JournalReader(server.lattice_dir().parent / "journal")
+    return [record.change for record in reader.records() if record.change is not None][-20:]
 
 
 # --- writer: where the time of a command goes ---
@@ -339,15 +393,15 @@ class _WithTimers(Programs):
     def reset(self, server: Server) -> None:
         self._signal(server, signal.SIGUSR1)
 
-    def read(self, server: Server) -> dict[str, dict[str, float]]:
-        """Return the microseconds in each stage since the reset, by process."""
+    def read(self, server: Server) -> dict[str, Any]:
+        """Return what each process measured since the reset, see ``stages.py``."""
         paths = {name: Path(f"{self.report}.{name}") for name in ("server", "worker")}
         for path in paths.values():
             path.unlink(missing_ok=True)
         self._signal(server, signal.SIGUSR2)
         for name, path in paths.items():
             wait_for(path.exists, f"the report of the {name}")
-        return {name: json.loads(path.read_text())["microseconds"] for name, path in paths.items()}
+        return {name: json.loads(path.read_text()) for name, path in paths.items()}
 
     def _signal(self, server: Server, number: int) -> None:
         assert server.process is not None
@@ -361,7 +415,7 @@ LATTICE_STAGES = ("Click", "lattice's command")
 
 
 def writer(runs: int) -> Iterator[Figure]:
-    """The median microseconds of each stage of a comment. The timers themselves cost a few percent."""
+    """The median microseconds of a comment by process, and of each stage. The timers cost a few percent."""
     rounds, total = max(3, runs // 4), 400
     with tempfile.TemporaryDirectory() as directory:
         programs = _WithTimers(Path(directory, "stages"))
@@ -374,17 +428,26 @@ def writer(runs: int) -> Iterator[Figure]:
                 reports = []
                 for _ in range(rounds):
                     programs.reset(server)
+                    used, began = time.process_time(), time.perf_counter()
                     asyncio.run(_throughput(server, token, clients, total))
-                    reports.append(programs.read(server))
+                    wall, client = time.perf_counter() - began, time.process_time() - used
+                    measured = programs.read(server)
+                    measured["client"] = {"processor": client * 1e6, "wall": wall * 1e6, "microseconds": {}}
+                    reports.append(measured)
                 yield from _stages(f"{clients} client{'s' * (clients > 1)}", reports, total)
 
 
-def _stages(name: str, reports: list[dict[str, dict[str, float]]], total: int) -> Iterator[Figure]:
+def _stages(name: str, reports: list[dict[str, Any]], total: int) -> Iterator[Figure]:
+    commands = total + 1  # that to warm up is counted
     medians = {
-        (process, stage): statistics.median(report[process][stage] for report in reports) / total
+        (process, stage): statistics.median(report[process]["microseconds"][stage] for report in reports) / commands
         for process in reports[0]
-        for stage in reports[0][process]
+        for stage in reports[0][process]["microseconds"]
     }
+    for process in ("client", "server", "worker"):
+        spent = statistics.median(report[process]["processor"] for report in reports) / commands
+        yield Figure(f"{name}: processor time of the {process}", spent, "us")
+    yield Figure(f"{name}: one command", statistics.median(r["client"]["wall"] for r in reports) / commands, "us")
     for (process, stage), spent in medians.items():
         yield Figure(f"{name}, {process}: {stage}", spent, "us")
     in_turn = {stage: spent for (process, stage), spent in medians.items() if process == "worker" and stage[0] != "("}
@@ -599,6 +662,7 @@ GROUPS = {
     "launcher": launcher,
     "rest": rest,
     "throughput": throughput,
+    "create": create,
     "writer": writer,
     "latency": latency,
     "waiting": waiting,
