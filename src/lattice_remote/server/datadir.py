@@ -11,6 +11,8 @@
     projects/<slug>/set-aside/      files moved away by a repair, see ``maintenance/fsck.py``
     projects/<slug>/incoming/       pushed projects being checked
     projects/<slug>/adopting/       a pushed project being put in place, see ``worker/project_import.py``
+    projects/<slug>/copying/        a copy from another node that is not complete, see ``cluster/peer_copy.py``
+    projects/<slug>/copied/         a complete one being put in place
     archived/<slug>/                projects that are not served
     trash/<slug>-<time>/            deleted projects
     admin.log                       changes made by the command line

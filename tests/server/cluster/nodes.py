@@ -18,6 +18,7 @@ from harness import FAKE_WORKER
 from lattice_remote.protocol.messages import Bye, Change, Refused, Reply, decode_server_frame
 from lattice_remote.server.cluster.forward import Forwarder
 from lattice_remote.server.cluster.peer_access import PeerAccess
+from lattice_remote.server.cluster.peer_copy import copy_from
 from lattice_remote.server.cluster.peer_server import PeerServer
 from lattice_remote.server.datadir import DataDir, ProjectPaths
 from lattice_remote.server.ipc import Edit, PathState, Ready, RunCall, RunCommand
@@ -137,6 +138,26 @@ class OwnerProcess:
         self.process.stdout.close()
 
 
+class CopyProcess:
+    """A process that copies the project ``web`` from another node."""
+
+    def __init__(self, url: str, data: DataDir) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--data", data.path, "--copy-from", url],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        )
+
+    def __enter__(self) -> "CopyProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(60)
+
+
 @contextlib.contextmanager
 def owner_process(data: DataDir, port: int = 0) -> Iterator[OwnerProcess]:
     owner = OwnerProcess(data, port)
@@ -159,7 +180,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path)
     parser.add_argument("--port", type=int)
+    parser.add_argument("--copy-from")
     options = parser.parse_args()
+    if options.copy_from:
+        paths = DataDir(options.data).project("web")
+        asyncio.run(copy_from(options.copy_from, "web", paths, PeerAccess("b", SECRET)))
+        return
 
     async def serve() -> None:
         registry = ProjectRegistry(DataDir(options.data), worker_command=FAKE_WORKER)

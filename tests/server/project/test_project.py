@@ -115,6 +115,18 @@ async def test_the_manifest_is_that_of_the_head(opened: Opened) -> None:
     assert opened.project.history.entries() is opened.project.history.entries()
 
 
+async def test_a_settled_project_runs_nothing_until_it_is_released(opened: Opened, paths: ProjectPaths) -> None:
+    first, second = command("slow", "a", "1"), command("put", "b", "1")
+    opened.project.submit(first, opened.watcher)
+    async with opened.project.settled():
+        assert first.id in opened.watcher.answers
+        opened.project.submit(second, opened.watcher)
+        await asyncio.sleep(0)
+        assert opened.project.load.with_worker == 0
+        assert set(opened.project.history.files) == {"a"} == {path.name for path in paths.lattice.iterdir()}
+    await until(lambda: second.id in opened.watcher.answers)
+
+
 async def test_a_killed_worker_loses_and_doubles_nothing(opened: Opened, paths: ProjectPaths) -> None:
     requests = [command("put", f"f{i}", "x") for i in range(300)]
     for request in requests[:90]:

@@ -7,13 +7,14 @@ from http import HTTPStatus
 
 from lattice_remote.server.cluster.forward import serve_forwarded
 from lattice_remote.server.cluster.peer_access import PeerAccess
+from lattice_remote.server.cluster.peer_copy import send_copy
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.transport.api_error import ApiError
 from lattice_remote.server.transport.websocket import Handoff, Request
 
 __all__ = ["PeerServer"]
 
-_PATH = re.compile(r"/cluster/([a-z0-9][a-z0-9-]{0,62})")
+_PATH = re.compile(r"/cluster/([a-z0-9][a-z0-9-]{0,62})(/copy)?")
 
 
 class PeerServer:
@@ -49,4 +50,6 @@ class PeerServer:
         if (refusal := quota.admit(counted)) is not None:
             return refusal
         slug = matched[1]
+        if matched[2]:
+            return partial(send_copy, connection, node, self._project(slug))
         return partial(serve_forwarded, connection, node, self._project(slug), partial(self._is_owner, slug))

@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -71,6 +71,7 @@ _RESTART_DELAYS_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
 _STEADY_S = 10.0
 _IDLE_CHECK_S = 1.0
 """Shortest interval of the checks whether the worker is idle."""
+_SETTLED_CHECK_S = 0.005
 
 _log = logging.getLogger(__name__)
 
@@ -146,6 +147,7 @@ class Project:
         self._working = False  # the worker is ready, and every change up to its head is published
         self._resting = False  # an idle worker has been stopped; the next request starts another
         self._needed = asyncio.Event()
+        self._pauses = 0  # blocks of settled()
         self._stopping = False
         self._failure: StorageError | None = None
         self._failed_for_good = False
@@ -238,6 +240,19 @@ class Project:
         """
         settled = self.is_ready and not self._queue.sent and self.order.is_settled
         return (self.history.epoch, self.history.head, self._queue.attempts) if settled else None
+
+    @contextlib.asynccontextmanager
+    async def settled(self) -> AsyncIterator[None]:
+        """Send the worker no request within this block: the files are those of the head. Raises as ``opened``."""
+        self._pauses += 1
+        try:
+            while self._settled_state() is None:
+                await self.opened()
+                await asyncio.sleep(_SETTLED_CHECK_S)
+            yield
+        finally:
+            self._pauses -= 1
+            self._pump()
 
     def _durable(self) -> tuple[str, int]:
         return self.history.epoch, self.history.head
@@ -410,7 +425,7 @@ class Project:
     def _pump(self) -> None:
         if self._queue.turns:
             self._needed.set()
-        if not self._working or self._stopping or not self.order.is_owner:
+        if not self._working or self._stopping or self._pauses or not self.order.is_owner:
             return
         if batch := self._queue.take():
             assert self._worker is not None, "an open project has a worker"
