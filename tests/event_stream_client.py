@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Self
 
 from account import oldest_change
-from lattice_remote.protocol.change_summary import about
+from lattice_remote.protocol.change_summary import summarize
 from lattice_remote.protocol.messages import Change, decode_server_frame
 from lattice_remote.server.journal.segment import JournalReader
 from sandbox import Server, wait_for
@@ -76,7 +76,7 @@ class EventsWatcher:
             if record.change is not None and record.seq > first:
                 change = decode_server_frame(record.change)
                 assert isinstance(change, Change)
-                if events := [event["id"] for event in about(change).events]:
+                if events := [event["id"] for event in summarize(change).events]:
                     expected[record.seq] = events
         oldest = oldest_change(self._server)
         assert {number: ids for number, ids in told.items() if number >= oldest} == expected

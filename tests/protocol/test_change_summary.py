@@ -5,7 +5,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lattice_remote.protocol.change_summary import about, tasks_in
+from lattice_remote.protocol.change_summary import summarize, tasks_in
 from lattice_remote.protocol.messages import Change
 from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, DeleteFile, MoveFile, Operation, PutFile
 
@@ -22,7 +22,7 @@ def append(path: str, data: bytes = LINE) -> AppendBytes:
 
 
 def test_events_are_what_logs_gain_and_the_lifecycle_log_repeats_nothing() -> None:
-    found = about(
+    found = summarize(
         change(
             PutFile(f"events/{TASK}.jsonl", LINE + LINE),
             append("events/_lifecycle.jsonl"),
@@ -38,13 +38,13 @@ def test_events_are_what_logs_gain_and_the_lifecycle_log_repeats_nothing() -> No
 
 
 def test_a_log_that_is_replaced_by_hand_or_not_sent_has_unknown_events() -> None:
-    by_hand = about(change(PutFile(f"events/{TASK}.jsonl", LINE), cause="edit"))
-    large = about(change(AnnounceFile(f"events/{TASK}.jsonl", 9, bytes(32))))
+    by_hand = summarize(change(PutFile(f"events/{TASK}.jsonl", LINE), cause="edit"))
+    large = summarize(change(AnnounceFile(f"events/{TASK}.jsonl", 9, bytes(32))))
     assert (by_hand.events, by_hand.is_complete, large.is_complete) == ([], False, False)
 
 
 def test_a_text_that_moves_is_not_written_and_sessions_are_named_in_the_archive_too() -> None:
-    found = about(
+    found = summarize(
         change(
             MoveFile(f"plans/{TASK}.md", f"archive/plans/{TASK}.md", bytes(32)),
             PutFile(f"notes/{OTHER}.md", b"x"),
@@ -59,11 +59,11 @@ def test_a_text_that_moves_is_not_written_and_sessions_are_named_in_the_archive_
 
 @given(st.binary(max_size=200), st.sampled_from([f"events/{TASK}.jsonl", f"tasks/{TASK}.json", "ids.json"]))
 def test_no_content_breaks_it(data: bytes, path: str) -> None:
-    json.dumps(about(change(PutFile(path, data))).events)
+    json.dumps(summarize(change(PutFile(path, data))).events)
 
 
 def test_deep_nesting_is_left_out() -> None:
-    assert about(change(PutFile(f"events/{TASK}.jsonl", b"[" * 100_000))).events == []
+    assert summarize(change(PutFile(f"events/{TASK}.jsonl", b"[" * 100_000))).events == []
 
 
 def test_only_files_of_tasks_name_them() -> None:

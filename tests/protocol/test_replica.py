@@ -378,7 +378,7 @@ class Replication(RuleBasedStateMachine):
         connection = self.copies[who % len(self.copies)].connection
         for _ in range(frames):
             if connection is not None:
-                self.server.say(connection, piece_first=piece_first)
+                self.server.send_next(connection, piece_first=piece_first)
 
     @rule(who=WHO, frames=st.integers(1, 4))
     def client_receives(self, who: int, frames: int) -> None:
@@ -470,7 +470,7 @@ class Replication(RuleBasedStateMachine):
                 self.server.take(copy.connection)
             elif self._can_receive(who):
                 copy.receive()
-            elif not self.server.say(copy.connection, piece_first=False):
+            elif not self.server.send_next(copy.connection, piece_first=False):
                 return
         assert frames < 10_000, "the conversation never ends"
 

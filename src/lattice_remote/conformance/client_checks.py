@@ -166,7 +166,7 @@ class Play:
         self.server.cut()
         await self.until(lambda: self.server.attempts > before, "attempt to connect")
 
-    def is_asked(self) -> bool:
+    def has_held_pieces(self) -> bool:
         return any(link.connection.pending for link in self.server.links)
 
     def sent(self, kind: type[Any]) -> list[Any]:
@@ -231,7 +231,7 @@ async def _(target: ClientTarget) -> None:
         play.server.holds_pieces = True
         await play.follow()
         for count in (1, 3, 5):
-            await play.until(play.is_asked, "request")
+            await play.until(play.has_held_pieces, "request")
             await play.server.pieces(count)
             play.server.cut()
             await play.until(lambda: not play.server.links, "end of the connection")
@@ -244,7 +244,7 @@ async def _(target: ClientTarget) -> None:
     async with target.play({f"tasks/t{number}.json": b"%d" % number for number in range(30)}) as play:
         play.server.holds_pieces = True
         await play.follow()
-        await play.until(play.is_asked, "Manifest")
+        await play.until(play.has_held_pieces, "Manifest")
         await play.server.change({"tasks/t1.json": b"new", "tasks/t2.json": None, "tasks/new.json": b"{}"})
         await play.server.pieces(2)
         await play.server.change({LOG: LINE, "tasks/t1.json": None})
@@ -311,7 +311,7 @@ async def _(target: ClientTarget) -> None:
         for data in (b"first" * 20, b"other" * 20):
             after = {**play.server.files, "context.md": data}
             await play.server.write([AnnounceFile("context.md", len(data), digest_of(data))], after)
-        await play.until(play.is_asked, "Fetch")
+        await play.until(play.has_held_pieces, "Fetch")
         play.server.holds_pieces = False
         await play.server.flush()
         await play.equal()
@@ -337,7 +337,7 @@ async def _(target: ClientTarget) -> None:
             play.server.holds_pieces = True
             after = {**play.server.files, "context.md": b"x" * 70}
             await play.server.write([AnnounceFile("context.md", 70, digest_of(b"x" * 70))], after)
-            await play.until(play.is_asked, "Fetch")
+            await play.until(play.has_held_pieces, "Fetch")
             await play.server.pieces(4)
             await play.server.change(files)
             await play.server.pieces(4)
@@ -353,7 +353,7 @@ async def _(target: ClientTarget) -> None:
         data = b"the right content"
         after = {**play.server.files, "context.md": data}
         await play.server.write([AnnounceFile("context.md", len(data), digest_of(data))], after)
-        await play.until(play.is_asked, "Fetch")
+        await play.until(play.has_held_pieces, "Fetch")
         seq, link = play.server.model.head, play.server.links[0]
         wrong = Part("context.md", seq, len(data), digest_of(data), 0, b"x" * len(data))
         old = Part("context.md", seq - 1, 3, digest_of(b"old"), 0, b"old")

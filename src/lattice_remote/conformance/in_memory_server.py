@@ -261,7 +261,7 @@ class InMemoryServer:
         connection.send(change)
         return True
 
-    def say(self, connection: InMemoryConnection, *, piece_first: bool) -> bool:
+    def send_next(self, connection: InMemoryConnection, *, piece_first: bool) -> bool:
         """Send one more frame: a change that is being replayed, or a piece; return False if there is none."""
         if connection not in self.connections:
             return False

@@ -258,11 +258,13 @@ class ScriptedServer:
         """Send this number of pieces that are held back."""
         for link in list(self.links):
             for _ in range(count):
-                self.model.say(link.connection, piece_first=True)
+                self.model.send_next(link.connection, piece_first=True)
             await self._send_queued(link)
 
     async def _flush(self, link: Link) -> None:
-        while (self._is_behind(link) or not self.holds_pieces) and self.model.say(link.connection, piece_first=False):
+        while (self._is_behind(link) or not self.holds_pieces) and self.model.send_next(
+            link.connection, piece_first=False
+        ):
             pass
         await self._send_queued(link)
 

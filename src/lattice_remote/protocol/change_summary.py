@@ -9,7 +9,7 @@ from typing import Any
 from lattice_remote.protocol.messages import Change
 from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, MoveFile, PutFile, paths_of
 
-__all__ = ["About", "about", "described", "is_log", "snapshot_of", "tasks_in", "texts_of"]
+__all__ = ["ChangeSummary", "is_log", "snapshot_of", "summarize", "summary_json", "tasks_in", "texts_of"]
 
 _TASK = r"task_[0-9A-HJKMNP-TV-Z]{26}"
 _TASK_FILE = re.compile(rf"(?:archive/)?(?:tasks|events|plans|notes)/({_TASK})\.[a-z]+")
@@ -22,7 +22,7 @@ _NOT_BY_COMMAND = ("edit", "recovery")
 
 
 @dataclass
-class About:
+class ChangeSummary:
     tasks: list[str] = field(default_factory=list)
     """With a changed snapshot, log, plan or notes. All lists are sorted, but ``events``."""
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -59,10 +59,10 @@ def texts_of(change: Change) -> list[tuple[str, str, str]]:
     return [(path, match[1], match[2]) for path in paths if (match := _TEXT.fullmatch(path))]
 
 
-def about(change: Change) -> About:
+def summarize(change: Change) -> ChangeSummary:
     """Summarize a change, without malformed content."""
     paths = [path for operation in change.ops for path in paths_of(operation)]
-    found = About(tasks=tasks_in(paths))
+    found = ChangeSummary(tasks=tasks_in(paths))
     found.resources = sorted({match[1] for path in paths if (match := _RESOURCE.fullmatch(path))})
     found.sessions = sorted({match[1] for path in paths if (match := _SESSION.fullmatch(path))})
     texts = {(kind, task) for _, kind, task in texts_of(change)}
@@ -84,7 +84,7 @@ def about(change: Change) -> About:
     return found
 
 
-def described(change: Change, found: About) -> dict[str, Any]:
+def summary_json(change: Change, found: ChangeSummary) -> dict[str, Any]:
     return {
         "seq": change.seq,
         "time": change.time,

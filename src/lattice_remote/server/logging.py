@@ -110,7 +110,7 @@ class _NonBlocking(logging.StreamHandler[TextIO]):
             self._descriptor = stream.fileno()
             if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
                 self._piece_bytes = _PIECE_BYTES
-        self._second, self._lines, self._left_out = 0, 0, 0
+        self._second, self._lines, self._dropped = 0, 0, 0
         self._is_torn = False  # the last line is incomplete
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -119,13 +119,13 @@ class _NonBlocking(logging.StreamHandler[TextIO]):
             self._second, self._lines = second, 0
         self._lines += 1
         if self._lines > _MOST_A_SECOND and record.levelno <= logging.INFO:
-            self._left_out += 1
+            self._dropped += 1
             return
-        if self._left_out:
+        if self._dropped:
             text = "%d lines were dropped here: too many at once, or the log was not read"
-            if self._write_line(logging.LogRecord(__name__, logging.WARNING, "", 0, text, (self._left_out,), None)):
-                self._left_out = 0
-        self._left_out += not self._write_line(record)
+            if self._write_line(logging.LogRecord(__name__, logging.WARNING, "", 0, text, (self._dropped,), None)):
+                self._dropped = 0
+        self._dropped += not self._write_line(record)
 
     def _write_line(self, record: logging.LogRecord) -> bool:
         """Write a line; return whether all of it was taken."""

@@ -117,7 +117,7 @@ def test_a_handshake_that_is_cut_to_make_room_leaves_nothing(loop: object, tmp_p
             files = len(os.listdir("/proc/self/fd"))
             reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
             await until(lambda: len(running.registry.admission.unauthenticated))
-            quota = running.registry.admission.unauthenticated.next_to_go()
+            quota = running.registry.admission.unauthenticated.next_to_cut()
             quota.leave()
             quota.cut()
             async with asyncio.timeout(5):

@@ -12,7 +12,7 @@ from typing import Any
 from lattice_remote.client.cache.replicator import Replicator
 from lattice_remote.client.connection.connection import Connection
 from lattice_remote.client.connection.requests import expect
-from lattice_remote.protocol.change_summary import about, described
+from lattice_remote.protocol.change_summary import summarize, summary_json
 from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import Change, Replay, Replayed
 from lattice_remote.protocol.operations import weight_of
@@ -150,11 +150,11 @@ class _Titles:
 
 def _record(epoch: str, change: Change, titles: _Titles) -> dict[str, Any]:
     """Return a change as printed by ``--json`` and passed to ``--exec``."""
-    found = about(change)
+    found = summarize(change)
     for task, snapshot in found.snapshots.items():
         titles.learn(task, snapshot)
     return {
-        **described(change, found),
+        **summary_json(change, found),
         "epoch": epoch,
         "position": str(Position(epoch, change.seq, change.mark)),
         "tasks": [titles.of(task) for task in found.tasks],

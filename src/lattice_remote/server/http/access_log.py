@@ -80,8 +80,8 @@ class AccessLogEntry:
             self._outcome.log()
         self._outcome = outcome
 
-    def log(self, left_out: int = 0) -> None:
-        """Write the line, after ``left_out`` suppressed ones."""
+    def log(self, suppressed: int = 0) -> None:
+        """Write the line, after ``suppressed`` suppressed ones."""
         token, outcome = self.login.token if self.login else None, self._outcome
         fields: dict[str, object] = {
             "method": self.method,
@@ -99,9 +99,9 @@ class AccessLogEntry:
         if outcome is not None:
             fields |= outcome.fields
             number = outcome.change
-        if left_out:
-            fields["left_out"] = left_out
-            number += f" (and {left_out} without a token before it)"
+        if suppressed:
+            fields["suppressed"] = suppressed
+            number += f" (and {suppressed} without a token before it)"
         is_quiet = self.route in _PROBES and self.status < 400
         text = "%s %s: %d%s, %g ms, %s%s"
         values = (self.method, self.path, self.status, number, fields["ms"], who, self.address)
@@ -148,7 +148,7 @@ def _counted(registry: ProjectRegistry, entry: AccessLogEntry, anonymous: "_Anon
         if not entry.is_stream:
             metrics.http_seconds.labels(route).observe(entry.seconds)
         if entry.login is not None or anonymous.allows_line():
-            entry.log(anonymous.take_left_out())
+            entry.log(anonymous.take_suppressed())
 
 
 def _is_stream(start: MutableMapping[str, Any]) -> bool:
@@ -162,17 +162,17 @@ class _AnonymousLines:
 
     def __init__(self) -> None:
         self._lines = TokenBucket(_ANONYMOUS_BURST, time.monotonic())
-        self._left_out = 0
+        self._suppressed = 0
 
     def allows_line(self) -> bool:
         """Return whether a request gets a line; else count it."""
         wait_s = self._lines.take(time.monotonic(), rate=_ANONYMOUS_PER_S, burst=_ANONYMOUS_BURST)
-        self._left_out += bool(wait_s)
+        self._suppressed += bool(wait_s)
         return not wait_s
 
-    def take_left_out(self) -> int:
-        left_out, self._left_out = self._left_out, 0
-        return left_out
+    def take_suppressed(self) -> int:
+        suppressed, self._suppressed = self._suppressed, 0
+        return suppressed
 
 
 class _Patterns:

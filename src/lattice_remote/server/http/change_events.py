@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from lattice_remote.protocol.change_summary import about, described, is_log, snapshot_of, tasks_in, texts_of
+from lattice_remote.protocol.change_summary import is_log, snapshot_of, summarize, summary_json, tasks_in, texts_of
 from lattice_remote.protocol.effects import Position as EventPosition
 from lattice_remote.protocol.messages import Change
 from lattice_remote.protocol.operations import (
@@ -99,7 +99,7 @@ def events_of(change: Change) -> list[ChangeEvent]:
     others = [path for path in paths if path not in reported]
     if rest := [path for path in others if path not in _FOLLOWS_FROM_OTHERS] or ([] if events else others):
         events.append(ChangeEvent("files", {"paths": rest[:_MAX_PATHS], "more": max(0, len(rest) - _MAX_PATHS)}))
-    return [*events, ChangeEvent("change", described(change, about(change)))]
+    return [*events, ChangeEvent("change", summary_json(change, summarize(change)))]
 
 
 def _log_events(change: Change, reported: set[str]) -> Iterator[ChangeEvent]:

@@ -48,21 +48,21 @@ class UnauthenticatedConnections[T: Hashable]:
     def oldest_at(self, address: str) -> T:
         return next(iter(self._at[address]))
 
-    def put(self, stranger: T, address: str) -> None:
-        self.remove(stranger)
-        self._address_of[stranger] = address
-        self._at.setdefault(address, {})[stranger] = None
+    def put(self, connection: T, address: str) -> None:
+        self.remove(connection)
+        self._address_of[connection] = address
+        self._at.setdefault(address, {})[connection] = None
         self._recount(address, self.at(address) - 1)
 
-    def remove(self, stranger: T) -> None:
-        address = self._address_of.pop(stranger, None)
+    def remove(self, connection: T) -> None:
+        address = self._address_of.pop(connection, None)
         if address is not None:
-            del self._at[address][stranger]
+            del self._at[address][connection]
             self._recount(address, self.at(address) + 1)
             if not self._at[address]:
                 del self._at[address]
 
-    def next_to_go(self) -> T:
+    def next_to_cut(self) -> T:
         return next(iter(self._at[next(iter(self._with[-1]))]))
 
     def _recount(self, address: str, before: int) -> None:
@@ -186,7 +186,7 @@ class ConnectionQuota:
         self._host = host
         self.since = admission.clock()
         """By ``AdmissionControl.clock``."""
-        self._home: _Address | None = None  # behind a proxy known once a request has come
+        self._origin: _Address | None = None  # behind a proxy known once a request has come
         self._refusal: ApiError | None = None
         self._requests = 0
         self._token_id = ""
@@ -200,7 +200,7 @@ class ConnectionQuota:
     @property
     def address(self) -> str:
         """The client's; behind a proxy known with the first request."""
-        return self._host if self._home is None else self._home.name
+        return self._host if self._origin is None else self._origin.name
 
     @property
     def from_proxy(self) -> bool:
@@ -216,27 +216,26 @@ class ConnectionQuota:
         proxies = self._admission.proxies
         if self._host in proxies and not self._gone:
             name = counted_as(proxies.origin(self._host, forwarded_for))
-            if self._home is None or self._home.name != name:
-                self._leave_home()
-                self.come_from(self._admission.known(name), is_new=not token_id)
+            if self._origin is None or self._origin.name != name:
+                self._leave_origin()
+                self.count_at(self._admission.known(name), is_new=not token_id)
                 self._requests = 0
         self._requests += 1
         if token_id:  # other connections of its address
-            return self._admission.too_fast_with(token_id, self.address)
-        if (
-            self._refusal is None and self._requests > 1 and self._home is not None
-        ):  # the first came with its connection
-            self._refusal = self._admission.too_fast(self._home)
+            return self._admission.check_rate_of_token(token_id, self.address)
+        # The first request was counted with its connection.
+        if self._refusal is None and self._requests > 1 and self._origin is not None:
+            self._refusal = self._admission.check_rate_of_address(self._origin)
         return self._refusal
 
-    def come_from(self, home: _Address, *, is_new: bool = True) -> None:
+    def count_at(self, origin: _Address, *, is_new: bool = True) -> None:
         """Count it for an address; ``enter()`` refuses it if needed."""
-        self._home = home
-        home.connections += 1
-        home.admitted += bool(self._token_id)
+        self._origin = origin
+        origin.connections += 1
+        origin.admitted += bool(self._token_id)
         if not self._token_id:
-            self._admission.unauthenticated.put(self, home.name)
-        self._refusal = self._admission.one_more_from(home, is_new=is_new)
+            self._admission.unauthenticated.put(self, origin.name)
+        self._refusal = self._admission.check_arrival(origin, is_new=is_new)
 
     def log(self, reason: str) -> None:
         self._admission.log(reason, self.address)
@@ -247,7 +246,7 @@ class ConnectionQuota:
 
     def failed(self) -> ApiError | None:
         """Count a request without a valid token."""
-        return self._admission.login_failed(self._admission.known(self.address))
+        return self._admission.count_failed_login(self._admission.known(self.address))
 
     def admit(self, token_id: str) -> ApiError | None:
         """Count it for this token (a proxy's: the last one), no longer as unauthenticated; or return the refusal."""
@@ -255,15 +254,19 @@ class ConnectionQuota:
             return None
         if self._gone:  # closed while its request was checked: no later call would uncount it
             return _too_many("this connection is closed", 1)
-        if self._home is not None and not self._token_id and (refusal := self._admission.one_more_admitted(self._home)):
+        if (
+            self._origin is not None
+            and not self._token_id
+            and (refusal := self._admission.check_admitted(self._origin))
+        ):
             return refusal
-        refusal = self._admission.one_more_with(token_id, self.address)
+        refusal = self._admission.count_token(token_id, self.address)
         if refusal is None:
             self._admission.unauthenticated.remove(self)
             if self._token_id:
-                self._admission.one_less_with(self._token_id)
-            elif self._home is not None:
-                self._home.admitted += 1
+                self._admission.uncount_token(self._token_id)
+            elif self._origin is not None:
+                self._origin.admitted += 1
             self._token_id = token_id
         return refusal
 
@@ -280,16 +283,16 @@ class ConnectionQuota:
         if not self._gone:
             self.holds(0)
             self._gone = True
-            self._leave_home()
+            self._leave_origin()
             self._admission.unauthenticated.remove(self)
             if self._token_id:
-                self._admission.one_less_with(self._token_id)
+                self._admission.uncount_token(self._token_id)
 
-    def _leave_home(self) -> None:
-        if self._home is not None:
-            self._home.connections -= 1
-            self._home.admitted -= bool(self._token_id)
-            self._home = None
+    def _leave_origin(self) -> None:
+        if self._origin is not None:
+            self._origin.connections -= 1
+            self._origin.admitted -= bool(self._token_id)
+            self._origin = None
 
 
 class AdmissionControl:
@@ -315,16 +318,16 @@ class AdmissionControl:
         if host in self.proxies:
             self.unauthenticated.put(quota, host)
         else:
-            home = self.known(counted_as(host))
-            if self.unauthenticated.at(home.name) >= self.limits.waiting_connections_per_address:
-                oldest = self.unauthenticated.oldest_at(home.name)
+            origin = self.known(counted_as(host))
+            if self.unauthenticated.at(origin.name) >= self.limits.waiting_connections_per_address:
+                oldest = self.unauthenticated.oldest_at(origin.name)
                 if quota.since - oldest.since < _PATIENCE_S:
-                    self.log("too many connections without a token", home.name)
+                    self.log("too many connections without a token", origin.name)
                     return None
                 self._cut(oldest)
-            quota.come_from(home)
+            quota.count_at(origin)
         if len(self.unauthenticated) > self.limits.waiting_connections:
-            self._cut(self.unauthenticated.next_to_go())
+            self._cut(self.unauthenticated.next_to_cut())
         return quota
 
     def _cut(self, leaving: ConnectionQuota) -> None:
@@ -342,7 +345,7 @@ class AdmissionControl:
             _log.warning("%s: %s%s", address, reason, f" (and {silent} more since the last time)" if silent else "")
             self._logged[reason] = now, 0
 
-    # --- for its visits ---
+    # --- for its quotas ---
 
     def known(self, name: str) -> _Address:
         """Return an address's state; drop the one not seen for longest if there are too many."""
@@ -362,31 +365,31 @@ class AdmissionControl:
                 return
             self._addresses[name] = oldest
 
-    def one_more_from(self, home: _Address, *, is_new: bool) -> ApiError | None:
-        if is_new and (refusal := self.too_fast(home)) is not None:
+    def check_arrival(self, origin: _Address, *, is_new: bool) -> ApiError | None:
+        if is_new and (refusal := self.check_rate_of_address(origin)) is not None:
             return refusal
-        if self.unauthenticated.at(home.name) > self.limits.waiting_connections_per_address:
-            self.log("too many connections without a token", home.name)
+        if self.unauthenticated.at(origin.name) > self.limits.waiting_connections_per_address:
+            self.log("too many connections without a token", origin.name)
             return _too_many("too many connections without a token from your address", 1)
         return None
 
-    def one_more_admitted(self, home: _Address) -> ApiError | None:
+    def check_admitted(self, origin: _Address) -> ApiError | None:
         most = self.limits.connections_per_address
-        if home.admitted < most:
+        if origin.admitted < most:
             return None
-        self.log("too many connections", home.name)
+        self.log("too many connections", origin.name)
         return _too_many(f"your address has {most} connections already", 10)
 
-    def too_fast(self, home: _Address) -> ApiError | None:
+    def check_rate_of_address(self, origin: _Address) -> ApiError | None:
         """Count a new connection or request; return the refusal if there are too many."""
         rate = self.limits.new_connections_per_second
-        wait_s = home.arrivals.take(self.clock(), rate=rate, burst=rate * _BURST_S)
+        wait_s = origin.arrivals.take(self.clock(), rate=rate, burst=rate * _BURST_S)
         if not wait_s:
             return None
-        self.log("too many new connections or requests", home.name)
+        self.log("too many new connections or requests", origin.name)
         return _too_many("too many new connections or requests from your address", wait_s)
 
-    def too_fast_with(self, token_id: str, address: str) -> ApiError | None:
+    def check_rate_of_token(self, token_id: str, address: str) -> ApiError | None:
         rate, now = self.limits.messages_per_second, self.clock()
         requests = self._requests_of.setdefault(token_id, TokenBucket(rate * _TOKEN_BURST_S, now))
         wait_s = requests.take(now, rate=rate, burst=rate * _TOKEN_BURST_S)
@@ -395,13 +398,13 @@ class AdmissionControl:
         self.log(f"too many requests with {token_id}", address)
         return _too_many(f"too many requests with token {token_id}", wait_s)
 
-    def login_failed(self, home: _Address) -> ApiError | None:
+    def count_failed_login(self, origin: _Address) -> ApiError | None:
         per_minute = self.limits.failed_logins_per_minute
-        wait_s = home.failures.take(self.clock(), rate=per_minute / 60, burst=per_minute)
-        self.log("no valid token", home.name)
+        wait_s = origin.failures.take(self.clock(), rate=per_minute / 60, burst=per_minute)
+        self.log("no valid token", origin.name)
         return _too_many("too many requests without a valid token from your address", wait_s) if wait_s else None
 
-    def one_more_with(self, token_id: str, address: str) -> ApiError | None:
+    def count_token(self, token_id: str, address: str) -> ApiError | None:
         most = self.limits.connections_per_token
         if self._by_token[token_id] >= most:
             self.log(f"too many connections with {token_id}", address)
@@ -409,7 +412,7 @@ class AdmissionControl:
         self._by_token[token_id] += 1
         return None
 
-    def one_less_with(self, token_id: str) -> None:
+    def uncount_token(self, token_id: str) -> None:
         self._by_token[token_id] -= 1
         if not self._by_token[token_id]:
             del self._by_token[token_id], self.held_by_token[token_id]
