@@ -83,5 +83,5 @@ def durations(directory: Path) -> dict[str, float]:
 def recorded(directory: Path) -> Iterator[tuple[str, list[str]]]:
     """Yield each test with lines that one process executed for it, as ``MODULE.py:LINE``."""
     for path in directory.glob("*.*"):
-        test, *lines = path.read_text().splitlines()
-        yield test, [line for line in lines if line.rpartition(":")[2].isdigit()]
+        test, _, lines = path.read_text().partition("\n")  # empty if its process was killed at once
+        yield test, [line for line in lines.splitlines() if line.rpartition(":")[2].isdigit()]

@@ -11,9 +11,11 @@ import argparse
 import ast
 import contextlib
 import hashlib
+import json
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -22,6 +24,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import msgspec
 
@@ -72,10 +75,13 @@ RECORDED = [
     "test_textmerge.py",
 ]
 """Tests whose executed lines are recorded. The others take too long to run for each change."""
+FIRST_TESTS = 10
+"""These notice most changes: the files of the others are then not even loaded."""
 MAX_TESTS = 120
 MAX_TESTS_S = 90.0
 """At most this many tests run for a change, of at most this duration together."""
 
+_WITHOUT_EFFECT = ("frozen", "slots")
 _OPPOSITE: dict[type[ast.cmpop], ast.cmpop] = {
     ast.Eq: ast.NotEq(),
     ast.NotEq: ast.Eq(),
@@ -166,8 +172,12 @@ def _not_worth_it(node: ast.AST) -> Iterator[ast.AST]:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         for each in (*node.decorator_list, *([node.returns] if node.returns else [])):
             yield from ast.walk(each)
-    if isinstance(node, ast.JoinedStr | ast.Assert) or (isinstance(node, ast.keyword) and node.arg == "frozen"):
+    # Dataclasses with slots only take less memory.
+    if isinstance(node, ast.JoinedStr | ast.Assert) or (isinstance(node, ast.keyword) and node.arg in _WITHOUT_EFFECT):
         yield from ast.walk(node)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "zip":
+        for keyword in node.keywords:  # strict=True is an assertion
+            yield from ast.walk(keyword)
     if isinstance(node, ast.Module):
         for statement in node.body:
             if isinstance(statement, ast.Assign | ast.AnnAssign | ast.Expr):
@@ -215,6 +225,9 @@ def prepare() -> Path:
     subprocess.run(["tar", "-C", ROOT, "--null", "-T", "-", "-cf", CLONE / "files.tar"], input=present, check=True)
     subprocess.run(["tar", "-C", CLONE, "-xf", CLONE / "files.tar"], check=True)
     (CLONE / "files.tar").unlink()
+    # Bytecode that is checked by content is used and replaced where it fits, even within a tick of the clock.
+    compiled = ["-m", "compileall", "-q", "--invalidation-mode", "checked-hash", "src", "tests"]
+    subprocess.run([sys.executable, *compiled], cwd=CLONE, check=True)
     python = CLONE / ".venv" / "bin" / "python"
     if not python.exists():
         subprocess.run(["scripts/bootstrap.sh"], cwd=CLONE, env=_environment(), check=True, stdout=subprocess.DEVNULL)
@@ -279,7 +292,9 @@ def record(python: Path) -> Coverage:
     switch = packages / "line_recorder.pth"
     switch.write_text(f"{load}; line_recorder.begin({str(lines)!r}, {str(CLONE / PACKAGE) + os.sep!r})\n")
     try:
-        run_tests(python, ["-p", "line_recorder", *sorted(changed & digests.keys())], timeout_s=None)
+        tests = sorted(changed & digests.keys())
+        command: list[str | Path] = [python, "-m", "pytest", *_OPTIONS, "-p", "line_recorder", *tests]
+        subprocess.run(command, cwd=CLONE, env=_environment(), stdout=subprocess.DEVNULL, check=False)
     finally:
         switch.unlink()
     executed = {line: tests & coverage.durations.keys() for line, tests in coverage.tests.items()}
@@ -304,38 +319,55 @@ def _digests() -> tuple[str, dict[str, str]]:
     return hashlib.sha256(shared).hexdigest(), digests
 
 
-def noticing_test(python: Path, mutant: Mutant, tests: list[str]) -> str | None:
+def noticing_test(pytest: "Pytest", mutant: Mutant, tests: list[str]) -> str | None:
     """Return the first of these tests that fails, or takes too long, with the change in place."""
     path = CLONE / PACKAGE / f"{mutant.module}.py"
     data = path.read_bytes()
     path.write_bytes(data[: mutant.start] + mutant.after.encode() + data[mutant.end :])
     try:
-        return run_tests(python, ["-x", *tests], timeout_s=TIMEOUT_S) if tests else None
+        parts = [part for part in (tests[:FIRST_TESTS], tests[FIRST_TESTS:]) if part]
+        found = (pytest.failed(["-x", *part]) for part in parts)
+        return next((test for test in found if test is not None), None)
     finally:
         path.write_bytes(data)
 
 
-def run_tests(python: Path, arguments: list[str], *, timeout_s: float | None) -> str | None:
-    """Run pytest in the clone; return the first test that failed, the last argument if they took too long."""
-    process = subprocess.Popen(
-        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
-        cwd=CLONE,
-        env={**_environment(), "PYTHONDONTWRITEBYTECODE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        return arguments[-1]
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    failed = re.search(r"^(?:FAILED|ERROR) (tests/.*?)(?: - |$)", output, re.MULTILINE)
-    return failed[1] if failed else arguments[-1] if process.returncode else None
+_OPTIONS = ["-q", "-p", "no:cacheprovider"]
+
+
+class Pytest:
+    """Runs of pytest in the clone, by a process that has imported the libraries; a context manager."""
+
+    def __init__(self, python: Path) -> None:
+        self._output = CLONE / "pytest.out"
+        self._process = subprocess.Popen(
+            [python, "-W", "ignore", "tests/preloaded_pytest.py"],
+            cwd=CLONE,
+            env=_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,  # select() sees all that was not read
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def failed(self, arguments: list[str]) -> str | None:
+        """Return the first test that failed, the last argument if they took too long."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps([str(self._output), *_OPTIONS, *arguments]).encode() + b"\n")
+        pid = int(self._process.stdout.readline())
+        try:
+            in_time, _, _ = select.select([self._process.stdout], [], [], TIMEOUT_S)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        code = int(self._process.stdout.readline())
+        failed = re.search(r"^(?:FAILED|ERROR) (tests/.*?)(?: - |$)", self._output.read_text(), re.MULTILINE)
+        return failed[1] if failed and in_time else arguments[-1] if code else None
 
 
 def equivalent() -> set[str]:
@@ -368,17 +400,18 @@ def main() -> int:
     coverage, end = record(python), time.monotonic() + options.seconds
     noticed: dict[Mutant, str] = {}
     survivors: list[Mutant] = []
-    for mutant in chosen:
-        if time.monotonic() > end:
-            break
-        tests = coverage.of(mutant)
-        if (test := noticing_test(python, mutant, tests)) is not None:
-            noticed[mutant] = test
-            print(f"noticed   {mutant}", flush=True)
-        else:
-            survivors.append(mutant)
-            print(f"SURVIVED  {mutant}  ({len(tests)} tests)", flush=True)
-    broken = {test for test in set(noticed.values()) if run_tests(python, [test], timeout_s=TIMEOUT_S) is not None}
+    with Pytest(python) as pytest:
+        for mutant in chosen:
+            if time.monotonic() > end:
+                break
+            tests = coverage.of(mutant)
+            if (test := noticing_test(pytest, mutant, tests)) is not None:
+                noticed[mutant] = test
+                print(f"noticed   {mutant}", flush=True)
+            else:
+                survivors.append(mutant)
+                print(f"SURVIVED  {mutant}  ({len(tests)} tests)", flush=True)
+        broken = {test for test in set(noticed.values()) if pytest.failed([test]) is not None}
     for test in sorted(broken):
         print(f"WARNING: {test} fails without any change: what it noticed does not count")
     count = sum(test not in broken for test in noticed.values())

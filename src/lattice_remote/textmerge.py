@@ -85,7 +85,7 @@ def _merge(base: _Text, mine: _Text, theirs: _Text) -> bytes | None:
         else:
             ends += side.ends[start:end]
     style = _style(base, mine, theirs)
-    usual = style or next((end for end in (*theirs.ends[:1], *mine.ends[:1]) if end), b"\n")
+    usual = next((end for end in (*theirs.ends[:1], *mine.ends[:1]) if end), b"\n")
     ends[:-1] = [style or end or usual for end in ends[:-1]]  # the former last line may have moved up
     ends[-1:] = [style if style and end else end for end in ends[-1:]]
     return _pick(base.bom, mine.bom, theirs.bom) + b"".join(chain.from_iterable(zip(lines, ends, strict=True)))
@@ -208,12 +208,10 @@ class _Bounded(SequenceMatcher[bytes]):
         # Like difflib, match lines that are very frequent, such as blank ones, only beside others.
         popular = len(b) if len(b) < 200 else len(b) // 100 + 1
         work.spend(sum(often[line] for line in a if often[line] <= popular))
-        self._work, self._whole = work, len(a)
+        self._work = work
         super().__init__(None, a, b)
 
-    def find_longest_match(  # type: ignore[no-untyped-def]
-        self, alo=0, ahi=None, blo=0, bhi=None
-    ):
+    def find_longest_match(self, alo, ahi, blo, bhi):  # type: ignore[no-untyped-def,override] # of difflib itself
         """Return difflib's result and count the work."""
-        self._work.spend((self._whole if ahi is None else ahi) - alo)
+        self._work.spend(ahi - alo)
         return super().find_longest_match(alo, ahi, blo, bhi)

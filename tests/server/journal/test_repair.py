@@ -1,17 +1,22 @@
 """A power cut: the files may be of any moment, the journal is what was promised (I2)."""
 
+import json
+import os
 import random
 import socket
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
+from lattice.core.events import create_event, create_resource_event, serialize_event
 from random_commands import command_lines
 from worker_process import ANA, WorkerProcess, make_project, tree_of
 
 from lattice_remote.protocol.messages import Change, encode
 from lattice_remote.protocol.operations import AppendBytes, MergeJson, MoveFile, Operation, PutFile, digest_of
-from lattice_remote.server.journal.contents import Contents
+from lattice_remote.server.journal.contents import Contents, derive
+from lattice_remote.server.journal.ids import make_id
 from lattice_remote.server.journal.journal import Committer
 from lattice_remote.server.journal.repair import Repair, differing
 from lattice_remote.server.journal.segment import Record
@@ -123,12 +128,12 @@ def records(*operations: Operation) -> list[Record]:
     return [Record(change.seq, b"", 0.0, change=encode(change)) for change in changes]
 
 
-def check_repair(root: Path, wanted: dict[str, bytes], *operations: Operation) -> list[str]:
+def check_repair(root: Path, wanted: dict[str, bytes], *operations: Operation, epoch: str = "") -> list[str]:
     files = {path: FileState(len(data), digest_of(data), 0, 0) for path, data in wanted.items()}
     tree, contents = ProjectTree(root, files), Contents()
     for record in records(*operations):
         contents.learn(record)
-    return Repair(tree, contents, differing(tree)).perform(root.parent / "lost")
+    return Repair(tree, contents, differing(tree), epoch=epoch).perform(root.parent / "lost")
 
 
 def test_an_append_is_repeated_on_what_was_durable_even_if_the_rename_was_lost(tmp_path: Path) -> None:
@@ -154,3 +159,119 @@ def test_what_can_not_be_brought_back_is_left_and_told(tmp_path: Path) -> None:
     notes = check_repair(tmp_path, {"sessions/a.json": b"gone"}, PutFile("other", b""))
     assert notes == ["sessions/a.json: could not be restored"]
     assert (tmp_path / "sessions/a.json").read_bytes() == b""
+
+
+# --- files that the journal no longer has whole ---
+
+TASK, RESOURCE = "task_01ARZ3NDEKTSV4RRFFQ69G5FAV", "res_01ARZ3NDEKTSV4RRFFQ69G5FAV"
+SNAPSHOT, LOG = f"tasks/{TASK}.json", f"events/{TASK}.jsonl"
+GPU, GPU_LOG = "resources/gpu/resource.json", f"events/{RESOURCE}.jsonl"
+
+
+def line(event: dict[str, Any]) -> bytes:
+    return serialize_event(event).encode()
+
+
+CREATED = line(create_event("task_created", TASK, "human:ana", {"title": "One", "short_id": "LAT-1"}))
+ADDED = line(create_event("comment_added", TASK, "human:ben", {"body": "from outside"}))
+GPU_CREATED = line(create_resource_event("resource_created", RESOURCE, "human:ana", {"name": "gpu", "max_holders": 1}))
+GPU_ADDED = line(create_resource_event("resource_acquired", RESOURCE, "human:ben", {"holder": "human:ben"}))
+
+
+def derived(path: str, **logs: bytes) -> bytes:
+    return derive(path, lambda read: logs.get(os.path.basename(read).partition(".")[0], b""), [GPU_LOG])
+
+
+def write(root: Path, files: dict[str, bytes]) -> None:
+    for path, data in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(data)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    made = tmp_path / ".lattice"
+    made.mkdir()
+    return made
+
+
+@pytest.mark.parametrize("left", [b"", None])
+def test_a_snapshot_that_the_journal_lacks_follows_from_its_log(root: Path, left: bytes | None) -> None:
+    wanted = {LOG: CREATED, GPU_LOG: GPU_CREATED}
+    wanted |= {SNAPSHOT: derived(SNAPSHOT, **{TASK: CREATED}), GPU: derived(GPU, **{RESOURCE: GPU_CREATED})}
+    assert b"One" in wanted[SNAPSHOT] and b"gpu" in wanted[GPU]
+    write(root, wanted if left is None else wanted | {SNAPSHOT: left, GPU: left})
+    if left is None:
+        (root / SNAPSHOT).unlink()
+        (root / GPU).unlink()
+    notes = check_repair(root, wanted)
+    assert notes == [f"{path}: restored from the journal" for path in (GPU, SNAPSHOT)]
+    assert tree_of(root) == wanted
+
+
+def test_a_snapshot_of_another_moment_is_derived_rather_than_left_without_its_events(root: Path) -> None:
+    """The journal's snapshot may hold what its log does not say, for example after an edit by hand."""
+    write(root, {LOG: CREATED, SNAPSHOT: b""})
+    assert check_repair(root, {LOG: CREATED, SNAPSHOT: b"by hand"}) == [f"{SNAPSHOT}: restored from the journal"]
+    assert (root / SNAPSHOT).read_bytes() == derived(SNAPSHOT, **{TASK: CREATED})
+
+
+def test_a_snapshot_without_a_log_is_left_and_named(root: Path) -> None:
+    write(root, {SNAPSHOT: b"", GPU: b""})
+    notes = check_repair(root, {SNAPSHOT: b"lost", GPU: b"lost"})
+    assert notes == [f"{path}: could not be restored" for path in (GPU, SNAPSHOT)]
+
+
+def test_a_lost_rename_is_repeated_and_a_lost_plan_is_not_taken_from_another_task(root: Path) -> None:
+    plan, archived = f"plans/{TASK}.md", f"archive/plans/{TASK}.md"
+    for content, note in ((b"# Plan\n", "restored from the journal"), (b"# Older\n", "could not be restored")):
+        write(root, {plan: content})
+        (root / archived).unlink(missing_ok=True)
+        assert f"{archived}: {note}" in check_repair(root, {archived: b"# Plan\n"})
+        assert (root / archived).exists() == (content == b"# Plan\n")
+
+
+def test_a_log_that_can_not_be_restored_is_left_with_all_that_follows_from_it(root: Path) -> None:
+    write(root, {LOG: b"", GPU_LOG: b""})
+    put = PutFile(GPU_LOG, GPU_CREATED)
+    notes = check_repair(root, {LOG: CREATED, GPU_LOG: GPU_CREATED}, put)
+    assert notes == [f"{LOG}: could not be restored", f"{GPU_LOG}: restored from the journal"]
+    assert (root / LOG).read_bytes() == b"" and (root / GPU_LOG).read_bytes() == GPU_CREATED
+
+
+def test_events_from_outside_are_added_and_their_snapshots_follow(root: Path) -> None:
+    wanted = {
+        LOG: CREATED,
+        GPU_LOG: GPU_CREATED,
+        SNAPSHOT: derived(SNAPSHOT, **{TASK: CREATED}),
+        GPU: derived(GPU, **{RESOURCE: GPU_CREATED}),
+    }
+    write(root, wanted | {LOG: CREATED + ADDED, GPU_LOG: GPU_CREATED + GPU_ADDED})
+    notes = check_repair(root, wanted, PutFile(LOG, CREATED), PutFile(GPU_LOG, GPU_CREATED))
+    assert (root / LOG).read_bytes() == CREATED + ADDED and (root / GPU_LOG).read_bytes() == GPU_CREATED + GPU_ADDED
+    assert (root / SNAPSHOT).read_bytes() == derived(SNAPSHOT, **{TASK: CREATED + ADDED}) != wanted[SNAPSHOT]
+    assert (root / GPU).read_bytes() == derived(GPU, **{RESOURCE: GPU_CREATED + GPU_ADDED}) != wanted[GPU]
+    assert {note.partition(":")[0] for note in notes} == {SNAPSHOT, GPU}, "the logs are as they should be already"
+
+
+def test_an_event_of_an_unfinished_command_is_not_kept(root: Path) -> None:
+    own = json.loads(ADDED) | {"id": f"ev_{make_id('e' * 32)}"}
+    write(root, {LOG: CREATED + line(own) + ADDED})
+    notes = check_repair(root, {LOG: CREATED}, PutFile(LOG, CREATED), epoch="e" * 32)
+    assert (root / LOG).read_bytes() == CREATED + ADDED
+    assert notes[0] == f"{LOG}: restored from the journal, and lines added outside the server: 1"
+
+
+def test_an_index_that_no_change_has_is_set_aside(root: Path) -> None:
+    write(root, {"ids.json": b"{}"})
+    assert check_repair(root, {}) == ["ids.json: no change has it; now in journal/lost/"]
+    assert (root.parent / "lost/ids.json").read_bytes() == b"{}"
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_an_archived_payload_never_changes_and_a_new_one_stays(root: Path, is_known: bool) -> None:
+    path, data = "artifacts/payload/art_1.txt", b"payload"
+    write(root, {path: b"other"})
+    notes = check_repair(root, {path: data} if is_known else {}, PutFile(path, data))
+    assert (root / path).read_bytes() == (data if is_known else b"other")
+    assert notes == ([f"{path}: restored from the journal"] if is_known else [])

@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 
 import pytest
 
-from lattice_remote.server.ipc import AbandonRequest, Reconcile, RequestDone, RunCommand, ToWorker
+from lattice_remote.server.ipc import AbandonRequest, PathState, Reconcile, RequestDone, RunCommand, ToWorker
 from lattice_remote.server.project.queue import (
     FairLock,
     FairQueue,
@@ -238,3 +238,85 @@ async def test_a_token_with_too_much_is_refused_until_its_requests_are_answered(
     queue.clear()
     assert queue.get("2") is None and queue.requesters() == []
     assert queue.bytes == 0 and queue.objection(queued("5", "x" * 200)) is None
+
+
+async def test_a_worker_gets_no_further_request_beside_large_ones() -> None:
+    queue = RequestQueue(QueueLimits(window_bytes=100), ready=lambda: None, overdue=lambda _: None)
+    for name in ("1", "2", "3", "4"):
+        queue.add(queued(name, "x" * 60))
+    assert ids(queue.take()) == ["1", "2"] and queue.take() == []
+    queue.drop(queue.settle())
+    assert ids(queue.take()) == ["3"] and queue.attempts == 3
+    queue.close()
+
+
+async def test_a_check_is_no_attempt_to_write(requests: RequestQueue) -> None:
+    requests.add(QueuedRequest(Reconcile([])))
+    requests.add(queued("1"))
+    assert len(requests.take()) == 2 and requests.attempts == 1
+
+
+async def test_an_answered_request_makes_room_for_one_of_its_token() -> None:
+    queue = RequestQueue(QueueLimits(per_token=2), ready=lambda: None, overdue=lambda _: None)
+    first, second, third = (queued(name) for name in ("1", "2", "3"))
+    queue.add(first)
+    queue.add(second)
+    assert queue.objection(third) is not None
+    queue.drop(first)
+    assert queue.objection(third) is None
+    queue.add(third)
+    assert queue.objection(queued("4")) is not None and queue.requesters() == [ANA, ANA]
+
+
+@pytest.mark.parametrize(
+    ("messages", "is_overdue"),
+    [
+        ([RunCommand("1", [], [], "tok", "human:ana", [])], True),
+        ([Reconcile(["plans/x.md"])], True),
+        ([Reconcile(None)], False),
+    ],
+)
+async def test_only_a_look_at_the_whole_tree_may_take_longer_than_a_command(
+    messages: list[ToWorker], is_overdue: bool
+) -> None:
+    overdue: list[QueuedRequest] = []
+    queue = RequestQueue(QueueLimits(command_s=0.0), ready=lambda: None, overdue=overdue.append)
+    for message in messages:
+        queue.add(QueuedRequest(message))
+    queue.take()
+    queue._check_deadline()
+    queue.close()
+    assert bool(overdue) == is_overdue
+
+
+async def test_a_waiter_is_tried_for_the_last_time_once_its_wait_is_over(requests: RequestQueue) -> None:
+    requests.add(waiter := queued("1"))
+    for timeout_s, last in ((60.0, False), (0.0, True)):
+        assert ids(requests.take()) == ["1"]
+        done = RequestDone("1", 1, waiting_for="gpu", wait_timeout_s=timeout_s)
+        requests.wait(requests.settle(), done)
+        requests.waiting.wake_first("gpu")
+        assert isinstance(waiter.message, RunCommand)
+        assert (waiter.message.last_try, waiter.message.may_wait) == (last, True)
+
+
+async def test_a_request_that_waited_long_enough_for_a_lock_is_refused_next(requests: RequestQueue) -> None:
+    requests.add(waiter := queued("1"))
+    requests.take()
+    requests.wait(requests.settle(), RequestDone("1", 1, waiting_for="locks/x", wait_timeout_s=0.0))
+    requests.waiting.wake_first("locks/x")
+    assert isinstance(waiter.message, RunCommand)
+    assert (waiter.message.last_try, waiter.message.may_wait) == (False, False)
+
+
+async def test_a_change_of_a_resource_wakes_its_first_waiter_alone(requests: RequestQueue) -> None:
+    waiters = {name: queued(name) for name in ("gpu", "cpu")}
+    for name, each in waiters.items():
+        requests.add(each)
+        requests.take()
+        requests.wait(requests.settle(), waiting_for(name))
+    changed = [PathState(path, 0, None) for path in ("resources/gpu/resource.json", "tasks/cpu.json")]
+    requests.waiting.touched(RequestDone("2", 2, after=changed))
+    assert [each.state for each in waiters.values()] == ["queued", "waiting"]
+    requests.waiting.wake_each_first()
+    assert waiters["cpu"].state == "queued"

@@ -17,7 +17,15 @@ from lattice_remote.errors import Rejected
 from lattice_remote.protocol.messages import Reply
 from lattice_remote.server.worker import policy
 from lattice_remote.server.worker.caller import Identity
-from lattice_remote.server.worker.policy import ROUTED, Command, parse
+from lattice_remote.server.worker.policy import (
+    MAX_CHARS,
+    ROUTED,
+    Command,
+    command_words,
+    describe_command,
+    describe_paths,
+    parse,
+)
 
 ANA = Identity("human:ana", ["agent:*", "team:web-*-x"])
 AS_ANA = ("--actor", "human:ana")
@@ -438,3 +446,29 @@ def test_json_is_nested_up_to_a_bound(tmp_path: Path, depth: int, is_taken: bool
         check(tmp_path, *argv)
     else:
         assert "nested deeper" in refused(tmp_path, *argv).message
+
+
+# --- descriptions in the log ---
+
+
+def test_a_description_names_a_few_paths_and_counts_the_rest() -> None:
+    paths = [f"p{number}" for number in range(7)]
+    assert describe_paths(paths[:5]) == "changed p0, p1, p2, p3, p4"
+    assert describe_paths(paths[:6]) == "changed p0, p1, p2, p3, p4, and 1 more"
+    assert describe_paths(paths) == "changed p0, p1, p2, p3, p4, and 2 more"
+    long = [letter * 100 for letter in "abcdef"]
+    assert len(describe_paths(long[:5])) == len(describe_paths(long)) == MAX_CHARS
+    assert describe_paths(long[:5]).endswith("…") and describe_paths(long).endswith(", and 1 more")
+
+
+def test_a_description_of_a_command_is_as_typed_and_bounded() -> None:
+    assert describe_command(["comment", "LAT-1", "it's", "--token", "x"]).startswith("comment LAT-1 'it'\"'\"'s'")
+    assert describe_command(["x" * MAX_CHARS]) == "x" * MAX_CHARS
+    assert describe_command(["x" * MAX_CHARS + "y"]) == "x" * (MAX_CHARS - 1) + "…"
+    assert len(describe_command(["a" * 1000] * 1000)) == MAX_CHARS
+    assert describe_command(["a", "", "b"]) == "a '' b"
+
+
+def test_the_words_of_a_command_end_at_its_arguments() -> None:
+    lines = {"list --json": "list", "resource acquire gpu": "resource acquire", "resource": "resource", "no list": ""}
+    assert {line: command_words(cli, line.split()) for line in lines} == lines

@@ -154,7 +154,7 @@ class RequestLog:
         is_first = not (report.again or report.code)
         if is_first:
             self._metrics.executor_seconds.observe(report.seconds)
-        if is_first and job.resource is None:  # a wait for a resource would distort the figure
+        if is_first and not job.resource:  # a wait for a resource would distort the figure
             self._metrics.request_seconds.observe(time.monotonic() - job.arrived_at)
         self._add(
             message,

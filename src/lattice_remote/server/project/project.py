@@ -324,7 +324,7 @@ class Project:
             if job is None or requester not in job.requesters:
                 continue
             job.requesters.remove(requester)
-            if not job.requesters and job.resource is not None:
+            if not job.requesters and job.resource:
                 self._queue.withdraw(job)
 
     def withdraw(self, requester: Requester, request_id: str, code: str) -> bool:

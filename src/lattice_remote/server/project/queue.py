@@ -167,7 +167,7 @@ class QueuedRequest:
     """Was with a worker that died; runs alone."""
     deaths: int = 0
     """Workers that died of it."""
-    resource: str | None = None
+    resource: str = ""
     lock_tries: int = 0
     lock_until: float = 0.0
     """Deadline of its lock waits; 0 before the first."""
@@ -254,16 +254,16 @@ class ResourceWaitQueue:
 
     def leave(self, job: QueuedRequest) -> bool:
         """Remove a waiter and wake the next; return False if it is being tried."""
-        line = self._lines.get(job.resource or "", {})
+        line = self._lines.get(job.resource, {})
         if job not in line:
             return False
         timer = line.pop(job)
         if timer is not None:
             timer.cancel()
         if line:  # in the next tick, so that waiters that leave together are not tried
-            asyncio.get_running_loop().call_soon(self.wake_first, job.resource or "")
+            asyncio.get_running_loop().call_soon(self.wake_first, job.resource)
         else:
-            del self._lines[job.resource or ""]
+            del self._lines[job.resource]
         return timer is not None
 
     def clear(self) -> None:
@@ -274,7 +274,7 @@ class ResourceWaitQueue:
         self._lines.clear()
 
     def _wake(self, job: QueuedRequest) -> None:
-        line = self._lines.get(job.resource or "", {})
+        line = self._lines.get(job.resource, {})
         if (timer := line.get(job)) is not None:
             timer.cancel()
             line[job] = None
