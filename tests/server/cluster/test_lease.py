@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from lattice_remote.server.cluster.engine import Engine
+from lattice_remote.server.cluster.engine import Engine, EngineUnavailable
 from lattice_remote.server.cluster.lease import Held, Holder, Lease
 
 SHORT_S = 0.5
@@ -114,6 +114,18 @@ async def test_a_lease_is_lost_while_the_engine_is_away(short: Lease, engine: En
     assert not await held.renew()
     async with asyncio.timeout(60):
         await held.lost.wait()
+
+
+async def test_leases_whose_bucket_was_deleted_are_free(engine: Engine, slug: str) -> None:
+    lease = Lease(engine, 600.0, bucket=f"leases-{slug}")
+    first = await taken(lease, slug, "a")
+    await engine.delete_stream(f"KV_leases-{slug}")
+    assert not await first.renew()
+    with pytest.raises(EngineUnavailable):
+        await lease.holder(slug)
+    second = await lease.acquire(slug, node="b", url="", after=first.term)
+    assert second is not None
+    assert second.term > first.term
 
 
 async def test_of_many_nodes_one_gets_the_lease(engine: Engine, slug: str) -> None:

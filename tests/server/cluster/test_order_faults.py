@@ -8,7 +8,7 @@ import pytest
 from nats_servers import NatsCluster
 
 from cluster_order import Account, Node, finished, observe, verdict, wait_for_acks
-from lattice_remote.server.cluster.engine import Engine
+from lattice_remote.server.cluster.engine import Engine, EngineUnavailable
 from lattice_remote.server.cluster.order import Batch, JetStreamOrder
 
 
@@ -70,13 +70,16 @@ async def test_a_minority_acknowledges_nothing(engine3: Engine, healed: NatsClus
     assert [batch.records for batch in await order.read(0)] == [(), (b"before",), (b"in doubt",)]
 
 
-async def test_a_content_is_stored_while_the_server_of_the_connection_is_silent(
-    three_servers: NatsCluster, healed: NatsCluster, engine3: Engine
+async def test_a_silent_server_is_left_with_what_it_does_not_read(
+    three_servers: NatsCluster, healed: NatsCluster, engine3: Engine, slug: str
 ) -> None:
-    data = bytes(range(256)) * 65536  # more than the kernel takes for a server that reads nothing
+    order = JetStreamOrder(engine3, slug, "e1")
+    await order.create()
     silent = next(each for each in healed.servers if each.port == engine3.connected_port)
     silent.pause()
+    large = bytes(engine3.max_message_bytes)  # together more than the system takes for a server that reads nothing
+    sent = [asyncio.create_task(engine3.publish(f"unused.{slug}", large)) for _ in range(16)]
+    assert all(isinstance(each, EngineUnavailable) for each in await asyncio.gather(*sent, return_exceptions=True))
     async with asyncio.timeout(60):
-        await engine3.contents.put_parts("large", len(data), lambda offset, count: data[offset : offset + count])
-        assert engine3.connected_port != silent.port
-        assert b"".join([part async for part in engine3.contents.get_parts("large")]) == data
+        await order.append(await order.take_over(0, node="a", term=1), [b"after"])
+    assert engine3.connected_port != silent.port

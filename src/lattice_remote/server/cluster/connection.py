@@ -1,11 +1,14 @@
-"""NATS client that leaves a server that is silent at once, as this library's own does not."""
+"""NATS client that leaves a silent server at once, and a guard for cancellations that the library swallows."""
 
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from nats.aio.client import Client, Srv
 from nats.aio.transport import TcpTransport
 
-__all__ = ["Connection"]
+__all__ = ["Connection", "cancellable"]
 
 
 class _Transport(TcpTransport):
@@ -33,3 +36,22 @@ class Connection(Client):
         if self._transport is None:
             self._transport = _Transport()
         await super()._connect_to_server(s)
+
+
+@contextmanager
+def cancellable() -> Iterator[None]:
+    """Raise CancelledError if the task was cancelled inside, also where the library hides that.
+
+    The library swallows a cancellation while it flushes, and turns one into ConnectionClosedError while it closes.
+    """
+    task = asyncio.current_task()
+    assert task is not None, "a coroutine of the cluster runs in a task"
+    before = task.cancelling()
+    try:
+        yield
+    except Exception as error:
+        if task.cancelling() > before:
+            raise asyncio.CancelledError from error
+        raise
+    if task.cancelling() > before:
+        raise asyncio.CancelledError

@@ -26,7 +26,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from lattice_remote.errors import Misuse, StorageError
-from lattice_remote.server.cluster.connection import Connection
+from lattice_remote.server.cluster.connection import Connection, cancellable
 
 __all__ = [
     "FULL",
@@ -54,6 +54,7 @@ _MONITOR_S = 3.0
 _FRESH_S = 3.0
 """A server that hears from no leader for 4 s stands for election."""
 _SLACK_BYTES = 1 << 20
+_END, _NOTHING = "204", "404"
 
 NO_MESSAGE, NO_STREAM, NAME_IN_USE = 10037, 10059, 10058
 WRONG_SEQUENCE = (10071, 10164)
@@ -117,7 +118,7 @@ class StreamInfo(msgspec.Struct):
         """Whether a majority followed this leader so recently that there is no other."""
         if self.cluster is None or not self.cluster.replicas:
             return True
-        following = sum(not each.offline and each.active < _FRESH_S * 1e9 for each in self.cluster.replicas)
+        following = sum(not each.offline and 0 < each.active < _FRESH_S * 1e9 for each in self.cluster.replicas)
         return bool(self.cluster.leader) and (1 + following) * 2 > len(self.cluster.replicas) + 1
 
 
@@ -259,7 +260,8 @@ class JetStream:
     ) -> Msg:
         """Send a request and return the answer. Raises EngineUnavailable: the outcome is unknown."""
         try:
-            return await self._client.request(subject, payload, timeout=timeout_s, headers=headers)
+            with cancellable():
+                return await self._client.request(subject, payload, timeout=timeout_s, headers=headers)
         except (nats.errors.Error, OSError, TimeoutError) as error:
             # Without responders too: the leader may have been lost between the request and the answer of its successor.
             raise EngineUnavailable(f"no answer from the cluster's engine: {error}") from error
@@ -289,10 +291,13 @@ class JetStream:
             (await self.request(subject, payload, headers=headers, timeout_s=timeout_s)).data, type=Ack
         )
 
-    async def subscribe(self, subject: str, *, max_bytes: int) -> Subscription:
+    async def subscribe(
+        self, subject: str, *, max_bytes: int, callback: Callable[[Msg], Awaitable[None]] | None = None
+    ) -> Subscription:
         """Subscribe to a subject of the core; up to ``max_bytes`` wait, the rest is dropped."""
         try:
-            return await self._client.subscribe(subject, pending_bytes_limit=max_bytes)
+            with cancellable():
+                return await self._client.subscribe(subject, cb=callback, pending_bytes_limit=max_bytes)
         except (nats.errors.Error, OSError) as error:
             raise EngineUnavailable(f"cannot subscribe at the cluster's engine: {error}") from error
 
@@ -359,32 +364,41 @@ class JetStream:
         The first may have a higher number: then the replica has none in between.
         """
         found: list[StoredMessage] = []
+        ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        async def arrived(answer: Msg) -> None:
+            headers: dict[str, str] = answer.headers or {}
+            status = headers.get("Status")
+            if ended.done():
+                return
+            if status is not None:
+                ended.set_result(status)
+                return
+            seq = int(headers["Nats-Sequence"])
+            if found and seq != found[-1].seq + 1:
+                ended.set_result(_END)  # a gap, or a piece of the answer was lost: the next call shows it
+            else:
+                found.append(StoredMessage(headers["Nats-Subject"], seq, headers, answer.data))
+
         request = {"seq": first, "batch": count, "max_bytes": max_bytes}
-        subscription = await self.subscribe(self._client.new_inbox(), max_bytes=4 * max_bytes + _SLACK_BYTES)
+        inbox = self._client.new_inbox()
+        subscription = await self.subscribe(inbox, max_bytes=4 * max_bytes + _SLACK_BYTES, callback=arrived)
         try:
-            await self._client.publish(
-                f"$JS.API.DIRECT.GET.{stream}", json.dumps(request).encode(), reply=subscription.subject
-            )
-            while True:
-                answer = await subscription.next_msg(timeout=REQUEST_S)
-                headers: dict[str, str] = answer.headers or {}
-                status = headers.get("Status")
-                if status is None:
-                    seq = int(headers["Nats-Sequence"])
-                    if seq != (found[-1].seq + 1 if found else seq):
-                        return found  # a piece of the answer was lost, or there is a gap: the next call shows it
-                    found.append(StoredMessage(headers["Nats-Subject"], seq, headers, answer.data))
-                elif status in ("204", "404"):
-                    return found
-                else:
-                    raise EngineUnavailable(f"the cluster's engine cannot read messages: {status}")
+            with cancellable():
+                await self._client.publish(f"$JS.API.DIRECT.GET.{stream}", json.dumps(request).encode(), reply=inbox)
+                seen = -1
+                while not ended.done() and len(found) > seen:
+                    seen = len(found)
+                    await asyncio.wait([ended], timeout=REQUEST_S)
         except (nats.errors.Error, OSError, TimeoutError) as error:
-            if found:
-                return found
-            raise EngineUnavailable(f"no messages from the cluster's engine: {error}") from error
+            raise EngineUnavailable(f"cannot read from the cluster's engine: {error}") from error
         finally:
             with suppress(nats.errors.Error, OSError):
                 await subscription.unsubscribe()
+        status = ended.result() if ended.done() else "timed out"
+        if not found and status not in (_END, _NOTHING):
+            raise EngineUnavailable(f"cannot read from the cluster's engine: {status}")
+        return found
 
     async def check_durability(self, monitors: Sequence[str] = ()) -> list[str]:
         """Check that every server syncs before it acknowledges, and that there are three copies.

@@ -6,7 +6,7 @@ import time
 
 import msgspec
 
-from lattice_remote.server.cluster.engine import Bucket, Engine, EngineUnavailable
+from lattice_remote.server.cluster.engine import Bucket, Engine, EngineRefused, EngineUnavailable, Entry
 
 __all__ = ["Held", "Holder", "Lease"]
 
@@ -52,12 +52,11 @@ class Lease:
         """
         bucket = await self._bucket()
         started = time.monotonic()
-        found = await bucket.get(slug)
+        found, number = await self._entry(slug)
         token = secrets.token_hex(8)
         revision: int | None
         if found is None:
-            term = max(await bucket.revision(), after or 0) + 1
-            holder = Holder(node, url, term, token=token)
+            holder = Holder(node, url, max(number, after or 0) + 1, token=token)
             revision = await bucket.create(slug, msgspec.json.encode(holder))
         else:
             last = msgspec.json.decode(found.value, type=Holder)
@@ -69,11 +68,20 @@ class Lease:
 
     async def holder(self, slug: str) -> Holder | None:
         """Return the current holder; None: there is none, or it has released the lease. Raises EngineUnavailable."""
-        found = await (await self._bucket()).get(slug)
+        found, _ = await self._entry(slug)
         if found is None:
             return None
         holder = msgspec.json.decode(found.value, type=Holder)
         return holder if holder.node or holder.wanted else None
+
+    async def _entry(self, slug: str) -> tuple[Entry | None, int]:
+        """Return the entry of a project, and the number of the last change of any."""
+        bucket = await self._bucket()
+        try:
+            return await bucket.get(slug), await bucket.revision()
+        except EngineRefused as error:  # the bucket was deleted: no node has a lease
+            self._opened = None
+            raise EngineUnavailable(error.message) from error
 
     async def _bucket(self) -> Bucket:
         if self._opened is None:
@@ -123,7 +131,7 @@ class Held:
                     return False
                 self._revision = found.revision
                 revision = await self._bucket.update(self._slug, msgspec.json.encode(self.holder), self._revision)
-        except EngineUnavailable:
+        except (EngineUnavailable, EngineRefused):
             return False
         if revision is None:
             return False
@@ -139,7 +147,7 @@ class Held:
         given = Holder("", "", self.holder.term, wanted=hand_to)
         try:
             await self._bucket.update(self._slug, msgspec.json.encode(given), self._revision)
-        except EngineUnavailable:
+        except (EngineUnavailable, EngineRefused):
             return
 
     def _extend(self, since: float) -> None:

@@ -19,6 +19,7 @@ import nats.errors
 from nats.aio.subscription import Subscription
 
 from lattice_remote.errors import StorageError
+from lattice_remote.server.cluster.connection import cancellable
 from lattice_remote.server.cluster.engine import Engine
 from lattice_remote.server.cluster.jetstream import (
     FULL,
@@ -461,7 +462,8 @@ class _Follower:
                 self._subscription = await self._engine.subscribe(self._subject, max_bytes=_FOLLOW_BYTES)
                 return  # the caller reads the messages that were stored before
             while True:
-                message = await self._subscription.next_msg(timeout=_IDLE_S)
+                with cancellable():
+                    message = await self._subscription.next_msg(timeout=_IDLE_S)
                 headers = message.headers or {}
                 seq = int(headers.get("Nats-Sequence", 0))
                 if seq > first:
