@@ -91,7 +91,7 @@ def request_id() -> dict[str, Any]:
     pass_request_id(os.environ.pop(REQUEST_ENV, ""))
     given, _, began = _passed.pop() if _passed else ("", "", "")
     if re.fullmatch("[0-9a-f]{32}", given) is None:
-        return {"id": os.urandom(16).hex()}
+        return {"id": agent_runtime.new_request_id()}
     return {"id": given, **({"first_sent_at": float(began)} if re.fullmatch(r"[0-9]{1,15}\.[0-9]+", began) else {})}
 
 
@@ -204,7 +204,7 @@ def call(
     Notices go to stderr. ``files`` are as in ``CallersFiles``. Raises RemoteError.
     """
     # The id is created here, so that it runs once even if the agent is killed and asked again (I6).
-    asked = request("call", directory, id=os.urandom(16).hex(), surface=surface, name=name, payload=payload)
+    asked = request("call", directory, id=agent_runtime.new_request_id(), surface=surface, name=name, payload=payload)
     asked["files"] = files or []
     answer = send_request(asked)
     for notice in answer["notices"]:

@@ -25,6 +25,7 @@ __all__ = [
     "configuration",
     "locate",
     "namespaces",
+    "new_request_id",
     "others",
     "prepare",
     "reset_signals",
@@ -63,6 +64,11 @@ def boot_time() -> float:
     """Return seconds on a clock that all processes share, and that runs during sleep."""
     clock = getattr(time, "CLOCK_BOOTTIME", None)
     return time.monotonic() if clock is None else time.clock_gettime(clock)
+
+
+def new_request_id() -> str:
+    """Return 128 random bits in hexadecimal: a retry under the same id runs once (I6)."""
+    return os.urandom(16).hex()
 
 
 def locate() -> Runtime:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lattice.storage.fs import LATTICE_DIR, LatticeRootError, find_root
 
 from lattice_remote.client.agent_client import request, send_request
+from lattice_remote.client.agent_runtime import new_request_id
 from lattice_remote.client.config import detachment, is_cache, read_remote
 from lattice_remote.errors import ConnectionFailed, Misuse, error_from_code
 from lattice_remote.storage.events import Conflict, Event, Merged, Snapshot, Written, plain
@@ -149,7 +150,7 @@ class RemoteStorage:
         payload = json.dumps(values, ensure_ascii=False)
         fields = {"surface": "storage", "name": name, "payload": payload, "files": []}
         # The id is created here: if the agent ends half way, the next one is asked, and the server runs it once.
-        returned = send_request(request("call", self._directory, id=os.urandom(16).hex(), **fields))
+        returned = send_request(request("call", self._directory, id=new_request_id(), **fields))
         for notice in returned["notices"]:
             _warn(notice)
         try:

@@ -9,6 +9,7 @@ import os
 from collections import deque
 from typing import Any
 
+from lattice_remote.client.agent_runtime import new_request_id
 from lattice_remote.client.cache.replicator import Replicator
 from lattice_remote.client.connection.connection import Connection
 from lattice_remote.client.connection.requests import expect
@@ -53,7 +54,7 @@ class ChangeFeed:
             newer = newer or (await self._next(epoch, seq) if wait else [])
             if newer:
                 return self._answer(Replayed("", "kept", epoch, 0, 0, seq, mark, newer))
-        answer = await _replay(connection, Replay(os.urandom(16).hex(), epoch, seq, mark))
+        answer = await _replay(connection, Replay(new_request_id(), epoch, seq, mark))
         if wait and newer is None and answer.outcome == "kept" and not answer.changes:
             answer.changes.extend(await self._next(answer.epoch, answer.seq))
         return self._answer(answer)

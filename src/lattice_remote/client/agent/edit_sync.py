@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from lattice_remote.client.agent_runtime import new_request_id
 from lattice_remote.client.cache.edits import Sent, is_being_written
 from lattice_remote.client.cache.evidence import EDIT, Judgement, Repository, takes_away
 from lattice_remote.client.cache.replicator import Replicator
@@ -281,7 +282,7 @@ class EditSender:
     async def _send(self, connection: Connection, path: str) -> tuple[str, str | None]:
         found, base = self._signature(path), self._replicator.edits.base(path)
         text = self._replicator.cache.read(path)
-        put = Put(id=_new_id(), path=path, base=self._replicator.edits.base_of(path, text), text=text)
+        put = Put(id=new_request_id(), path=path, base=self._replicator.edits.base_of(path, text), text=text)
         answer = await self._ask_briefly(connection, put, base, is_edit=True)
         if isinstance(answer, Refused):
             self._unanswered.forget(path)
@@ -324,7 +325,7 @@ class EditSender:
         async with self._turn:
             await self.until_in_place(path)
             base = self._replicator.edits.base(path)
-            put = Put(id=_new_id(), path=path, base=base, text=text)
+            put = Put(id=new_request_id(), path=path, base=base, text=text)
             answer = await self._ask_briefly(connection, put, base)
             if isinstance(answer, Refused):
                 raise Rejected(f"{path} was not sent: {answer.message}", code=answer.code)
@@ -395,11 +396,7 @@ def _brief(put: Put, current: bytes | None) -> Put:
     """Replace a long base with its digest if the server most likely has it."""
     if put.base is None or put.base != current or len(put.base) < _LONG_BASE_BYTES:
         return put
-    return msgspec.structs.replace(put, id=_new_id(), base=None, base_digest=digest_of(put.base))
-
-
-def _new_id() -> str:
-    return os.urandom(16).hex()
+    return msgspec.structs.replace(put, id=new_request_id(), base=None, base_digest=digest_of(put.base))
 
 
 QUIET_S = 0.1

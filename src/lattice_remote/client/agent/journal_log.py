@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from lattice_remote import output
+from lattice_remote.client.agent_runtime import new_request_id
 from lattice_remote.errors import Misuse, ProtocolError
 from lattice_remote.protocol.messages import MAX_LOG_ENTRIES, Log, LogEntry, LogPage, ReadVersion, Version
 
@@ -38,7 +39,7 @@ async def read_log(connection: "Connection", task: str, limit: int, text: TextNa
     before: int | None = None
     while True:
         number = min(limit + 1 - len(entries), MAX_LOG_ENTRIES)
-        page = await _request(connection, Log(os.urandom(16).hex(), task, number, before, text or ""), LogPage)
+        page = await _request(connection, Log(new_request_id(), task, number, before, text or ""), LogPage)
         if before is not None and page.before is not None and page.before >= before:
             raise ProtocolError("the pages of the server's log are not consecutive")
         before = page.before
@@ -61,7 +62,7 @@ async def read_version(connection: "Connection", task: str, text: TextName, vers
     named = _VERSION.fullmatch(version)
     if named is None:
         raise Misuse(f"{version!r} is not a change's number; list them with: lattice remote history {task}")
-    frame = ReadVersion(os.urandom(16).hex(), task, text, int(named[2]), named[1] or "")
+    frame = ReadVersion(new_request_id(), task, text, int(named[2]), named[1] or "")
     return await _request(connection, frame, Version)
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lattice_remote.client import config
+from lattice_remote.client.agent_runtime import new_request_id
 from lattice_remote.client.attachments import identity
 from lattice_remote.client.cache.cache import CacheLock
 from lattice_remote.client.cache.replicator import Replicator
@@ -71,7 +72,7 @@ async def describe_content(connection: RequestSender, path: str) -> tuple[Conten
         Rejected: REMOTE_NOT_FOUND if there is no such file.
         ConnectionFailed: the server is unreachable.
     """
-    answer = expect(await connection.send_request(Download(os.urandom(16).hex(), path, limit=1)), Downloaded)
+    answer = expect(await connection.send_request(Download(new_request_id(), path, limit=1)), Downloaded)
     return (answer.size, answer.digest), answer.seq
 
 
@@ -89,7 +90,7 @@ async def pieces(connection: RequestSender, path: str, content: Content, offset:
         while offset < size:
             while asked < size and len(under_way) < _WINDOW:
                 wanted = min(_PIECE_BYTES, size - asked)
-                frame = Download(os.urandom(16).hex(), path, digest, asked, wanted)
+                frame = Download(new_request_id(), path, digest, asked, wanted)
                 under_way.append(asyncio.create_task(connection.send_request(frame)))
                 asked += wanted
             answer = expect(await under_way.popleft(), Downloaded)

@@ -53,7 +53,7 @@ from lattice_remote.client.agent.payloads import (
     send_files,
 )
 from lattice_remote.client.agent.resolve import ConflictResolver, Rescuer, decoded, described
-from lattice_remote.client.agent_runtime import boot_time
+from lattice_remote.client.agent_runtime import boot_time, new_request_id
 from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.cache.first_fill import FirstFill
 from lattice_remote.client.cache.replicator import Replicator
@@ -444,7 +444,7 @@ class Service:
     async def _write_as_a_program(self, token: str | None, name: str, values: dict[str, Any]) -> dict[str, Any]:
         """Run a write of the surface ``storage``."""
         payload = json.dumps(values, ensure_ascii=False)
-        asked = {"id": os.urandom(16).hex(), "surface": "storage", "name": name, "payload": payload, "files": []}
+        asked = {"id": new_request_id(), "surface": "storage", "name": name, "payload": payload, "files": []}
         return decoded(await self._call(asked, token, lambda _: None))
 
     async def _carry_out(

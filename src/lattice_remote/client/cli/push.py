@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from lattice_remote.client import credentials, trusted_servers
 from lattice_remote.client.agent_client import Progress
-from lattice_remote.client.agent_runtime import boot_time
+from lattice_remote.client.agent_runtime import boot_time, new_request_id
 from lattice_remote.client.cache.cache import BASE_DIRECTORY, LOCK_FILE, Cache
 from lattice_remote.client.cache.rescued_files import RescuedFiles
 from lattice_remote.client.cache.verify import read_all
@@ -317,7 +317,7 @@ async def _pushed(directory: str, report: Progress) -> PushResult:
             if (changed := _changed(directory, found)) is not None:
                 raise Misuse(f"{changed} was changed while the project was sent; nothing was done: push again")
             entries = {path: entry.digest for path, entry in pack.entries.items()}
-            attempt = _Attempt(os.urandom(16).hex(), pack.digest, pack.size, time.time(), entries)
+            attempt = _Attempt(new_request_id(), pack.digest, pack.size, time.time(), entries)
             _write_attempt(directory, attempt)
             report({"what": "checking on the server", "done": 0, "total": 1})
             answer = await _ask(connection, directory, attempt)

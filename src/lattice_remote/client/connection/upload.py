@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lattice_remote.client.agent_runtime import new_request_id
 from lattice_remote.client.connection.requests import RequestSender, expect
 from lattice_remote.errors import ConnectionFailed, Rejected, StorageError
 from lattice_remote.files import hash_descriptor
@@ -130,7 +131,7 @@ class _Sender:
         """Send a part, or a query without data; return the number of bytes there."""
         source = self._source
         for attempts_left in reversed(range(_BUSY_ATTEMPTS)):
-            frame = Upload(os.urandom(16).hex(), source.digest, source.size, offset, data, self._purpose)
+            frame = Upload(new_request_id(), source.digest, source.size, offset, data, self._purpose)
             answer = await self._connection.send_request(frame)
             if isinstance(answer, Refused) and answer.code == "REMOTE_BUSY" and attempts_left:
                 await asyncio.sleep(_BUSY_DELAY_S)
