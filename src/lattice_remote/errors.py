@@ -87,7 +87,7 @@ class RemoteError(Exception):
 
 
 class ProtocolError(RemoteError):
-    """The connection must be closed."""
+    """Violation by the peer; the connection must be closed."""
 
     code = "REMOTE_PROTOCOL"
 
@@ -97,7 +97,7 @@ class HostilePath(ProtocolError):
 
 
 class ConnectionFailed(RemoteError):
-    """With ``sent`` a request may have taken effect."""
+    """Unreachable server or lost connection; with ``sent`` a request may have taken effect."""
 
     code = "REMOTE_UNREACHABLE"
 

@@ -115,12 +115,13 @@ def test_after_a_restore_everything_that_the_server_lacks_is_rescued(cache: Cach
     assert {each.reason for each in policy.rescued.entries()} == {rescued_files.LOST}
 
 
-def test_a_content_is_kept_once_and_never_in_place_of_another(cache: Cache) -> None:
+def test_a_content_is_kept_once_and_never_in_place_of_another(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rescued_files, "_SAME_ENTRY_S", 3600.0)
     files = RescuedFiles(cache)
-    assert files.rescue({PLAN: b"one", "a.txt": b"a"}, "why") == 1
-    assert files.rescue({PLAN: b"one"}, "why") is None
-    assert files.rescue({PLAN: b"two"}, "why") == 2
-    assert RescuedFiles(cache).rescue({PLAN: b"six"}, "why") == 3
+    assert files.add(PLAN, b"one", "why") and files.add("a.txt", b"a", "why")
+    assert not files.add(PLAN, b"one", "why")
+    assert files.add(PLAN, b"two", "why")
+    assert RescuedFiles(cache).add(PLAN, b"six", "why")
     assert kept(cache) == {PLAN: [b"one", b"two", b"six"], "a.txt": [b"a"]}
     again = RescuedFiles(cache)
     first = again.entries()[0]

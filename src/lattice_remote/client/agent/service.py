@@ -209,7 +209,7 @@ class Service:
             return True
 
     def is_meant_by(self, request: dict[str, Any]) -> bool:
-        """Return whether a request means this cache, not a later one at the same path."""
+        """Return whether a request means this cache, not another one at the same path."""
         return bool([*self.cache.identity, self.remote.url, self.remote.project] == request["cache"])
 
     async def handle(self, request: dict[str, Any], report: ProgressCallback) -> dict[str, Any]:

@@ -557,10 +557,6 @@ class CacheLock:
         self._handle: int | None = None
         self._depth = 0
 
-    @property
-    def is_locked(self) -> bool:
-        return self._handle is not None
-
     def acquire(self) -> bool:
         """Take the lock; return False if another process holds it."""
         if self._handle is None:

@@ -60,16 +60,6 @@ class RescuedFiles:
         self.refused = 0
         """Number of files that were not kept because the store is full."""
 
-    def rescue(self, contents: Mapping[str, bytes], reason: str) -> int | None:
-        """Keep contents by path as one new entry. Durable on return.
-
-        Returns its number; None if everything is kept already, or the store is full.
-        """
-        self._open = (0, "", 0.0)
-        for path, content in contents.items():
-            self.add(path, content, reason)
-        return self._open[0] or None
-
     def add(self, path: str, content: bytes | None, reason: str) -> bool:
         """Keep one content in the current or a new entry. Durable on return.
 

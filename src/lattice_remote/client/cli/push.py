@@ -183,7 +183,7 @@ class _Attempt(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class PushResult:
-    """``kept`` are files that changed since, and were rescued."""
+    """Result of a push; ``kept`` are files that changed since, and were rescued."""
 
     remote: Remote
     answer: Pushed
