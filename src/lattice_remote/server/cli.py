@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -90,6 +91,26 @@ def _created(context: typer.Context, after: Path | None) -> DataDir:
     """Return the data directory; raise Misuse if it is none."""
     data = _data(context, after)
     data.config()
+    return data
+
+
+def _tokens_of(data: DataDir) -> TokenFile:
+    """Return the tokens; those of its cluster if the directory belongs to one."""
+    from lattice_remote.server.cluster.settings import load_settings
+
+    if (settings := load_settings(data.path)) is None:
+        return TokenFile(data.tokens)
+    from lattice_remote.server.cluster.shared_state import shared_tokens
+
+    return TokenFile(data.tokens, partial(shared_tokens, settings))
+
+
+def _alone(data: DataDir, action: str) -> DataDir:
+    """Return a data directory of no cluster; raise Misuse if it belongs to one."""
+    from lattice_remote.server.cluster.settings import load_settings
+
+    if load_settings(data.path) is not None:
+        raise Misuse(f"{data.path} belongs to a cluster, whose projects cannot be {action} yet; nothing was changed")
     return data
 
 
@@ -272,7 +293,7 @@ def rename_project(
     """
     from lattice_remote.server.maintenance import project_commands
 
-    target = _data(context, data)
+    target = _alone(_data(context, data), "renamed")
     tokens = project_commands.rename_project(target, slug, name)
     target.admin_log.record("project rename", slug, name=name)
     typer.echo(f"{slug} is now called {name}; {counted(tokens, 'token')} updated.")
@@ -287,7 +308,7 @@ def archive_project(context: typer.Context, slug: Slug, data: DataOption = None)
     """
     from lattice_remote.server.maintenance import project_commands
 
-    target = _data(context, data)
+    target = _alone(_data(context, data), "archived")
     project_commands.archive_project(target, slug)
     target.admin_log.record("project archive", slug)
     typer.echo(f"Archived {slug}; restore it with: lattice-remote project unarchive {slug}")
@@ -301,7 +322,7 @@ def unarchive_project(context: typer.Context, slug: Slug, data: DataOption = Non
     """
     from lattice_remote.server.maintenance import project_commands
 
-    target = _data(context, data)
+    target = _alone(_data(context, data), "unarchived")
     project_commands.unarchive_project(target, slug)
     target.admin_log.record("project unarchive", slug)
     typer.echo(f"{slug} is back.")
@@ -326,7 +347,7 @@ def delete_project(
         confirm = typer.prompt(f"This deletes {slug} for all users. Type its name")
     if confirm != slug:
         raise Misuse("nothing was deleted: name the project a second time, with --confirm SLUG")
-    target = _data(context, data)
+    target = _alone(_data(context, data), "deleted")
     place, tokens = project_commands.delete_project(target, slug)
     target.admin_log.record("project delete", slug, moved_to=str(place))
     typer.echo(f"Deleted {slug}; {counted(tokens, 'token')} lost it. Its files are in {place} until you remove them.")
@@ -401,7 +422,7 @@ def import_project(  # noqa: PLR0917 - Typer calls it
     """
     from lattice_remote.server.maintenance import project_commands
 
-    target = _data(context, data)
+    target = _alone(_data(context, data), "imported")
     report = project_commands.import_project(target, project, source, keep_hooks=keep_hooks, dry_run=dry_run)
     if not dry_run:
         target.admin_log.record("import", project, source=str(source.absolute()))
@@ -511,7 +532,7 @@ def create_token(  # noqa: PLR0917 - Typer calls it
     for slug in project or []:
         if not target.has_project(slug):
             raise Misuse(f"there is no project {slug!r}; create it with: lattice-remote project create {slug}")
-    file = TokenFile(target.tokens)
+    file = _tokens_of(target)
     if metrics:
         token, text = file.create_for_metrics(expires=ends)
     else:
@@ -610,7 +631,7 @@ def edit_token(  # noqa: PLR0917 - Typer calls it
             raise Misuse(f"there is no project {slug!r}; see: lattice-remote project list")
     if not (add_project or remove_project or expires) and act_as is None and read_only is None:
         raise Misuse("nothing to change: name --add-project, --remove-project, --act-as, --expires or --read-only")
-    token = TokenFile(target.tokens).edit(
+    token = _tokens_of(target).edit(
         id_or_token,
         add_projects=add_project or [],
         remove_projects=remove_project or [],
@@ -645,7 +666,7 @@ def rotate_token(
     """
     target = _created(context, data)
     left = timedelta() if grace == "0" else duration(grace)
-    token, text = TokenFile(target.tokens).rotate(id_or_token, grace=left)
+    token, text = _tokens_of(target).rotate(id_or_token, grace=left)
     old = "no longer works" if grace == "0" else f"works until {shown(token.old_until, '')}"
     _record(target, "token rotate", token)
     notice = f"{token.id} for {token.actor}; the old text {old}; the new one is shown only once:"
@@ -664,7 +685,7 @@ def revoke_token(
     Example: lattice-remote token revoke tok_0123456789ab
     """
     target = _created(context, data)
-    token = TokenFile(target.tokens).revoke(id_or_token)
+    token = _tokens_of(target).revoke(id_or_token)
     _record(target, "token revoke", token)
     if as_json:
         _print_json(_details(token, read_last_uses(target.tokens_used)))

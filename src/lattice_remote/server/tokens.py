@@ -8,10 +8,11 @@ import hmac
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import EllipsisType
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import filelock
 import msgspec
@@ -24,12 +25,16 @@ from lattice_remote.protocol import mark_of_server
 __all__ = [
     "METRICS_ACTOR",
     "READ_ONLY",
+    "SharedTokens",
     "Token",
     "TokenFile",
     "check_actor",
+    "decode_tokens",
     "digest_of_text",
     "duration",
+    "encode_tokens",
     "expiry",
+    "locked",
     "read_last_uses",
     "shown",
 ]
@@ -81,11 +86,48 @@ class _Tokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokens: list[Token]
 
 
-class TokenFile:
-    """``tokens.json`` for the command line. Every method raises StorageError if the file cannot be read or written."""
+def decode_tokens(content: bytes) -> list[Token]:
+    """Return the tokens of a file's content. Raises StorageError."""
+    try:
+        return msgspec.json.decode(content, type=_Tokens).tokens
+    except msgspec.DecodeError as error:
+        raise StorageError(f"the tokens are damaged: {error}") from error
 
-    def __init__(self, path: Path) -> None:
+
+def encode_tokens(tokens: list[Token]) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(_Tokens(tokens))) + b"\n"
+
+
+def locked(path: Path) -> filelock.BaseFileLock:
+    """Return the lock of ``tokens.json``, acquired; any thread may release it. Raises StorageError."""
+    lock = filelock.FileLock(path.with_name(".tokens.lock"), timeout=_LOCK_TIMEOUT_S, thread_local=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise StorageError(f"{path} is locked by another command; try again") from error
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+    return lock
+
+
+class SharedTokens(Protocol):
+    """Tokens of several servers, which their files follow."""
+
+    def load(self) -> list[Token]: ...
+
+    def store(self, tokens: list[Token]) -> bool:
+        """Replace the tokens of the last ``load()``; return False if another server has changed them since."""
+
+
+class TokenFile:
+    """``tokens.json`` for the command line. A change is made in ``shared`` first, if given.
+
+    Every method raises StorageError if the file cannot be read or written, or these tokens are out of reach.
+    """
+
+    def __init__(self, path: Path, shared: Callable[[], AbstractContextManager[SharedTokens]] | None = None) -> None:
         self._path = path
+        self._shared = shared
 
     def read(self) -> list[Token]:
         """Return the valid and the expired tokens in order of creation."""
@@ -217,10 +259,10 @@ class TokenFile:
         def replaced(tokens: list[Token]) -> list[Token]:
             old = _find(tokens, id_or_text)
             changed.append(edit(old))
-            return [changed[0] if token is old else token for token in tokens]
+            return [changed[-1] if token is old else token for token in tokens]
 
         self._change(replaced)
-        return changed[0]
+        return changed[-1]
 
     def rename_projects(self, renamed: Mapping[str, str]) -> int:
         """Replace former names of projects; return the number of changed tokens."""
@@ -230,7 +272,7 @@ class TokenFile:
 
         def edit(tokens: list[Token]) -> list[Token]:
             after = [_for_projects(token, {renamed.get(slug, slug) for slug in token.projects}) for token in tokens]
-            changed.extend(new for old, new in zip(tokens, after, strict=True) if new is not old)
+            changed[:] = (new for old, new in zip(tokens, after, strict=True) if new is not old)
             return after
 
         self._change(edit)
@@ -242,7 +284,7 @@ class TokenFile:
 
         def edit(tokens: list[Token]) -> list[Token]:
             after = [_for_projects(token, set(token.projects) - {slug}) for token in tokens]
-            changed.extend(new for old, new in zip(tokens, after, strict=True) if new is not old)
+            changed[:] = (new for old, new in zip(tokens, after, strict=True) if new is not old)
             now = datetime.now(UTC).replace(microsecond=0)
             return [
                 t if t.projects or t.metrics or t.revoked else msgspec.structs.replace(t, revoked=now) for t in after
@@ -252,15 +294,25 @@ class TokenFile:
         return len(changed)
 
     def _change(self, edit: Callable[[list[Token]], list[Token]]) -> None:
+        """Replace the tokens by ``edit`` of them, which may be called again."""
+        lock = locked(self._path)
         try:
-            with filelock.FileLock(self._path.with_name(".tokens.lock"), timeout=_LOCK_TIMEOUT_S):
-                tokens = edit(self.read_all())
-                data = msgspec.json.format(msgspec.json.encode(_Tokens(tokens))) + b"\n"
-                write_atomically(self._path, data, mode=0o600)
-        except filelock.Timeout as error:
-            raise StorageError(f"{self._path} is locked by another command; try again") from error
+            tokens = edit(self.read_all()) if self._shared is None else _change_shared(self._shared, edit)
+            write_atomically(self._path, encode_tokens(tokens), mode=0o600)
         except OSError as error:
             raise StorageError(f"cannot write {self._path}: {error.strerror}") from error
+        finally:
+            lock.release()
+
+
+def _change_shared(
+    shared: Callable[[], AbstractContextManager[SharedTokens]], edit: Callable[[list[Token]], list[Token]]
+) -> list[Token]:
+    with shared() as there:
+        while True:
+            tokens = edit(there.load())
+            if there.store(tokens):
+                return tokens
 
 
 def _for_projects(token: Token, projects: set[str]) -> Token:
