@@ -118,7 +118,7 @@ class Unpacker:
         self._entry = None
 
 
-MAX_PROJECT_FILES = 200_000
+MAX_PROJECT_FILES = 500_000
 MAX_TEXT_FILE_BYTES = 64 * 1024 * 1024
 """Maximum size of a file that lattice reads whole; payloads of artifacts may be larger."""
 

@@ -111,7 +111,7 @@ class Arriving:
         self._kept_bytes = 0
 
 
-MAX_ENTRIES = 250_000
+MAX_ENTRIES = 500_000
 """Bound of an endless manifest's memory."""
 MAX_BUFFERED_BYTES = 64 * 1024 * 1024
 """Of changes during a manifest; beyond it the comparison restarts."""
