@@ -34,6 +34,7 @@ from board_page import (  # noqa: E402
 )
 from dashboards import free_port  # noqa: E402
 from fanout import Rate, commit_to_file, fan_out  # noqa: E402
+from projects import ManyProjects  # noqa: E402
 
 from browser import chromium  # noqa: E402
 from load_scenarios import (  # noqa: E402
@@ -318,7 +319,39 @@ def fanout(options: argparse.Namespace) -> Iterator[Figure]:
     yield at_most("the same, p99", delay.p99, "ms", 50)
 
 
+def projects(options: argparse.Namespace) -> Iterator[Figure]:
+    few, count, wake = options.projects, 2 * options.projects, 10
+    with Sandbox() as sandbox:
+        many = ManyProjects(sandbox, few + count)
+        used, cold = many.slugs[:few], many.slugs[few:]
+        asyncio.run(_use_each(many, used))
+        yield Figure("projects after one write and one read each", few, "")
+        yield Figure("processes", many.processes, "")
+        yield at_most("their memory", many.mib, "MiB", 350)
+        many.wait_until_idle()
+        yield Figure("processes after the idle time", many.processes, "")
+        yield at_most("their memory", many.mib, "MiB", 120)
+        back = asyncio.run(many.returns(used[:wake]))
+        yield at_most("added to the first write by the return of an idle worker", median(back) * 1000, "ms", 20)
+        took_s = asyncio.run(many.first_writes(cold))
+        yield at_most(f"{count} first writes to {count} projects at once", took_s, "s", 3)
+        busy = asyncio.run(many.work(cold[: options.writers], 10, options.minute))
+        yield Figure("projects in which 10 clients each write and read", len(busy.requests), "")
+        yield Figure("requests a second, all together, without an error", busy.per_second, "/s")
+        yield at_least("the slowest project's share of the mean", busy.least_share, "x", 0.8)
+        yield Figure("memory in the end", busy.mib[-1], "MiB")
+        yield at_most("its growth in the second half", busy.growth_mib, "MiB", 30)
+        yield at_most("warnings and errors in the server's log", len([*many.errors()]), "", 0)
+
+
+async def _use_each(many: ManyProjects, slugs: list[str]) -> None:
+    for slug in slugs:
+        await many.write(slug)
+        await many.read(slug)
+
+
 GROUPS = {
+    "projects": projects,
     "fanout": fanout,
     "stalled": stalled,
     "writers": writers,
@@ -343,6 +376,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=20, help="that a pace is measured (default: %(default)s)")
     parser.add_argument("--writers", type=int, default=50, help="that write at once (default: %(default)s)")
     parser.add_argument("--minute", type=float, default=30, help="seconds that they write (default: %(default)s)")
+    parser.add_argument("--projects", type=int, default=30, help="used one after another (default: %(default)s)")
     parser.add_argument("--tasks", type=int, default=10_000, help="of the large project (default: %(default)s)")
     parser.add_argument("--views", type=int, default=5, help="of the page in a browser (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")

@@ -16,7 +16,7 @@ from lattice_remote.protocol.messages import Reply
 from lattice_remote.protocol.operations import canonical_json
 from memory_client import MemoryClient, close_all
 from request_client import Light, several
-from sandbox import Client, Sandbox, Server, differences, wait_for
+from sandbox import Client, Sandbox, Server, descendants, differences, wait_for
 
 __all__ = [
     "BY",
@@ -38,26 +38,26 @@ __all__ = [
 BY = ("--actor", "agent:load")
 
 
-def resident_mib(*pids: int) -> float:
-    """Return the resident memory of processes in MiB, shared pages counted whole."""
+def used_mib(*pids: int) -> float:
+    """Return the memory of processes in MiB; a page that several share counts once (PSS)."""
     total = 0.0
     for pid in pids:
         with contextlib.suppress(FileNotFoundError):
             for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Rss:"):
+                if line.startswith("Pss:"):
                     total += int(line.split()[1]) / 1024
     return total
 
 
 def server_mib(server: Server) -> float:
-    """Return the resident memory of a server and its workers, in MiB."""
+    """Return the memory of a server and its processes, in MiB."""
     assert server.process is not None
-    return resident_mib(server.process.pid, *server.worker_pids())
+    return used_mib(server.process.pid, *descendants(server.process.pid))
 
 
 def agent_mib(client: Client) -> float:
-    """Return the resident memory of a client's agent, in MiB."""
-    return resident_mib(_agent_pid(client))
+    """Return the memory of a client's agent, in MiB."""
+    return used_mib(_agent_pid(client))
 
 
 # --- a pace ---
