@@ -42,7 +42,7 @@ def used_mib(*pids: int) -> float:
     """Return the memory of processes in MiB; a page that several share counts once (PSS)."""
     total = 0.0
     for pid in pids:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
             for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
                 if line.startswith("Pss:"):
                     total += int(line.split()[1]) / 1024

@@ -28,6 +28,7 @@ from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.ipc import Edit, RequestDone
 from lattice_remote.server.journal.contents import change_of as change_in
 from lattice_remote.server.journal.segment import JournalReader
+from lattice_remote.server.tree.tree import load_manifest
 from sandbox import wait_for
 
 BOB = ("--actor", "human:bob")
@@ -554,3 +555,27 @@ def test_each_event_and_word_of_a_board_that_many_write_to_comes_under_its_own_t
     assert journal.tokens_of("server") == {""}
     assert journal.tokens_of("## Reset")
     assert journal.tokens_of("client")
+
+
+def test_a_worker_that_ends_lists_its_files_so_that_the_next_reads_none_again(tmp_path: Path) -> None:
+    with WorkerProcess(make_project(tmp_path / "web")) as worker:
+        worker.ok("create", "x", *ANA)
+        for path in (worker.project / ".lattice").rglob("*"):
+            os.utime(path, (1_000_000_000, 1_000_000_000))  # none is so young that it may change unnoticed
+        worker.stop()
+    listed = load_manifest(worker.project / "journal/manifest")
+    assert listed is not None and listed.clean and len(listed.files) > 4
+    assert all(state.settled for state in listed.files.values())
+    with WorkerProcess(worker.project) as again:
+        assert again.ready.head == worker.ready.head + 1 and not again.ready.notes
+
+
+def test_an_edit_beside_a_workers_end_is_left_to_the_next(tmp_path: Path) -> None:
+    with WorkerProcess(make_project(tmp_path / "web")) as worker:
+        worker.ok("create", "x", *ANA)
+        [plan] = (worker.project / ".lattice/plans").glob("*.md")
+        plan.write_text("another text\n")
+        worker.stop()
+    with WorkerProcess(worker.project) as again:
+        assert again.ready.head == worker.ready.head + 2
+        assert plan.read_text() == "another text\n"

@@ -42,7 +42,7 @@ def code_directories(project: Path) -> list[str]:
     started_in = os.getcwd()
     standard = sysconfig.get_paths()
     paths = {*(standard[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")), *filter(None, sys.path)}
-    return sorted(path for path in paths if path != started_in and not project.is_relative_to(path))
+    return sorted(path for path in paths if path != started_in and not f"{project}/".startswith(f"{path.rstrip('/')}/"))
 
 
 def prepare_scratch(project: Path) -> Path:

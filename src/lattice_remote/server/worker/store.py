@@ -75,6 +75,8 @@ _encoder = msgspec.msgpack.Encoder()
 _MAX_MOVED_BYTES = 8 * 1024 * 1024
 """Larger contents are not journalled: they would displace too much history."""
 _MAX_ENCODED_BYTES = MAX_FRAME_BYTES - 64 * 1024
+_MAX_SETTLED_FILES = 500
+"""Read at the end of a worker, which must be quick."""
 _MAX_LOCKED_TASKS = 64
 """More changed tasks come from a copied project, for example; they are not locked."""
 _REPLY_RETENTION_S = 600.0
@@ -500,8 +502,17 @@ class Store:
     def close(self) -> None:
         """Shut down in order, so that the next start trusts the manifest."""
         self._committer.finish()
+        self._settle()
         self.save_manifest(clean=True)
         self.journal.close()
+
+    def _settle(self) -> None:
+        """Read the files again that were young when they were listed, so that the next start trusts them."""
+        young = [path for path, state in self.tree.files.items() if not state.settled]
+        if len(young) <= _MAX_SETTLED_FILES:
+            found = self.tree.reconcile(young)
+            if not found.operations:
+                self.adopt(found)
 
 
 def _cannot_journal(error: OSError) -> Rejected:
