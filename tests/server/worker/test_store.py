@@ -245,7 +245,7 @@ def test_what_the_journal_has_no_room_for_is_undone_and_refused(
     opened = open_here(project)
     store = opened.store
 
-    def full(_record: object) -> int:
+    def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with store.transaction() as touched:
