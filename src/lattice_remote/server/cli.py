@@ -5,6 +5,7 @@ token, a listing with --json, the address) is alone on stdout. A command imports
 """
 
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -175,6 +176,34 @@ def start(  # noqa: PLR0917 - Typer calls it
             metavar="HOST:PORT", help="Serve metrics on this address, without authentication.", show_default=False
         ),
     ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL,URL",
+            help="Join a cluster, whose NATS servers these are; later starts remember it.",
+            show_default=False,
+        ),
+    ] = None,
+    node: Annotated[str | None, typer.Option(help="This node's name in the cluster.", show_default="host name")] = None,
+    advertise: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="The address at which the other nodes reach this one.", show_default=False),
+    ] = None,
+    cluster_credentials: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="user:password, token or .creds file for NATS.", show_default=False),
+    ] = None,
+    cluster_ca: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="PEM file of the authorities of NATS and the nodes.", show_default=False),
+    ] = None,
+    cluster_monitor: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="Monitoring port of a NATS server, for its sync setting.", show_default=False),
+    ] = None,
+    cluster_replicas: Annotated[
+        int, typer.Option(min=1, max=5, help="Copies of each change in NATS; 1 for a trial with one server.")
+    ] = 3,
     log_format: Annotated[
         Literal["text", "json"], typer.Option(help="Log format: text or JSON.", envvar=FORMAT_VARIABLE)
     ] = "text",
@@ -190,6 +219,7 @@ def start(  # noqa: PLR0917 - Typer calls it
 
     Example: lattice-remote --data ./board start --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
     """
+    from lattice_remote.server.cluster.settings import ClusterSettings, load_settings
     from lattice_remote.server.config import Tls
     from lattice_remote.server.server import bind, run
 
@@ -206,7 +236,21 @@ def start(  # noqa: PLR0917 - Typer calls it
     assert lock >= 0, "held until this process ends"
     os.environ |= {FORMAT_VARIABLE: log_format, LEVEL_VARIABLE: log_level}
     log_to_stderr("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    run(target, config, bind(host, port))
+    listener = bind(host, port)
+    if cluster is not None:
+        scheme = "https" if config.tls.cert else "http"
+        settings: ClusterSettings | None = ClusterSettings(
+            servers=cluster.split(","),
+            node=node or socket.gethostname().partition(".")[0],
+            advertise=advertise or f"{scheme}://{host}:{listener.getsockname()[1]}",
+            credentials=str(cluster_credentials.absolute()) if cluster_credentials else "",
+            ca=str(cluster_ca.absolute()) if cluster_ca else "",
+            monitors=cluster_monitor or [],
+            replicas=cluster_replicas,
+        )
+    else:
+        settings = load_settings(target.path)
+    run(target, config, listener, settings)
 
 
 @app.command()

@@ -23,6 +23,7 @@ from lattice_remote.server.project.child_process import Template
 from lattice_remote.server.project.connection import ClientConnection
 from lattice_remote.server.project.hooks import HookRunner
 from lattice_remote.server.project.metrics import Metrics
+from lattice_remote.server.project.order import Order
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.project.queue import QueueLimits
 from lattice_remote.server.project.worker_process import WORKER_COMMAND
@@ -68,11 +69,14 @@ class Ongoing(Protocol):
     def address(self) -> str: ...
 
 
-class NodeConnections(Protocol):
-    """WebSockets of the other nodes of a cluster."""
+class ClusterNode(Protocol):
+    """This server as a node of a cluster."""
 
     def admit(self, connection: Handoff, request: Request) -> Callable[[], Awaitable[None]] | ApiError:
-        """Return the function that serves a connection, or its refusal."""
+        """Return the function that serves another node's connection, or its refusal."""
+
+    def order_of(self, slug: str) -> Order:
+        """Return the order of a project, for one start of it."""
 
 
 class ProjectRegistry:
@@ -109,7 +113,7 @@ class ProjectRegistry:
         self._releasing: set[str] = set()
         self._peers: set[ClientConnection] = set()
         self.ongoing: set[Ongoing] = set()
-        self.cluster: NodeConnections | None = None
+        self.cluster: ClusterNode | None = None
         """None on a server of its own."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._alone = asyncio.Event()
@@ -203,6 +207,8 @@ class ProjectRegistry:
         project = self.project(slug)
         if project.failure is not None:
             return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_STORAGE", project.failure.message)
+        if why := project.order.unavailable:
+            return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_BUSY", why, retry_after_s=1)
         return project
 
     def _refused_project(self, login: Login, slug: str) -> ApiError | None:
@@ -265,6 +271,7 @@ class ProjectRegistry:
                 worker_command=self._worker_command,
                 metrics=self.metrics.of(slug),
                 start_child=self.template.start_child,
+                order=self.cluster.order_of(slug) if self.cluster is not None else None,
             )
             self._projects[slug] = project
             project.start()
@@ -272,6 +279,13 @@ class ProjectRegistry:
             watcher.add(str(paths.lattice), partial(_note_changes, project))
             self._watchers[slug] = watcher
         return project
+
+    async def release(self, slug: str, why: str) -> None:
+        """Close a project for its clients, until it is used again; ``why`` is one line for them."""
+        project = self._projects.get(slug)
+        if project is not None and slug not in self._releasing:
+            self._releasing.add(slug)
+            await self._release(slug, project, why)
 
     # --- in the background ---
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import msgspec
 import uvicorn
@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 
 from lattice_remote.errors import Misuse
 from lattice_remote.server import status as statussocket
+from lattice_remote.server.cluster.settings import ClusterSettings, save_settings
 from lattice_remote.server.config import Config
 from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.http.app import http_app, metrics_app
@@ -29,6 +30,9 @@ from lattice_remote.server.status import Gauges, status_of
 from lattice_remote.server.transport.admission import AdmissionControl, ConnectionQuota, is_loopback
 from lattice_remote.server.transport.listener import Acceptor, Certificate, service_manager
 from lattice_remote.server.transport.websocket import Handoff, PlainHttp, websocket_server
+
+if TYPE_CHECKING:
+    from lattice_remote.server.cluster.node import Node
 
 __all__ = ["bind", "make_server", "run"]
 
@@ -66,7 +70,7 @@ def bind(host: str, port: int, *, host_option: str = "--host", port_option: str 
     return listener
 
 
-def run(data: DataDir, config: Config, listener: socket.socket) -> None:
+def run(data: DataDir, config: Config, listener: socket.socket, cluster: ClusterSettings | None = None) -> None:
     """Serve until SIGTERM or SIGINT; print one line with the address once ready. The caller holds the directory's lock.
 
     Raises Misuse: a setting, a listening address, the certificate or its key is invalid; StorageError: ``tokens.json``
@@ -81,20 +85,35 @@ def run(data: DataDir, config: Config, listener: socket.socket) -> None:
 
     async def serve() -> None:
         registry, started = ProjectRegistry(data, config=config), datetime.now(UTC)
+        node = await _join(data, cluster, registry) if cluster is not None else None
         registry.start()
         registry.template.prepare()
+        following = asyncio.create_task(node.run()) if node is not None else None
 
         async def document() -> bytes:
             return msgspec.json.encode(await status_of(registry, started))
 
         answering = None if status is None else asyncio.create_task(statussocket.answer(status, document))
         await make_server(registry, certificate, notify, figures).serve(sockets=[listener])
+        if node is not None and following is not None:
+            following.cancel()
+            await node.close()
         if answering is not None:
             answering.cancel()
             statussocket.remove(data.path)
 
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(serve())
+
+
+async def _join(data: DataDir, settings: ClusterSettings, registry: ProjectRegistry) -> "Node":
+    from lattice_remote.server.cluster.node import Node
+
+    node = await Node.join(data, settings)
+    registry.cluster = node
+    await node.start(registry)
+    save_settings(data.path, settings)
+    return node
 
 
 def _bind_figures(address: str) -> socket.socket:

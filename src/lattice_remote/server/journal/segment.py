@@ -238,6 +238,12 @@ class JournalReader:
                 break
         return changes if changes or after >= upto else None
 
+    def reaches(self, number: int) -> bool:
+        """Return whether the records from ``number`` on are all here, or it is the next one."""
+        headers = [header for path in segment_paths(self._directory) if (header := header_of(path))]
+        first = next((header.number for header in headers if header.epoch == headers[-1].epoch), None)
+        return first is not None and first <= number <= next_number(self._directory)
+
     def payloads(self, number: int) -> Iterator[tuple[int, bytes]]:
         """Yield number and encoding of each record of the history from ``number`` on, without the contents kept before
         a command: those are this journal's alone. Nothing if ``number`` has expired.

@@ -4,11 +4,14 @@ A server alone has ``EmbeddedOrder``: the fsync of the project's journal decides
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from lattice_remote.server.ipc import Edit, ImportProject, Ready, RequestDone, RunCall, RunCommand
+from lattice_remote.server.ipc import Edit, ImportProject, Ready, RecordApplied, RequestDone, RunCall, RunCommand
 from lattice_remote.server.project.metrics import OutcomeListener
 from lattice_remote.server.project.queue import Requester
+
+if TYPE_CHECKING:
+    from lattice_remote.server.project.project import Project
 
 __all__ = ["EmbeddedOrder", "Order", "WriteRequest"]
 
@@ -33,6 +36,9 @@ class Order(Protocol):
     def unavailable(self) -> str:
         """Why the project cannot be used here at the moment; "" if it can."""
 
+    def attach(self, project: "Project") -> None:
+        """Serve this project from now on."""
+
     async def prepare(self) -> Sequence[str]:
         """Bring the project's files on disk to a state from which a worker may start; return its further arguments.
 
@@ -44,6 +50,9 @@ class Order(Protocol):
 
     def pass_on(self, deliver: Callable[[], None], done: RequestDone | None = None) -> None:
         """Call ``deliver`` in order, an outcome's once it is final: on an owner that lost the project, never."""
+
+    def applied(self, message: RecordApplied) -> None:
+        """Note that the worker has applied a record."""
 
     def copy_missing(self, reason: str) -> None:
         """Note that the worker cannot use this node's files."""
@@ -75,6 +84,9 @@ class EmbeddedOrder:
     is_settled = True
     unavailable = ""
 
+    def attach(self, project: "Project") -> None:
+        pass
+
     async def prepare(self) -> Sequence[str]:
         return ()
 
@@ -83,6 +95,9 @@ class EmbeddedOrder:
 
     def pass_on(self, deliver: Callable[[], None], done: RequestDone | None = None) -> None:  # noqa: ARG002
         deliver()
+
+    def applied(self, message: RecordApplied) -> None:
+        pass
 
     def copy_missing(self, reason: str) -> None:
         raise AssertionError(f"only a cluster's worker says so: {reason}")

@@ -152,6 +152,7 @@ class Project:
         self._failure: StorageError | None = None
         self._failed_for_good = False
         self._supervisor: asyncio.Task[None] | None = None
+        self.order.attach(self)
 
     # --- life ---
 
@@ -458,7 +459,8 @@ class Project:
             case RequestDone():
                 self.order.pass_on(partial(self._done, message), message)
             case RecordApplied():
-                self.order.pass_on(partial(self._applied, message))
+                self._applied(message)
+                self.order.applied(message)
             case CopyMissing(reason):
                 self.order.copy_missing(reason)
             case WorkerFailed():

@@ -1,0 +1,632 @@
+"""Membership of one project in a cluster, on one node: it follows the order, or owns the project and extends it.
+
+    following --lease taken, own record appended--> owning --lease lost, append refused--> following
+
+Before each start of the worker the journal is compared with the order, record by record: what the cluster lacks is
+cut, what is missing is applied afterwards. A node that cannot be aligned copies the project from another one.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from lattice_remote.errors import RemoteError, StorageError
+from lattice_remote.files import write_atomically
+from lattice_remote.protocol.messages import Bye
+from lattice_remote.protocol.operations import AnnounceFile
+from lattice_remote.server.cluster.engine import Engine, EngineUnavailable
+from lattice_remote.server.cluster.forward import Forwarder
+from lattice_remote.server.cluster.lease import Held, Lease
+from lattice_remote.server.cluster.order import Batch, Fenced, JetStreamOrder, StreamFull, TooOld
+from lattice_remote.server.cluster.peer_access import PeerAccess
+from lattice_remote.server.cluster.peer_copy import copy_from, finish_copy
+from lattice_remote.server.datadir import ProjectPaths
+from lattice_remote.server.ipc import (
+    ApplyRecords,
+    Edit,
+    ImportProject,
+    Ready,
+    RecordApplied,
+    RequestDone,
+    RunCall,
+    RunCommand,
+)
+from lattice_remote.server.journal.contents import change_of
+from lattice_remote.server.journal.segment import JournalReader, Record, decoder, next_number
+from lattice_remote.server.project.metrics import OutcomeListener
+from lattice_remote.server.project.order import WriteRequest
+from lattice_remote.server.project.project import Project
+from lattice_remote.server.project.queue import Requester
+from lattice_remote.server.worker.recovery import Membership
+
+__all__ = ["CURSOR_FILE", "Cursor", "Member", "NodeIdentity", "load_cursors", "save_cursor"]
+
+CURSOR_FILE = "cluster-cursor"
+"""Beside the journal's segments."""
+_MAX_CURSORS = 64
+_CURSOR_INTERVAL_S = 1.0
+_POLL_S = 0.5
+_REACH_S = 5.0
+_COPY_RETRY_S = 1.0
+_BATCH_BYTES = 512 * 1024
+"""Of records in one message, and the last one."""
+_MAX_OUTSTANDING = 64
+"""Batches with the worker."""
+_LEASE_S = 5.0
+_TAKE_OVER_S = 60.0
+"""For the worker to apply what it has, before a new owner serves."""
+_KEPT_MESSAGES = 10_000
+"""In the stream, for nodes that were away; a node away for longer copies the project."""
+_PURGE_INTERVAL_S = 60.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NodeIdentity:
+    """A node's name, and the address at which the others reach it."""
+
+    name: str
+    url: str
+
+
+class Cursor(msgspec.Struct, frozen=True):
+    """The journal up to record ``number`` (exclusive) equals the stream up to message ``seq``.
+
+    ``node`` and ``term`` are of the last owner there.
+    """
+
+    epoch: str
+    seq: int
+    number: int
+    node: str = ""
+    term: int = 0
+
+
+def load_cursors(journal: Path) -> list[Cursor]:
+    try:
+        return msgspec.json.decode((journal / CURSOR_FILE).read_bytes(), type=list[Cursor])
+    except (FileNotFoundError, msgspec.DecodeError):
+        return []
+
+
+def save_cursor(journal: Path, cursor: Cursor) -> None:
+    """Add a cursor to the stored ones. Raises OSError."""
+    kept = [known for known in load_cursors(journal) if known.epoch == cursor.epoch and known.seq < cursor.seq]
+    data = msgspec.json.encode([*kept[1 - _MAX_CURSORS :], cursor])
+    write_atomically(journal / CURSOR_FILE, data, mode=0o600)
+
+
+class _CopyNeeded(Exception):
+    """This node's journal does not reach the stream."""
+
+
+@dataclass
+class _Applying:
+    """A batch with the worker; ``left`` records of it are not applied yet."""
+
+    batch: Batch
+    left: int
+
+
+class Member:
+    """The ``Order`` of a project on a node of a cluster. ``attach()`` its project before that starts.
+
+    Args:
+        slug, paths: of the project.
+        epoch: of its history in this cluster.
+        others: returns the addresses of the other nodes.
+    """
+
+    is_shared = True
+
+    def __init__(
+        self,
+        slug: str,
+        paths: ProjectPaths,
+        *,
+        epoch: str,
+        engine: Engine,
+        lease: Lease,
+        access: PeerAccess,
+        identity: NodeIdentity,
+        others: Callable[[], Sequence[str]],
+    ) -> None:
+        self.slug = slug
+        self.epoch = epoch
+        self._paths = paths
+        self._engine = engine
+        self._lease = lease
+        self._access = access
+        self._identity = identity
+        self._others = others
+        self._order = JetStreamOrder(engine, slug, epoch)
+        self._project: Project | None = None
+        self._forwarder: Forwarder | None = None
+        self._held: Held | None = None
+        self._is_owner = False
+        self._owner_url: str | None = None
+        self.owner = ""
+        """Name of the last known owner."""
+        self.term = 0
+        self._seq = 0  # the last message of the stream that was appended or given to the worker
+        self._skip = 0  # records of the next message that the journal has already
+        self._number = 0
+        self._applying: deque[_Applying] = deque()
+        self._applied = asyncio.Event()
+        self._pending: deque[tuple[Callable[[], None], RequestDone | None]] = deque()
+        self._work = asyncio.Event()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._is_ready = False
+        self._copy_reason = ""
+        self._cursor_at = 0.0
+        self._purge_at = time.monotonic() + _PURGE_INTERVAL_S
+        self._head_changed = asyncio.Event()
+        self._is_cut_off = False
+        self._is_closed = False
+        self._wanted = ""
+
+    def attach(self, project: Project) -> None:
+        self._project = project
+        self._forwarder = Forwarder(project, self._access)
+        self._start("campaign", self._campaign())
+
+    @property
+    def project(self) -> Project:
+        assert self._project is not None, "attach() comes first"
+        return self._project
+
+    @property
+    def _forward(self) -> Forwarder:
+        assert self._forwarder is not None, "attach() comes first"
+        return self._forwarder
+
+    # --- what the project asks ---
+
+    @property
+    def is_owner(self) -> bool:
+        return self._is_owner
+
+    @property
+    def is_settled(self) -> bool:
+        return not self._applying
+
+    @property
+    def unavailable(self) -> str:
+        if not self._engine.is_reachable:
+            return "this node cannot reach the cluster; try again, or use another node"
+        return "" if self._is_ready else "this node is catching up with the cluster; try again in a moment"
+
+    @property
+    def position(self) -> int:
+        """Number of the stream's last message that is in this node's files."""
+        return self._applying[0].batch.seq - 1 if self._applying else self._seq
+
+    @property
+    def in_doubt(self) -> int:
+        """Appends, ever, whose answer was late or missing."""
+        return self._order.in_doubt
+
+    async def prepare(self) -> Sequence[str]:
+        """Align the journal with the stream; waits until the engine, or a node with the project, answers.
+
+        Raises StorageError: the stream is lost.
+        """
+        self._is_ready = False
+        self._stop("follow")
+        self._applying.clear()
+        while True:
+            try:
+                membership = await self._align()
+            except (_CopyNeeded, TooOld) as error:
+                await self._copy(str(error))
+            else:
+                return ("--member", msgspec.json.encode(membership).decode())
+
+    def opened(self, ready: Ready) -> None:
+        del ready
+        self._is_ready = True
+        if self._is_owner:
+            self.project.lead(keeps_edits=True)
+        else:
+            self._start("follow", self._follow())
+
+    def pass_on(self, deliver: Callable[[], None], done: RequestDone | None = None) -> None:
+        if self._is_owner and not self._is_closed and (self._pending or (done is not None and done.record)):
+            self._pending.append((deliver, done))
+            self._work.set()
+        else:
+            deliver()
+
+    def applied(self, message: RecordApplied) -> None:
+        self._number = message.number
+        if self._applying:
+            self._applying[0].left -= 1
+        self._finish_batches()
+
+    def copy_missing(self, reason: str) -> None:
+        self._copy_reason = reason
+
+    def committed(self, seq: int) -> None:
+        del seq
+        self._head_changed.set()
+
+    async def reach(self, seq: int) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_REACH_S):
+                while self.project.history.head < seq:
+                    self._head_changed.clear()
+                    await self._head_changed.wait()
+        return self.project.history.head >= seq
+
+    def forward(self, message: WriteRequest, requester: Requester, on_result: OutcomeListener | None) -> None:
+        assert not isinstance(message, ImportProject), "refused before"
+        self._forward.submit(message, requester, on_result)
+
+    def forget(self, requester: Requester, request_ids: set[str]) -> None:
+        self._forward.forget(requester, request_ids)
+
+    def withdraw(self, requester: Requester, request_id: str, code: str) -> bool:
+        return self._forward.withdraw(requester, request_id, code)
+
+    async def close(self) -> None:
+        self._is_closed = True
+        held, self._held = self._held, None
+        self._is_owner = False
+        for name in tuple(self._tasks):
+            self._stop(name)
+        self._drop_pending()
+        self._save_cursor(now=True)
+        if held is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await held.release()
+        if self._forwarder is not None:
+            await self._forwarder.close()
+
+    # --- before a worker starts ---
+
+    async def _align(self) -> Membership:
+        journal = self._paths.journal
+        await asyncio.to_thread(finish_copy, self._paths)
+        if self._copy_reason:
+            reason, self._copy_reason = self._copy_reason, ""
+            raise _CopyNeeded(reason)
+        reader = JournalReader(journal)
+        end = await asyncio.to_thread(next_number, journal)
+        cursors = [cursor for cursor in load_cursors(journal) if cursor.epoch == self.epoch and cursor.number <= end]
+        if not cursors or not await asyncio.to_thread(reader.reaches, cursors[-1].number):
+            raise _CopyNeeded("this node has no usable copy of the project")
+        cursor = cursors[-1]
+        tail = deque(await asyncio.to_thread(lambda: list(reader.payloads(cursor.number))))
+        self._seq, self._number, self._skip = cursor.seq, cursor.number, 0
+        self.owner, self.term = cursor.node, cursor.term
+        await self._order.open()
+        cut = await self._compare(tail)
+        if tail and self._is_owner:
+            await self._append_tail(tail)
+        elif tail:
+            cut = tail[0][0]
+        if cut is not None:
+            _log.warning("%s: the last records here are not part of the cluster's order; they are undone", self.slug)
+            self._number = cut
+        return Membership(cut, keeps_edits=self.owner == self._identity.name)
+
+    async def _compare(self, tail: deque[tuple[int, bytes]]) -> int | None:
+        """Advance along the stream while the journal's ``tail`` agrees; return the record from which it does not.
+
+        ``tail`` then has the records that follow the stream's end.
+        """
+        while batches := await self._order.read(self._seq):
+            for batch in batches:
+                self._skip = 0
+                for record in batch.records:
+                    if not tail:
+                        return None
+                    number, payload = tail[0]
+                    if payload != record:
+                        tail.clear()
+                        return number
+                    tail.popleft()
+                    self._number, self._skip = number + 1, self._skip + 1
+                self._skip = 0
+                self._note(batch)
+        return None
+
+    async def _append_tail(self, tail: deque[tuple[int, bytes]]) -> None:
+        """Append the records that a worker of this owner has journalled, and did not report before it ended."""
+        while tail:
+            number, payload = tail.popleft()
+            self._seq = await self._order.append(self._seq, [payload])
+            self._number = number + 1
+
+    async def _copy(self, reason: str) -> None:
+        """Copy the project from another node; waits for one."""
+        _log.info("%s: %s; copying the project from another node", self.slug, reason)
+        said = ""
+        while True:
+            for url in dict.fromkeys([*filter(None, [self._owner_url]), *self._others()]):
+                try:
+                    position = await copy_from(url, self.slug, self._paths, self._access)
+                except RemoteError as error:
+                    if error.message != said:
+                        said = error.message
+                        _log.warning("%s: no copy from %s: %s", self.slug, url, said)
+                else:
+                    _log.info("%s: copied change %d from %s", self.slug, position.seq, url)
+                    return
+            await asyncio.sleep(_COPY_RETRY_S)
+
+    # --- following ---
+
+    async def _follow(self) -> None:
+        async for batch in self._order.follow(self._seq):
+            while len(self._applying) > _MAX_OUTSTANDING:
+                self._applied.clear()
+                await self._applied.wait()
+            records = batch.records[self._skip :]
+            self._skip = 0
+            contents = await self._contents_of(records)
+            self._applying.append(_Applying(batch, len(records)))
+            self._seq = batch.seq
+            if records:
+                self.project.apply(ApplyRecords(list(records), contents))
+            self._finish_batches()
+
+    async def _contents_of(self, records: Sequence[bytes]) -> dict[str, str]:
+        """Fetch the contents that records announce; without one that was superseded. Returns files by digest."""
+        found: dict[str, str] = {}
+        for payload in records:
+            record = decoder.decode(payload)
+            if not isinstance(record, Record) or record.change is None:
+                continue
+            for operation in change_of(record).ops:
+                if isinstance(operation, AnnounceFile):
+                    name = operation.digest.hex()
+                    target = self._contents / name
+                    self._contents.mkdir(mode=0o700, exist_ok=True)
+                    if target.exists() or await self._engine.get_content(operation.digest, target):
+                        found[name] = str(target)
+        return found
+
+    @property
+    def _contents(self) -> Path:
+        return self._paths.root / "contents"
+
+    def _finish_batches(self) -> None:
+        while self._applying and self._applying[0].left <= 0:
+            batch = self._applying.popleft().batch
+            self._note_owner(batch)
+            for file in self._contents.glob("*") if not self._applying and self._contents.is_dir() else ():
+                file.unlink(missing_ok=True)
+        self._applied.set()
+        self._save_cursor()
+
+    def _note(self, batch: Batch) -> None:
+        self._seq = batch.seq
+        self._note_owner(batch)
+
+    def _note_owner(self, batch: Batch) -> None:
+        if not batch.records:
+            self.owner, self.term = batch.node, batch.term
+
+    def _save_cursor(self, *, now: bool = False) -> None:
+        if self._pending or self._applying or not self._is_ready:
+            return
+        if not now and time.monotonic() - self._cursor_at < _CURSOR_INTERVAL_S:
+            return
+        self._cursor_at = time.monotonic()
+        with contextlib.suppress(OSError):  # a full disk: an older one is as good
+            save_cursor(self._paths.journal, Cursor(self.epoch, self._seq, self._number, self.owner, self.term))
+
+    # --- owning ---
+
+    async def _campaign(self) -> None:
+        """Know the owner; become it when there is none."""
+        while True:
+            await asyncio.sleep(_POLL_S * random.uniform(0.8, 1.2))  # noqa: S311 - only spreads the nodes
+            try:
+                self._watch_engine()
+                if self._is_owner:
+                    await self._keep_owning()
+                else:
+                    await self._look()
+            except EngineUnavailable:
+                continue
+            except RemoteError as error:
+                _log.error("%s: %s", self.slug, error)
+
+    def _watch_engine(self) -> None:
+        is_cut_off = not self._engine.is_reachable
+        if is_cut_off and not self._is_cut_off:
+            _log.error("%s: %s", self.slug, self.unavailable)
+            self.project.dismiss(Bye("REMOTE_BUSY", self.unavailable, 1.0))
+        self._is_cut_off = is_cut_off
+
+    async def _look(self) -> None:
+        holder = await self._lease.holder(self.slug)
+        if holder is not None and holder.node:
+            self._owner_url = holder.url if holder.node != self._identity.name else None
+            self._forward.owner_is(self._owner_url)
+            return
+        self._owner_url = None
+        self._forward.owner_is(None)
+        may_take = holder is None or holder.wanted in ("", self._identity.name)
+        if not may_take or not self._is_ready or self.project.stopping:
+            return
+        held = await self._lease.acquire(self.slug, node=self._identity.name, url=self._identity.url, after=self.term)
+        if held is not None:
+            await self._take_over(held)
+
+    async def _take_over(self, held: Held) -> None:
+        was_owner = self.owner == self._identity.name
+        try:
+            async with asyncio.timeout(_LEASE_S):
+                seq = await self._order.take_over(self._seq, node=self._identity.name, term=held.term)
+        except (Fenced, TimeoutError):  # there is more to apply first
+            await held.release()
+            return
+        self._stop("follow")
+        self._seq = seq
+        self._start("renew", self._renew(held))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_TAKE_OVER_S):
+                while self._applying and not held.lost.is_set():
+                    self._applied.clear()
+                    await self._applied.wait()
+        if self._applying or held.lost.is_set() or not self._is_ready:
+            self._stop("renew")
+            await held.release()
+            self._restart()
+            return
+        self.owner, self.term = self._identity.name, held.term
+        self._held, self._is_owner = held, True
+        _log.info("%s: this node owns the project, term %d", self.slug, held.term)
+        self._start("append", self._append())
+        self.project.lead(keeps_edits=was_owner)
+        self._forward.hand_over(self.project.submit)
+        self._save_cursor(now=True)
+
+    async def _renew(self, held: Held) -> None:
+        while not held.lost.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LEASE_S / 3):
+                    await held.lost.wait()
+                    break
+            await held.renew()
+        if self._held is held:
+            self._lose("its lease has ended")
+
+    async def _keep_owning(self) -> None:
+        if self._wanted and self._wanted != self._identity.name and not self._pending:
+            await self._hand_over(self._wanted)
+        elif time.monotonic() > self._purge_at:
+            self._purge_at = time.monotonic() + _PURGE_INTERVAL_S
+            first, last = await self._order.bounds()
+            if last - first > 2 * _KEPT_MESSAGES:
+                await self._order.purge(last - _KEPT_MESSAGES)
+
+    def move_to(self, node: str) -> None:
+        """Hand the project to this node, soon."""
+        self._wanted = node
+
+    async def _hand_over(self, node: str) -> None:
+        held, self._held, self._wanted = self._held, None, ""
+        _log.info("%s: handing the project to node %s", self.slug, node)
+        self._stop("renew")
+        self._lose("it was moved")
+        if held is not None:
+            await held.release(hand_to=node)
+
+    async def _append(self) -> None:
+        """Append the worker's records, one message at a time, and deliver what they make final."""
+        try:
+            while True:
+                self._work.clear()
+                if not self._pending:
+                    await self._work.wait()
+                batch = self._next_batch()
+                records = [done.record for _, done in batch if done is not None and done.record]
+                if records:
+                    await self._put_contents([done for _, done in batch if done is not None])
+                    self._seq = await self._order.append(self._seq, records)
+                    self._number = max(done.number for _, done in batch if done is not None)
+                for deliver, _ in batch:
+                    self._pending.popleft()
+                    deliver()
+                self._save_cursor()
+        except Fenced as error:
+            _log.warning("%s: %s", self.slug, error)
+            self._lose("another node owns the project")
+        except StreamFull as error:
+            self._lose(error.message)
+
+    def _next_batch(self) -> list[tuple[Callable[[], None], RequestDone | None]]:
+        batch, size = [], 0
+        for item in self._pending:
+            batch.append(item)
+            size += len(item[1].record) if item[1] is not None else 0
+            if size > _BATCH_BYTES:
+                break
+        return batch
+
+    async def _put_contents(self, outcomes: Sequence[RequestDone]) -> None:
+        """Store the contents that records announce; without one that has changed since: a later record has it."""
+        for content in [content for done in outcomes for content in done.announced]:
+            assert content.digest is not None, "a content is announced with its digest"
+            is_stored = False
+            while not is_stored:
+                try:
+                    await self._engine.put_content(content.digest, self._paths.lattice / content.path)
+                    is_stored = True
+                except EngineUnavailable:
+                    await asyncio.sleep(_POLL_S)
+                except (OSError, StorageError) as error:
+                    _log.info("%s: %s is not stored in the cluster: %s", self.slug, content.path, error)
+                    is_stored = True
+
+    def _lose(self, why: str) -> None:
+        """Follow from now on: the worker restarts, and unanswered requests go to the next owner."""
+        if not self._is_owner:
+            return
+        _log.warning("%s: this node no longer owns the project: %s", self.slug, why)
+        self._is_owner, self._is_ready, self._held = False, False, None
+        unanswered = self.project.step_down()
+        self._drop_pending()
+        for job in unanswered:
+            message = job.message
+            if not isinstance(message, RunCommand | RunCall | Edit):
+                continue  # given up here: the client asks again, and learns the outcome
+            first = message.first_sent_at or time.time() - (time.monotonic() - job.submitted_at)
+            for requester in job.requesters:
+                self._forward.submit(msgspec.structs.replace(message, first_sent_at=first), requester, job.on_result)
+        self._stop("append")
+        self._stop("renew")
+
+    def _drop_pending(self) -> None:
+        """Drop the outcomes that were not appended; deliver what is no outcome."""
+        pending = list(self._pending)
+        self._pending.clear()
+        for deliver, done in pending:
+            if done is None:
+                deliver()
+
+    def _restart(self) -> None:
+        """Restart the worker, to align it with the stream again."""
+        self._is_ready = False
+        self.project.step_down()
+
+    # --- tasks ---
+
+    def _start(self, name: str, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=f"{name} {self.slug}")
+        self._tasks[name] = task
+        task.add_done_callback(partial(self._ended, name))
+
+    def _stop(self, name: str) -> None:
+        task = self._tasks.pop(name, None)
+        if task is not None and task is not asyncio.current_task():
+            task.cancel()
+
+    def _ended(self, name: str, task: asyncio.Task[None]) -> None:
+        if self._tasks.get(name) is task:
+            del self._tasks[name]
+        if task.cancelled() or (error := task.exception()) is None or self._is_closed:
+            return
+        if isinstance(error, TooOld):
+            self.copy_missing(str(error))
+        else:
+            _log.error("%s: %s ended: %s", self.slug, name, error, exc_info=error)
+        if self._is_owner:
+            self._lose(str(error))
+        else:
+            self._restart()

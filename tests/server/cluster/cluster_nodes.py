@@ -1,0 +1,104 @@
+"""Nodes of a cluster as processes of their own."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import requests
+from nats_servers import NatsCluster
+from server_process import Process
+from test_server import make_data, make_token
+
+from lattice_remote.server.datadir import DataDir
+
+__all__ = ["RunningCluster", "running_cluster", "wait_until"]
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 90.0) -> None:
+    """Wait for a condition, within a bound."""
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, what
+        time.sleep(0.05)
+
+
+class RunningCluster:
+    """Nodes ``a``, ``b``, ... with a project ``web`` and a token, both made on the first."""
+
+    def __init__(self, nats: NatsCluster, directory: Path, names: str) -> None:
+        self._nats = nats
+        self._directory = directory
+        self.names = names
+        self.nodes: dict[str, Process] = {}
+        self.sessions: dict[str, requests.Session] = {}
+        self.token = ""
+
+    def start(self, name: str) -> None:
+        """Start a node; it prepares its data directory the first time."""
+        data = DataDir(self._directory / name / "data")
+        if not data.path.exists():
+            if name == self.names[0]:
+                data = make_data(data.path)
+                self.token = make_token(data)
+            else:
+                data.create()
+        monitors = [option for url in self._nats.monitor_urls for option in ("--cluster-monitor", url)]
+        replicas = str(len(self._nats.urls))
+        options = ("--cluster", ",".join(self._nats.urls), "--node", name, "--cluster-replicas", replicas, *monitors)
+        self.nodes[name] = Process(data, *options)
+        session = requests.Session()
+        session.headers["Authorization"] = f"Bearer {self.token}"
+        self.sessions[name] = session
+
+    def ask(self, name: str, method: str, path: str, **options: object) -> requests.Response:
+        url = f"http://127.0.0.1:{self.nodes[name].port}/projects/web{path}"
+        return self.sessions[name].request(method, url, timeout=30, **options)  # type: ignore[arg-type]
+
+    def write(self, name: str, title: str, key: str = "", seconds: float = 60.0) -> requests.Response:
+        """Create a task through a node; repeat it, with its key, while the node is busy or unreachable."""
+        key = key or f"k-{title}"
+        ends = time.monotonic() + seconds
+        while True:
+            try:
+                answer = self.ask(name, "POST", "/tasks", json={"title": title}, headers={"Idempotency-Key": key})
+                if answer.status_code not in (502, 503):
+                    return answer
+            except requests.ConnectionError:
+                pass
+            assert time.monotonic() < ends, f"{title} was not written through {name}"
+            time.sleep(0.2)
+
+    def head(self, name: str) -> tuple[str, int]:
+        answer = self.ask(name, "GET", "").json()
+        return answer.get("epoch", ""), answer.get("head", -1)
+
+    def tree(self, name: str) -> Path:
+        return self.nodes[name].data.project("web").lattice
+
+    def is_open(self, name: str) -> bool:
+        try:
+            return self.ask(name, "GET", "").status_code == 200
+        except requests.ConnectionError:
+            return False
+
+    def kill(self, name: str) -> None:
+        self.nodes[name].end(9)
+
+    def close(self) -> None:
+        for node in self.nodes.values():
+            if node.process.poll() is None:
+                node.end()
+
+
+@contextmanager
+def running_cluster(nats: NatsCluster, directory: Path, names: str = "abc") -> Iterator[RunningCluster]:
+    cluster = RunningCluster(nats, directory, names)
+    try:
+        for name in names:
+            cluster.start(name)
+        for name in names:
+            wait_until(lambda name=name: cluster.is_open(name), f"node {name} opens the project")
+        yield cluster
+    finally:
+        cluster.close()
