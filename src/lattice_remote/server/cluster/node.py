@@ -64,6 +64,7 @@ class Node:
         self,
         data: DataDir,
         engine: Engine,
+        *,
         directory: ClusterDirectory,
         shared: SharedState,
         access: PeerAccess,
@@ -101,7 +102,8 @@ class Node:
         except BaseException:
             await engine.close()
             raise
-        return cls(data, engine, directory, shared, access, NodeIdentity(settings.node, settings.advertise))
+        identity = NodeIdentity(settings.node, settings.advertise)
+        return cls(data, engine, directory=directory, shared=shared, access=access, identity=identity)
 
     @property
     def registry(self) -> Projects:
