@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,10 +179,39 @@ def _not_worth_it(node: ast.AST) -> Iterator[ast.AST]:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "zip":
         for keyword in node.keywords:  # strict=True is an assertion
             yield from ast.walk(keyword)
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        for statement in _last(node.body):  # a function without it returns None all the same
+            if isinstance(statement, ast.Return) and _returns_none(statement):
+                yield statement
+    if isinstance(node, ast.For | ast.AsyncFor | ast.While):
+        yield from (statement for statement in _last(node.body) if isinstance(statement, ast.Continue))
     if isinstance(node, ast.Module):
         for statement in node.body:
             if isinstance(statement, ast.Assign | ast.AnnAssign | ast.Expr):
                 yield from ast.walk(statement)
+
+
+def _returns_none(statement: ast.Return) -> bool:
+    return statement.value is None or (isinstance(statement.value, ast.Constant) and statement.value.value is None)
+
+
+def _last(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Yield the statements of a block after which no other statement of the block runs."""
+    match body[-1]:
+        case ast.If(body=first, orelse=second):
+            yield from _last(first)
+            yield from _last(second) if second else ()
+        case ast.With(body=inner) | ast.AsyncWith(body=inner):
+            yield from _last(inner)
+        case ast.Match(cases=cases):
+            for case in cases:
+                yield from _last(case.body)
+        case ast.Try(body=inner, handlers=handlers, orelse=orelse, finalbody=[]):
+            yield from _last(orelse or inner)
+            for handler in handlers:
+                yield from _last(handler.body)
+        case last:
+            yield last
 
 
 def _changed(node: ast.expr) -> Iterator[str]:
@@ -249,8 +279,9 @@ class Coverage(msgspec.Struct):
     def of(self, mutant: Mutant) -> list[str]:
         """Return the tests that cover a change, then others of the same files and of the module's own.
 
-        Those in the module's folder come first, and the shortest of them. A process that several tests share is
-        recorded for the first of them only, and the hook for audit events for none.
+        First come the shortest of those in the module's folder, then one of each file in turn: tests of one file are
+        alike. A process that several tests share is recorded for the first of them only, and the hook for audit events
+        for none.
         """
         lines = (f"{mutant.module}.py:{line}" for line in range(mutant.line, mutant.statement - 1, -1))
         covering = next((self.tests[line] for line in lines if line in self.tests), set())
@@ -260,6 +291,11 @@ class Coverage(msgspec.Struct):
         near.sort(
             key=lambda test: (test not in covering, not test.startswith(f"tests/{folder}/"), self.durations[test])
         )
+        turns, seen = dict[str, int](), Counter[str]()
+        for test in near:
+            turns[test] = seen[test.partition("::")[0]]
+            seen[test.partition("::")[0]] += 1
+        near[FIRST_TESTS:] = sorted(near[FIRST_TESTS:], key=lambda test: (test not in covering, turns[test]))
         chosen, total_s = list[str](), 0.0
         for test in near:
             total_s += self.durations[test]

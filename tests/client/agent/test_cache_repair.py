@@ -28,7 +28,7 @@ from lattice_remote.client.cache.verify import RepairSchedule
 from lattice_remote.errors import StorageError
 from lattice_remote.file_watcher import FileWatcher, Touched
 from lattice_remote.protocol.messages import Fetch, Manifest
-from lattice_remote.protocol.operations import DeleteFile, MoveFile, PutFile, digest_of
+from lattice_remote.protocol.operations import AnnounceFile, DeleteFile, MoveFile, PutFile, digest_of
 
 REMOVALS = int(os.environ.get("REMOVALS", "10"))
 """How often a cache is removed while it changes."""
@@ -75,6 +75,20 @@ async def equal(directory: Path, server: FakeServer, timeout_s: float = 5.0) -> 
             return False
 
     await until(same, timeout_s)
+
+
+async def test_a_large_content_comes_back_too(server: FakeServer, directory: Path, kept: Service) -> None:
+    path, content = "artifacts/payload/big.bin", os.urandom(300_000)
+    server.files[path] = content
+    server.change(AnnounceFile(path, len(content), digest_of(content)))
+    await equal(directory, server, 60)
+    (directory / path).write_bytes(b"altered")
+    await equal(directory, server, 60)
+    await ask(kept, "configure", name="payloads", value="on-demand")
+    (directory / path).unlink()
+    await until(lambda: path in kept._replicator.replica.deferred)
+    assert (await ask(kept, "fetch", paths=[path]))["fetched"] == [path]
+    await equal(directory, server, 60)
 
 
 def alter(directory: Path) -> None:

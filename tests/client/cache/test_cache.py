@@ -13,12 +13,12 @@ from client_kit import MINE, PLAN, make_cache
 from lattice_remote.client.cache import cache as state
 from lattice_remote.client.cache import safe_directory as directory_module
 from lattice_remote.client.cache.cache import Cache, CacheState, decode_state, encode_deferred, encode_state
-from lattice_remote.client.cache.edits import Edits, TextConflicts
-from lattice_remote.client.cache.verify import read_all
+from lattice_remote.client.cache.edits import Edits, Sent, TextConflicts
+from lattice_remote.client.cache.verify import Reading, read_all
 from lattice_remote.client.config import Remote, read_remote
 from lattice_remote.errors import StorageError
 from lattice_remote.protocol.effects import NOWHERE, Position
-from lattice_remote.protocol.messages import Part
+from lattice_remote.protocol.messages import Part, Put
 from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, DeleteFile, PutFile, digest_of
 
 
@@ -124,6 +124,17 @@ def test_the_manifest_lists_what_is_shared(cache: Cache) -> None:
     assert found == {path: (1, digest_of(b"x")) for path in ("config.json", "tasks/a.json")}
 
 
+@pytest.mark.parametrize("settled", [True, False])
+def test_a_file_read_within_a_clock_tick_of_its_change_is_read_again(cache: Cache, settled: bool) -> None:
+    cache.replace("tasks/a.json", b"2")
+    signature = cache.signature("tasks/a.json")
+    assert signature is not None
+    earlier = {"tasks/a.json": Reading(1, digest_of(b"1"), signature, settled)}
+    assert read_all(cache, earlier)["tasks/a.json"].digest == digest_of(b"1" if settled else b"2")
+    touched = {"tasks/a.json": Reading(1, digest_of(b"1"), (*signature[:3], signature[3] + 1), settled)}
+    assert read_all(cache, touched)["tasks/a.json"].digest == digest_of(b"2")
+
+
 async def test_a_lock_that_another_process_holds_is_waited_for(cache: Cache) -> None:
     other = Cache(cache.directory, cache.remote)
     async with other.locked():
@@ -223,6 +234,21 @@ def test_a_file_equal_to_its_base_is_no_edit(cache: Cache) -> None:
     cache.delete(PLAN)
     edits.rebase(PLAN)
     assert edits.base(PLAN) is None
+
+
+def test_a_file_whose_edit_has_no_answer_is_edited_until_it_has(cache: Cache) -> None:
+    """The server may hold the edit, although the user has taken it back here."""
+    edits = Edits(cache)
+    cache.replace(PLAN, b"server")
+    edits.rebase(PLAN)
+    put = Put("1" * 32, PLAN, b"mine", b"server")
+    edits.unanswered.remember(Sent(put, put, b"server", time.time()))
+    for looking in (edits, Edits(cache)):  # in another process, too
+        looking.unanswered.get(PLAN)
+        cache.replace(PLAN, b"server")
+        assert looking.is_edited(PLAN) and looking.scan() == [PLAN]
+    edits.unanswered.forget(PLAN)
+    assert Edits(cache).scan() == []
 
 
 def test_a_save_in_the_same_clock_tick_as_the_last_look_is_an_edit(

@@ -35,8 +35,9 @@ def part(path: str, data: bytes, *, size: int | None = None, digest: bytes | Non
     return Part(path, 1, whole, digest or hashlib.sha256(data).digest(), data=data)
 
 
-def test_a_file_has_the_directorys_permissions_under_any_umask(cache: Cache) -> None:
-    os.chmod(cache.directory, 0o750)  # noqa: S103 - what the files must get
+@pytest.mark.parametrize(("mode", "of_file"), [(0o750, 0o640), (0o777, 0o666), (0o700, 0o600)])
+def test_a_file_has_the_directorys_permissions_under_any_umask(cache: Cache, mode: int, of_file: int) -> None:
+    os.chmod(cache.directory, mode)
     before = os.umask(0o077)
     try:
         fill = FirstFill(cache)
@@ -46,8 +47,8 @@ def test_a_file_has_the_directorys_permissions_under_any_umask(cache: Cache) -> 
         os.umask(before)
     written = Path(cache.absolute("tasks/new/one.json"))
     assert written.read_bytes() == b"{}"
-    assert stat.S_IMODE(written.stat().st_mode) == 0o640
-    assert stat.S_IMODE(written.parent.stat().st_mode) == 0o750
+    assert stat.S_IMODE(written.stat().st_mode) == of_file
+    assert stat.S_IMODE(written.parent.stat().st_mode) == mode
     assert cache.known.agrees("tasks/new/one.json", cache.signature("tasks/new/one.json"))
 
 

@@ -154,6 +154,8 @@ def test_a_reader_follows_while_the_writer_appends(tmp_path: Path) -> None:
         position = batch[-1][0]
     assert seen == [(seq, b"change %d" % seq) for seq in range(1, 31)]
     assert reader.read(30, 30, 50) == []
+    sizes = [len(reader.read(0, 30, max_bytes) or []) for max_bytes in (1, 8, 9, 16, 17)]  # of "change 1", "change 2"
+    assert sizes == [1, 1, 2, 2, 3]
     assert reader.read(10, 12, 10_000) == [(11, b"change 11"), (12, b"change 12")]
     assert [reader.mark_at(seq) for seq in (0, 1, 17, 30)] == [b"", b"\1" * 8, b"\x11" * 8, b"\x1e" * 8]
     assert reader.mark_at(31) is None
