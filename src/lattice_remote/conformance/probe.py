@@ -44,7 +44,7 @@ def new_id() -> str:
 
 
 class _Connection(ClientConnection):
-    """Notes the server's pings."""
+    """Connection that notes the server's pings."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

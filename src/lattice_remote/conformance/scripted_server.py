@@ -75,7 +75,7 @@ class Link:
 
 
 class _Connection(ServerConnection):
-    """Notes the client's pings."""
+    """Connection that notes the client's pings."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

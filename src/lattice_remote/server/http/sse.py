@@ -38,7 +38,7 @@ _HEADERS = [
 KEEP_ALIVE_S = 10.0
 _KEPT = 256
 _KEPT_BYTES = 4 * 1024 * 1024
-"""Kept for reconnecting clients."""
+"""For reconnecting clients."""
 _IN_THREAD_BYTES = 64 * 1024
 """A larger change is encoded in a thread."""
 _SETTLE_S, _LOOK_S = 1.0, 0.02
@@ -81,13 +81,10 @@ class EncodedChange:
 
 
 class Feeds:
-    """Feeds of the projects with subscribers."""
-
     def __init__(self) -> None:
         self._feeds: dict[Project, Feed] = {}
 
     def join(self, project: Project, listener: "EventStream") -> "Feed":
-        """Add a subscriber to the project's feed; ``leave()`` it later."""
         feed = self._feeds.get(project)
         if feed is None or feed.is_over:
             feed = self._feeds[project] = Feed(project)
@@ -135,7 +132,6 @@ class Feed:
         self._news.set()
 
     def end(self, bye: Bye) -> None:
-        """End all subscribers."""
         self.is_over = True
         for listener in tuple(self.listeners):
             listener.end(bye)

@@ -39,10 +39,8 @@ class _Known:
 
 
 class Contents:
-    """File contents according to the journal. Pass records to ``learn``, oldest first; then ask.
-
-    Args:
-        paths: the files that will be asked for, None for all; saves memory.
+    """File contents according to the journal. Pass records to ``learn``, oldest first; then ask, for ``paths`` if
+    given.
     """
 
     def __init__(self, paths: Iterable[str] | None = None) -> None:
@@ -76,7 +74,6 @@ class Contents:
         )
 
     def is_gone(self, path: str) -> bool:
-        """Return whether the newest record of this file removed it."""
         return path in self._known and self._known[path] is None
 
     def _is_wanted(self, path: str) -> bool:
@@ -121,7 +118,6 @@ class Contents:
 
 
 def change_of(record: Record) -> Change:
-    """Return the change that a record holds."""
     assert record.change is not None, "the caller has looked"
     frame = decode_server_frame(record.change, max_bytes=len(record.change))
     assert isinstance(frame, Change), "the journal holds what this package has encoded"
@@ -158,7 +154,6 @@ def counterpart(path: str) -> str:
 
 
 def is_snapshot(path: str) -> bool:
-    """Return whether a file is a snapshot of a task or a resource."""
     folder, name = os.path.split(path)
     return folder in ("tasks", "archive/tasks") or (folder.startswith("resources/") and name == "resource.json")
 
@@ -177,12 +172,8 @@ def log_of(path: str, read: Read) -> str | None:
 
 
 def derive(path: str, read: Read, logs: Collection[str] = ()) -> bytes:
-    """Return a snapshot as lattice derives it from its log; empty if that is not possible.
-
-    Args:
-        path: of the snapshot.
-        read: see ``Read``.
-        logs: of resources, to search if the snapshot does not name its own.
+    """Return a snapshot as lattice derives it; empty if impossible. ``logs`` of resources are searched if it names
+    none.
     """
     log = log_of(path, read)
     if log is None and path.startswith("resources/"):
@@ -205,7 +196,7 @@ def derive(path: str, read: Read, logs: Collection[str] = ()) -> bytes:
 
 
 def name_of_resource(log: bytes) -> str | None:
-    """Return the name in the first event of a resource's log; None if there is none."""
+    """Return the name in the first event of a resource's log."""
     try:
         name = json.loads(log.split(b"\n", 1)[0])["data"]["name"]
     except (ValueError, KeyError, TypeError):

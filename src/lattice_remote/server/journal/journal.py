@@ -1,7 +1,6 @@
 """Journal: a project's numbered changes and the replies to its requests, durable and bounded (I1, I2, I6).
 
-``journal/`` holds segments, see ``segment.py``. A record without a change keeps the reply of a request that changed
-nothing, for a retry.
+``journal/`` holds segments, see ``segment.py``. A record without a change keeps a reply, for a retry.
 
 A new epoch is a new segment. The segments before it, and those before a damaged one, are *former*: not replayed, but
 shown by the audit log until they expire. ``ids.py`` holds the ids of former and expired segments.
@@ -91,7 +90,7 @@ class Journal:
     """The worker's side of the journal, made by ``open`` or ``create``. Not thread-safe.
 
     Attributes:
-        epoch, head, mark: the position; ``head`` counts changes from 1, 0 means none.
+        epoch, head, mark: the position; ``head`` is 0 before the first change.
         notes: repairs made by ``open``, one line each.
         is_damaged: ``open`` cut records that may have been acknowledged: their replies are lost.
         request_ids: the requests answered in expired or former segments.
@@ -140,26 +139,21 @@ class Journal:
         answered: Iterable[Record] = (),
         since: float | None = None,
     ) -> Self:
-        """Start a new history: existing segments become former ones, numbers start at 0.
+        """Start a new history: existing segments become former ones, numbers start at 0. Raises OSError.
 
         A crash leaves the old history or the new one with all of ``answered`` (I6).
 
         Args:
             directory: created if missing.
-            epoch: of the new history.
-            retention: its bounds.
             answered: replies that a retry may ask for: records without a change, at number 0.
             since: ``answered`` has all replies after this time, in seconds since the epoch; None: none before now.
-
-        Raises:
-            OSError: the directory cannot be written.
         """
         journal = cls(directory, retention or Retention())
         directory.mkdir(parents=True, exist_ok=True)
         for path in segment_paths(directory):
             journal._add_former(path)
             journal._retired += readable_records(path)
-            # The next number is later, however many records it has.
+            # Later, however many records it has.
             journal._next_number = int(path.stem) + journal._former[-1].size // HEAD_BYTES + 1
         journal._index_retired()
         journal.epoch = epoch
@@ -181,7 +175,7 @@ class Journal:
                 continue
             header = loaded[0].header
             if self._segments and not self._continues(header):
-                # The segments before can't be reached from here: history starts with this segment.
+                # The segments before cannot be reached from here: history starts with this one.
                 self._retire()
                 if (header.head, header.mark) != (0, b"") or header.epoch == self.epoch:
                     self.notes.append(f"journal: {path.name} does not continue the segment before it")
@@ -245,8 +239,7 @@ class Journal:
 
         ``payload`` is the encoded record, if there is one already.
 
-        Raises:
-            OSError: the journal is as before, or, rarely, the attempt to restore it failed too.
+        Raises OSError: the journal is as before, or, rarely, the attempt to restore it failed too.
         """
         data = frame(payload or encode_record(record))
         last = self._segments[-1]
@@ -267,15 +260,14 @@ class Journal:
             self._places[bytes.fromhex(record.id)] = _Place(self._segments[-1].header.number, offset)
 
     def is_rotation_due(self, now: float) -> bool:
-        """Return whether the newest segment is large, or old and not empty."""
         last = self._segments[-1]
         old = self._next_number > last.header.number and now - last.header.since > self.retention.segment_age_s
         return old or last.size >= self.retention.segment_bytes
 
     def rotate(self) -> int:
-        """Start a new segment and return the old one's descriptor, for the caller to close.
+        """Start a new segment and return the old one's descriptor, for the caller to close. Raises OSError.
 
-        The old one is made durable first: the new header repeats where it ended. Raises OSError.
+        The old one is made durable first: the new header repeats where it ended.
         """
         old = self._descriptor
         sync(old)
@@ -334,7 +326,6 @@ class Journal:
         return segments[:count]
 
     def close(self) -> None:
-        """Close the newest segment, after its fsync."""
         os.close(self._descriptor)
         self._descriptor = -1
 
@@ -360,7 +351,6 @@ class Journal:
 
     @property
     def next_number(self) -> int:
-        """The number that the next record gets."""
         return self._next_number
 
     @property
@@ -390,8 +380,7 @@ class Journal:
     def find(self, request_id: str) -> Record | None:
         """Return the record that answered a request, None if it is unknown or expired.
 
-        Raises:
-            OSError: the record cannot be read: the request was answered, so it is not new.
+        Raises OSError: it cannot be read, so the request is not new.
         """
         place = self._places.get(bytes.fromhex(request_id))
         if place is None:
@@ -456,12 +445,10 @@ class Committer:
             self._delays.put(_MAX_DELAY_S)
 
     def finish(self) -> None:
-        """Finish all jobs and end the thread."""
         self._delays.put(None)
         self._thread.join()
 
     def wait(self) -> None:
-        """Wait for every job submitted so far."""
         done = threading.Event()
         self.submit(CommitJob(then=done.set))
         self.flush()

@@ -75,7 +75,7 @@ class _Line:
 
 
 class Repair:
-    """A plan that brings ``damaged`` files to their state in ``tree.files``; ``perform`` writes it.
+    """A plan that brings ``damaged`` files to their state in ``tree.files``; ``perform`` writes it. Raises OSError.
 
     Attributes:
         failed: lost files that cannot be reconstructed; they stay.
@@ -88,9 +88,6 @@ class Repair:
         kept: returns another candidate for the content of a path; the digest decides.
         epoch: of the workers' ids; empty if commands must not be undone.
         has_edits: whether unknown content may be an outside change; otherwise it is damage.
-
-    Raises:
-        OSError: a file cannot be read.
     """
 
     def __init__(
@@ -112,7 +109,7 @@ class Repair:
         self._has_edits = has_edits
         self._restored: dict[str, bytes] = {}
         self._surplus: list[str] = []
-        self._added: dict[str, list[_Line]] = {}  # lines added to logs, by path
+        self._added: dict[str, list[_Line]] = {}  # by path
         damaged = set(damaged)
         logs = {path for path in damaged if _is_log(path)}
         for name in sorted({os.path.basename(path) for path in logs}):
@@ -255,7 +252,6 @@ class Repair:
         following[prefix] = max(following.get(prefix, 1), int(number) + 1)
 
     def _index_of_ids(self) -> bytes:
-        """Return the index according to the tasks' logs."""
         ids: dict[str, str] = {}
         following: dict[str, int] = {}
         for path in {*self._tree.files, *self._restored}:
@@ -273,7 +269,6 @@ class Repair:
         return _serialized({"schema_version": 2, "map": ids, "next_seqs": following})
 
     def _repair_index_of_sessions(self) -> None:
-        """Make the index list the existing sessions."""
         paths = {path for path, _ in self._tree.scan()} - set(self._surplus) | self._restored.keys()
         files = [path for path in paths if os.path.dirname(path) == "sessions" and path != _SESSION_INDEX]
         index = parsed(self._read(_SESSION_INDEX)) or {}
@@ -350,13 +345,8 @@ class Repair:
     # --- writing ---
 
     def perform(self, lost: Path) -> list[str]:
-        """Write the files; return one line for each. Repeatable after an error.
-
-        Args:
-            lost: a directory for files of unfinished commands.
-
-        Raises:
-            OSError: a file cannot be written.
+        """Write the files, those of unfinished commands to ``lost``; return a line for each. Repeatable. Raises
+        OSError.
         """
         notes = [f"{path}: could not be restored" for path in self.failed]
         for path, data in self._restored.items():
@@ -383,7 +373,6 @@ def _is_log(path: str) -> bool:
 
 
 def parsed(data: bytes) -> dict[str, Any] | None:
-    """Return a JSON object, None for anything else."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
@@ -413,7 +402,6 @@ def _extended(log: bytes, lines: list[_Line]) -> bytes:
 
 
 def _serialized(index: dict[str, Any]) -> bytes:
-    """Return an index as lattice writes it."""
     return (json.dumps(index, sort_keys=True, indent=2) + "\n").encode()
 
 
@@ -447,7 +435,7 @@ def _write(path: str, data: bytes) -> None:
 
 _LOG = re.compile(r"(?:archive/)?events/(task_[^/]+)\.jsonl")
 _MAX_LOG_BYTES = 4 * 1024 * 1024
-"""Size up to which a log is replayed; that takes about 0.1 s per megabyte."""
+"""A longer log is not replayed; that takes about 0.1 s per megabyte."""
 
 
 def files_of_task(path: str) -> set[str]:
@@ -469,10 +457,7 @@ def repair_task(tree: ProjectTree, task: str) -> None:
     """Archive a revived task again, and derive a stale snapshot from its log. Lattice's locks of it must be held.
 
     A snapshot is stale if it agreed with its log at the last number, the log has grown, and they no longer agree. A
-    snapshot that a person has edited did not agree, and stays.
-
-    Raises:
-        OSError: a file cannot be read or written.
+    snapshot that a person has edited did not agree, and stays. Raises OSError.
     """
     _archive_again(tree, task)
     for folder in ("", "archive/"):
@@ -542,16 +527,13 @@ def repair_copy(
     """Bring the tree to the last change that all of it can reach; return lines for the log. Repeatable after a crash.
 
     Empty if nothing is repaired: the files fit, or some were written after the server had stopped in order. Other
-    outside changes stay, see ``Repair``.
+    outside changes stay, see ``Repair``. Raises OSError.
 
     Args:
         tree: of the copy; its ``files`` are of the reached number afterwards.
         journal: the copied one, open.
         listed: the copied manifest.
         kept: returns the copied undo log's content of an absolute path.
-
-    Raises:
-        OSError: a file cannot be read or written.
     """
     states = _EarlierTrees(journal, listed, tree)
     target = journal.head
@@ -580,7 +562,6 @@ def files_at_head(journal: Journal, listed: ManifestFile, lattice: Path) -> dict
 
 
 def _is_edited(tree: ProjectTree, after: float) -> bool:
-    """Return whether any file was written after this time, in seconds since the epoch."""
     return any(status.st_mtime > after for _, status in tree.scan())
 
 
@@ -589,7 +570,7 @@ class _EarlierTrees:
 
     def __init__(self, journal: Journal, listed: ManifestFile, tree: ProjectTree) -> None:
         self.contents = Contents()
-        """Contents up to the number last asked for."""
+        """Up to the number last asked for."""
         self.changed_at: dict[str, int] = {}
         """The last change of each file up to that number that can be undone."""
         self._journal = journal

@@ -38,10 +38,7 @@ __all__ = [
 
 
 class Segment(msgspec.Struct, frozen=True, tag="segment"):
-    """The first record of a segment: the epoch, and the head at its start.
-
-    ``since`` is the time of the start, in seconds since the epoch.
-    """
+    """The first record of a segment: the epoch, and the head and time at its start."""
 
     epoch: str
     number: int
@@ -58,8 +55,8 @@ class Record(msgspec.Struct, frozen=True, tag="record", omit_defaults=True):
         id: empty if no retry may ask for the reply.
         moved: contents of files that the change only moved: a copy of a live project may have them in neither place
             (``repair.py``). Without a change, a content before a command destroys it.
-        fingerprint: a digest of the request.
-        is_keyed: the id is the caller's key, so that a repetition does not say when it was first sent.
+        fingerprint: of the request.
+        is_keyed: the id is the caller's key: a repetition does not say when it was first sent.
     """
 
     seq: int
@@ -89,12 +86,12 @@ class Outline(msgspec.Struct, frozen=True, tag="record"):
 
 
 decoder: msgspec.msgpack.Decoder[Segment | Record] = msgspec.msgpack.Decoder(Segment | Record)
-"""Decodes the payload of any frame in a segment."""
+"""Of any frame in a segment."""
 outline_decoder: msgspec.msgpack.Decoder[Segment | Outline] = msgspec.msgpack.Decoder(Segment | Outline)
-"""The same, without the bytes of changes and replies."""
+"""Without the bytes of changes and replies."""
 _RECORD_TAG = b"\xa4type\xa6record"
 _TAG_OFFSET = HEAD_BYTES + 1
-"""Offset of a record's tag: after its head and the byte that counts its fields."""
+"""After a record's head and the byte that counts its fields."""
 _SEGMENT_NAME = re.compile(r"[0-9]{20}\.log")
 
 
@@ -260,7 +257,6 @@ class JournalReader:
                         yield at, payload
 
     def records(self) -> Iterator[Record]:
-        """Yield every record of the history, oldest first."""
         return (item for item in self._items(0) if isinstance(item, Record))
 
     def mark_at(self, seq: int) -> bytes | None:

@@ -94,7 +94,7 @@ class ReplicationStatus:
     def __init__(self, commit_times: CommitTimes, metrics: ProjectMetrics) -> None:
         self.since = datetime.now(UTC)
         self.client_version = ""
-        """As the client reports it; "" before its greeting."""
+        """As the client reports it."""
         self.lattice_version = ""
         self.applied: int | None = None
         """Last change known to be applied by the cache; None without a cache."""
@@ -119,7 +119,7 @@ class ReplicationStatus:
 
 
 def offered_capabilities() -> list[str]:
-    """Return the server's capabilities, given the installed packages."""
+    """Return the capabilities, given the installed packages."""
     return [name for name in CAPABILITIES if not name.startswith("call:") or is_offered(name.removeprefix("call:"))]
 
 
@@ -250,7 +250,7 @@ class ClientConnection:
 
     @property
     def behind(self) -> int | None:
-        """Number of changes that the cache lacks; None without a cache."""
+        """Changes that the cache lacks; None without a cache."""
         applied = self.replication.applied
         return None if applied is None else max(0, self.project.history.head - applied)
 
@@ -457,7 +457,6 @@ class ClientConnection:
         self._queue_answer(request_id, reply)
 
     def _release_answers(self) -> None:
-        """Uncount the answers that were sent."""
         if self._counted_bytes and not self._deferred_replies:
             self._budget.give_back(self.token.id, self._counted_bytes)
             self._counted_bytes = 0

@@ -112,10 +112,7 @@ def _flush_due(due: list["SendQueue"]) -> None:
 
 
 class SendQueue:
-    """The queue in front of one transport; the owner passes on ``pause()``, ``resume()`` and ``close()``.
-
-    ``log`` gets the reason when the client is cut.
-    """
+    """The queue in front of one transport; its owner passes on ``pause()``, ``resume()`` and ``close()``."""
 
     def __init__(
         self,
@@ -151,7 +148,6 @@ class SendQueue:
         return self._bytes + (0 if self._closed else self._transport.get_write_buffer_size())
 
     def take_written(self) -> int:
-        """Return the bytes written since the last call."""
         written, self._written = self._written, 0
         return written
 
@@ -193,7 +189,6 @@ class SendQueue:
         self.close()
 
     def close(self) -> None:
-        """Drop the queue. Idempotent."""
         self._closed = True
         self._frames.clear()
         self._bytes = 0
@@ -499,16 +494,14 @@ class Handoff(ServerConnection):
 
     @property
     def peer_name(self) -> str:
-        """For the log."""
         address = self.remote_address
         return f"{address[0]}:{address[1]}" if address else "client"
 
     def allow_message_bytes(self, limit: int) -> None:
-        """Accept longer messages than ``FIRST_FRAME_BYTES`` from now on."""
+        """Accept longer messages than ``FIRST_FRAME_BYTES``."""
         self.protocol.max_message_size = limit
 
     def allow_messages_per_s(self, rate: int) -> None:
-        """Accept another number of messages than a client's from now on."""
         self._messages_per_s = rate
 
     def end(self, code: int, reason: str) -> None:
@@ -552,7 +545,6 @@ class Handoff(ServerConnection):
             super().process_event(event)
 
     def _end_over(self, limit: str) -> None:
-        """End it; stop reading."""
         self._over = True
         self.quota.holds(0)  # it is about to close; cut no other connection for it
         self.end(1012, limit)
@@ -602,7 +594,6 @@ def websocket_server(
 
 
 def http_answer(refusal: ApiError) -> Response:
-    """Return the refusal of an upgrade for ``check``."""
     headers = Headers(refusal.headers)
     headers["Content-Length"] = str(len(refusal.body))
     return Response(refusal.status, refusal.status.phrase, headers, refusal.body)

@@ -28,7 +28,7 @@ __all__ = ["LISTS", "CachedTasks", "Differences", "Part", "difference", "encode_
 LISTS = frozenset({"/api/tasks", "/api/graph"})
 """Requests of the dashboard that read every task, and nothing else."""
 _MAX_TEXT_BYTES = 32 * 1024 * 1024
-"""Bound on the text of parsed files; further files are read every time."""
+"""Of parsed files; further files are read every time."""
 _SCAN_S = 1.0
 """Age up to which a scan of the same state serves another list."""
 _SETTLED_NS = 100_000_000
@@ -53,7 +53,7 @@ class _TaskFile(PosixPath):
     text: _Text | None = None
 
     def __lt__(self, other: Any) -> bool:
-        """Compare as lattice's handlers need, which sort the files of one directory."""
+        """Compare as lattice's handlers do, which sort the files of one directory."""
         return self.order < other.order if isinstance(other, _TaskFile) else super().__lt__(other)
 
     @cached_property
@@ -143,7 +143,7 @@ _ESCAPED = re.compile(r"[^\x00-\x7e]")
 
 
 def encode_json(data: Any) -> str:
-    """Return the text of ``json.dumps(data, sort_keys=True, indent=2)``, with the same values."""
+    """Return ``json.dumps(data, sort_keys=True, indent=2)``, with the same values."""
     try:
         text = msgspec.json.format(_encoder.encode(data), indent=2).decode()
     except (msgspec.MsgspecError, TypeError, ValueError, OverflowError):
@@ -192,7 +192,7 @@ def installed() -> Iterator[None]:
 Part = tuple[int, int] | str
 """A range of the earlier text, or new text."""
 _ITEM_END = re.compile(rb"\n {4,6}\},?")
-"""The end of an item of a list, in lattice's form."""
+"""Of an item of a list, in lattice's form."""
 _MAX_LISTS, _MAX_STEPS, _MAX_STEP_SHARE = 4, 32, 4
 
 

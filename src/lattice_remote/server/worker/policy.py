@@ -73,7 +73,7 @@ _NESTING = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
 def check(kind: Kind, name: str, value: str) -> None:
-    """Raises Rejected, with the reason in one line."""
+    """Check a parameter's value. Raises Rejected, with the reason in one line."""
     _CHECKS[kind](name, value)
 
 
