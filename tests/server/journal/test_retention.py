@@ -51,15 +51,19 @@ async def comment(copy: Copy, text: str) -> None:
     assert isinstance(reply, Reply) and reply.exit_code == 0, reply
 
 
+async def catch_up(running: Running, copy: Copy) -> None:
+    async with running.connected() as socket:
+        await copy.greet(socket)
+        await copy.sync()
+
+
 async def test_the_journal_stays_within_its_bound_and_a_client_older_than_it_resyncs(tmp_path: Path) -> None:
     """I3, I7."""
     journal = f'{{"max_bytes": {MAX_BYTES}, "segment_bytes": {SEGMENT_BYTES}}}'
     data, token = make_server_data(tmp_path / "data", journal)
     away, writer, most = Copy(), Copy(), 0
     async with serving(data, token, worker=WORKER_COMMAND) as running:
-        async with running.connected() as socket:
-            await away.greet(socket)
-            await away.sync()
+        await catch_up(running, away)
         async with running.connected() as socket:
             await writer.greet(socket)
             await writer.run("create", "One", *ANA)
@@ -69,9 +73,7 @@ async def test_the_journal_stays_within_its_bound_and_a_client_older_than_it_res
             written = writer.replica.head
             assert running.registry.project("web").history.oldest > 2
         away.replica.disconnected()
-        async with running.connected() as socket:
-            await away.greet(socket)
-            await away.sync()
+        await catch_up(running, away)
         assert resyncs(away) == 2, "at first, and now"
         assert away.tree == tree_of(running.tree) and away.replica.position.seq == written
     print(f"journal: at most {most} bytes, bound {MAX_BYTES} + {SEGMENT_BYTES} for a segment")
@@ -84,9 +86,7 @@ async def test_age_expires_while_nothing_is_written(tmp_path: Path, monkeypatch:
     data, token = make_server_data(tmp_path / "data", f'{{"max_age_days": {0.4 / 86400}}}')
     away, writer = Copy(), Copy()
     async with serving(data, token, worker=WORKER_COMMAND) as running:
-        async with running.connected() as socket:
-            await away.greet(socket)
-            await away.sync()
+        await catch_up(running, away)
         async with running.connected() as socket:
             await writer.greet(socket)
             await writer.run("create", "One", *ANA)
