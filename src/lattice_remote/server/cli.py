@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import typer
@@ -23,6 +23,10 @@ from lattice_remote.output import as_lines, as_records, columns, counted
 from lattice_remote.server.datadir import DataDir, administered, default_location, remember
 from lattice_remote.server.logging import FORMAT_VARIABLE, LEVEL_VARIABLE, log_to_stderr
 from lattice_remote.server.tokens import Token, TokenFile, duration, expiry, read_last_uses, shown
+
+if TYPE_CHECKING:
+    from lattice_remote.server.maintenance.project_commands import Exported
+    from lattice_remote.server.project.bundle_check import ImportReport
 
 __all__ = ["NOT_RUNNING", "app", "main"]
 
@@ -473,11 +477,15 @@ def import_project(  # noqa: PLR0917 - Typer calls it
     if as_json:
         _print_json(report)
         return
-    what = f"{report.tasks} tasks, {report.archived} archived, {report.files} files, {report.bytes} bytes"
     done = "Would import" if dry_run else "Imported"
-    typer.echo(f"{done} {project}: {what}.")
+    typer.echo(f"{done} {project}: {_size_of(report)}.")
     for note in report.notes():
         typer.echo(printable(note), err=True)
+
+
+def _size_of(project: "ImportReport | Exported") -> str:
+    tasks, files = counted(project.tasks, "task"), counted(project.files, "file")
+    return f"{tasks}, {project.archived} archived, {files}, {project.bytes} bytes"
 
 
 @app.command("export")
@@ -500,8 +508,7 @@ def export_project(
     if as_json:
         _print_json(exported)
     else:
-        what = f"{exported.tasks} tasks, {exported.archived} archived, {exported.files} files, {exported.bytes} bytes"
-        typer.echo(f"Exported {slug} to {exported.directory}: {what}.")
+        typer.echo(f"Exported {slug} to {exported.directory}: {_size_of(exported)}.")
         for finding in exported.findings:
             typer.echo(printable(finding), err=True)
     if not exported.is_sound:

@@ -183,3 +183,14 @@ async def test_the_log_names_what_a_client_runs_and_which_side_is_older(
     (line,) = [record.getMessage() for record in caplog.records if "connected at" in record.getMessage()]
     assert line.isprintable() and r"lattice-remote 99.0\x1b[31m (" in line and "upgrade the server" in line
     assert "lattice-tracker 0.0.1 (0.0.1 is older: upgrade the client)" in line
+
+
+async def test_a_version_that_a_client_does_not_name_is_not_called_older(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "lattice_remote.server.project.connection")
+    async with running.connected() as socket:
+        await socket.send(hello(client_version="99.0", lattice_version=""))
+        await socket.recv()
+    (line,) = [record.getMessage() for record in caplog.records if "connected at" in record.getMessage()]
+    assert "lattice-remote 99.0 (" in line and "lattice-tracker" not in line

@@ -537,15 +537,17 @@ class ClientConnection:
 
 
 def _describe_versions(hello: Hello, lattice_version: str) -> str:
-    """Return the client's versions for the log, and the side to upgrade."""
+    """Return the client's versions, as far as it names them, and the side to upgrade."""
     parts = []
     for name, theirs, ours in (
         ("lattice-remote", hello.client_version, lattice_remote.__version__),
         ("lattice-tracker", hello.lattice_version, lattice_version),
     ):
+        if not theirs:
+            continue
         difference = describe_difference(theirs, ours, here_is="the client", there_is="the server")
         parts.append(f"{name} {printable(theirs[:40])}" + (f" ({printable(difference[:120])})" if difference else ""))
-    return ", ".join(parts)
+    return ", ".join(parts) or "unknown versions"
 
 
 def _first_sent_at(frame: Write) -> float | None:
