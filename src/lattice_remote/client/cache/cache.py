@@ -1,7 +1,7 @@
 """A project's ``.lattice`` directory as a replicated tree: plain files, replaced or appended atomically (I8).
 
-``safe_directory`` opens files without following links. Files are not fsynced one by one: after a power cut the whole
-cache is compared with the server (see ``decode_state``). Unsent saves are the exception (see ``evidence``).
+Files are not fsynced one by one: after a power cut the whole cache is compared with the server (see ``decode_state``).
+Unsent saves are the exception (see ``evidence``).
 """
 
 import asyncio
@@ -48,8 +48,6 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class CacheState:
-    """Stored state of a cache."""
-
     position: Position = NOWHERE
     """Every change up to here is in the files, except in the ``missing`` ones."""
     missing: tuple[str, ...] = ()
@@ -82,7 +80,7 @@ def encode_state(state: CacheState, remote: Remote, inode: int = 0) -> bytes:
 
 
 def encode_deferred(deferred: Mapping[str, Content | None]) -> bytes:
-    """Return the content of the file of deferred contents. It is written before the state."""
+    """Return the content of the file of deferred contents, which is written before the state."""
     entries = {path: content and [content[0], content[1].hex()] for path, content in sorted(deferred.items())}
     return (json.dumps(entries, indent=0) + "\n").encode()
 
@@ -133,7 +131,7 @@ def boot_id() -> str:
 
 
 def booted_at() -> float:
-    """Return the machine's boot time (seconds since 1970); 0 if there is no boot id."""
+    """Return the boot time (seconds since 1970); 0 if there is no boot id."""
     return time.time() - boot_time() if boot_id() else 0.0
 
 
@@ -205,7 +203,7 @@ class Cache:
         return os.open(self.absolute(path), READ | os.O_DIRECTORY)
 
     def make_private(self) -> None:
-        """Create the directories of our other files, with the permissions of the cache's."""
+        """Create the directories of our other files, with the cache's permissions."""
         with storage_errors(PRIVATE_DIRECTORY):
             for directory in (PRIVATE_DIRECTORY, WATCHES_DIRECTORY):
                 self._files.make(directory)
@@ -237,11 +235,9 @@ class Cache:
 
     @property
     def is_held_by_others(self) -> bool:
-        """Return whether another process holds the lock."""
         return self.held_since is not None
 
     def is_whole(self) -> bool:
-        """Return whether layout and write block are complete."""
         directories = all(os.path.isdir(os.path.join(self.directory, directory)) for directory in _DIRECTORIES)
         return directories and self._blocks_plain_writes()
 
@@ -280,8 +276,6 @@ class Cache:
             self._lock.release()
 
     def file_lock(self, path: str) -> "CacheLock":
-        """Return a lock between processes on a private file."""
-
         def make() -> None:
             with storage_errors(path):
                 self._files.make(PRIVATE_DIRECTORY)
@@ -309,7 +303,6 @@ class Cache:
     # --- state ---
 
     def load_state(self) -> CacheState:
-        """Return the stored state, empty if there is none."""
         try:
             deferred = b""
             with contextlib.suppress(FileNotFoundError):
@@ -340,13 +333,12 @@ class Cache:
         self.known.learn()
 
     def store_known(self) -> None:
-        """Store the fingerprints for the next process."""
         self.known.share()
         if (data := self.known.stored(boot_id())) is not None:
             self.replace(STORED, data)
 
     def signature(self, path: str) -> Signature | None:
-        """Return a stat signature that changes with every write; None without a plain file."""
+        """Return a signature that changes with every write; None without a plain file."""
         try:
             found = os.lstat(os.path.join(self.directory, path))
         except OSError:
@@ -356,7 +348,6 @@ class Cache:
         return signature_of(found)
 
     def absolute(self, path: str) -> str:
-        """Return the absolute path of a tree path."""
         return os.path.join(self.directory, path)
 
     # --- the tree (operations.Tree) ---
@@ -367,7 +358,6 @@ class Cache:
         return None if found is None else found[1]
 
     def read(self, path: str, offset: int = 0) -> bytes:
-        """Return the content from ``offset`` on."""
         with storage_errors(path):
             return self._files.read(path, offset)
 
@@ -389,7 +379,6 @@ class Cache:
             self.note(path)
 
     def sync(self, paths: Iterable[str]) -> None:
-        """Fsync these files."""
         for path in paths:
             with storage_errors(path):
                 self._files.sync(path)
@@ -498,22 +487,18 @@ class Cache:
         return f"{_DOWNLOADS}/{digest.hex()}"
 
     def add(self, partial: str, data: bytes) -> None:
-        """Append a part to the collected ones."""
         with storage_errors(partial):
             self._files.extend(partial, data)
 
     def place(self, partial: str, path: str) -> None:
-        """Put a collected content in place at ``path``."""
         with storage_errors(path):
             self._files.move(partial, path)
             self.note(path)
 
     def discard(self, partial: str) -> None:
-        """Remove the collected parts."""
         self._files.discard(partial)
 
     def discard_partials(self, keep: Iterable[bytes]) -> None:
-        """Remove the collected parts of all contents but these."""
         kept = {digest.hex() for digest in keep}
         with contextlib.suppress(OSError):
             for name in os.listdir(self.absolute(_DOWNLOADS)):
@@ -523,7 +508,7 @@ class Cache:
     # --- listing ---
 
     def paths(self) -> Iterator[str]:
-        """Yield the relative path of each replicated plain file."""
+        """Yield the path of each replicated plain file."""
         with storage_errors(self.directory):
             top = self._files.top_level()
         for name, is_directory in top:
@@ -558,7 +543,7 @@ class CacheLock:
         self._depth = 0
 
     def acquire(self) -> bool:
-        """Take the lock; return False if another process holds it."""
+        """Return False if another process holds the lock."""
         if self._handle is None:
             if not os.path.lexists(self._place):
                 self._make()

@@ -85,7 +85,6 @@ class StaleEditDetector:
         return current if base == text else base
 
     def forget(self, path: str) -> None:
-        """Forget the older texts."""
         for name in self._names(path, all_ages=True):
             self._cache.delete(f"{_directory(path)}/{name}")
 
@@ -156,8 +155,6 @@ _MAX_KEPT_BYTES = 1024 * 1024
 
 
 class Sent(msgspec.Struct, frozen=True):
-    """A sent edit."""
-
     put: Put
     """With its whole base."""
     frame: Put
@@ -168,7 +165,6 @@ class Sent(msgspec.Struct, frozen=True):
     """Time of sending (seconds since 1970)."""
 
     def first_sent_at(self) -> float:
-        """Return the time of sending (``boot_time()``)."""
         return boot_time() - max(0.0, time.time() - self.at)
 
 
@@ -190,7 +186,6 @@ class PendingEdits:
             self._cache.replace(_place(sent.put.path), data)
 
     def forget(self, path: str) -> None:
-        """Forget an edit after its answer was settled."""
         self._sent.pop(path, None)
         self._cache.delete(_place(path))
 
@@ -273,7 +268,7 @@ class Edits:
         return self.is_edited(path) or is_being_written(self._cache.absolute(path))
 
     def base(self, path: str) -> bytes | None:
-        """Return the server's text that the file is based on, if any."""
+        """Return the server's text that the file is based on."""
         place = _base_path(path)
         return None if self._cache.size(place) is None else self._cache.read(place)
 
@@ -285,12 +280,10 @@ class Edits:
         return f"tasks/{task}.json" not in files and f"archive/tasks/{task}.json" not in files
 
     def base_entry(self, path: str) -> tuple[int, bytes] | None:
-        """Return size and digest of the base."""
         base = self.base(path)
         return None if base is None else (len(base), digest_of(base))
 
     def rebase(self, path: str) -> None:
-        """Record that the file now is the server's text."""
         if self._cache.size(path) is None:
             self._cache.known.settle_text(path, None)
             self._cache.delete(_base_path(path))
@@ -300,7 +293,6 @@ class Edits:
             self._replace_base(path, text)
 
     def sent(self, path: str, text: bytes) -> None:
-        """Record that the server has ``text``."""
         self._cache.known.settle_text(path, None)
         self._cache.replace(_base_path(path), text)
 
@@ -375,7 +367,6 @@ class Edits:
                 return None
 
     def edited_by(self, operation: Operation) -> list[str]:
-        """Return those of an operation's files that are edited here."""
         paths = (operation.path, operation.to) if isinstance(operation, MoveFile) else (operation.path,)
         return [path for path in paths if is_editable(path) and self.is_in_use(path)]
 
@@ -406,8 +397,6 @@ _MAX_NAMED = 3
 
 @dataclass(frozen=True, slots=True)
 class TextConflict:
-    """One file with a conflict."""
-
     path: str
     copies: tuple[str, ...]
     task: str
@@ -461,7 +450,6 @@ class TextConflicts:
                 self._cache.delete(copy)
 
     def copies(self) -> list[str]:
-        """Return the existing copies."""
         found: list[str] = []
         for folder in _FOLDERS:
             with contextlib.suppress(OSError):
@@ -479,7 +467,6 @@ class TextConflicts:
         return [self._conflict(path, copies) for path, copies in files.items()]
 
     def notice(self) -> str | None:
-        """Return the notice for every command while there are conflicts."""
         if not self.copies():
             return None
         found = self.all()

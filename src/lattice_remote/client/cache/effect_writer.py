@@ -207,5 +207,4 @@ class EffectWriter:
 
 
 def _brings(operation: Operation) -> bool:
-    """Return whether a file may be new under its name afterwards."""
     return isinstance(operation, PutFile | AnnounceFile | MoveFile)

@@ -101,7 +101,7 @@ class Repository:
         return [path for _, _, path in self._index(["."])] if self.is_there() else []
 
     def blobs(self, paths: Collection[str]) -> dict[str, Blobs]:
-        """Return the content for the tracked ones of ``paths``."""
+        """Return git's content for the tracked ones of ``paths``."""
         found: dict[str, Blobs] = {}
         if not paths or not self.is_there():
             return found
@@ -260,7 +260,6 @@ class Evidence:
                 os.fchmod(self._watch_handle, os.stat(self._cache.directory).st_mode & 0o666)
 
     def end_watch(self) -> None:
-        """End the watch in order."""
         if self._watch_handle is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self._watch)
@@ -270,7 +269,6 @@ class Evidence:
     # --- unsent saves ---
 
     def is_saved(self, path: str, text: bytes) -> bool:
-        """Return whether this text was recorded as a save."""
         self._load()
         return _digest(text) in self._saves.get(path, ())
 
@@ -302,7 +300,6 @@ class Evidence:
     # --- withheld texts ---
 
     def withhold(self, texts: Iterable[tuple[str, bytes, str]]) -> None:
-        """Withhold these texts, each with path and reason."""
         self._load()
         before = self._withheld
         self._withheld = {**before, **{path: (_digest(text), reason) for path, text, reason in texts}}
@@ -341,14 +338,12 @@ class Evidence:
     # --- earlier versions ---
 
     def replaced(self, path: str, text: bytes) -> None:
-        """Record a text that others have replaced."""
         digest = digest_of(text)[:_DIGEST_BYTES]
         before = self._versions(path)
         if digest not in before:
             self._cache.replace(f"{_VERSIONS}/{path}", b"".join([*before, digest][-_MAX_VERSIONS:]))
 
     def forget_versions(self, path: str) -> None:
-        """Forget the versions of a removed file."""
         self._cache.delete(f"{_VERSIONS}/{path}")
 
     def _is_earlier(self, path: str, text: bytes) -> bool:

@@ -44,11 +44,9 @@ class Fingerprints:
         return path in self._marks
 
     def paths(self) -> list[str]:
-        """Return the path of each file that should exist."""
         return list(self._marks)
 
     def is_below(self, directory: str) -> bool:
-        """Return whether a file should exist below this path."""
         return any(path.startswith(directory + "/") for path in self._marks)
 
     def agrees(self, path: str, found: Signature | None) -> bool:
@@ -83,7 +81,6 @@ class Fingerprints:
             self._settled[path] = _mark(found)
 
     def note(self, path: str, found: Signature | None) -> None:
-        """Record a file just written or removed by us."""
         self._unshared[path] = found
         self._remember(path, found)
 
@@ -138,7 +135,6 @@ class Fingerprints:
             self._read_up_to = (status.st_ino, status.st_size)
 
     def share(self) -> None:
-        """Append this process's new entries to the log."""
         if not self._unshared:
             return
         self.learn()

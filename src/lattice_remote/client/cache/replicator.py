@@ -64,22 +64,18 @@ class RequestOnlySession:
 
     @property
     def is_current(self) -> bool:
-        """Return whether requests can be sent."""
         return self.replica.welcome is not None
 
     async def hello(self) -> Hello:
-        """Begin a session on a new connection."""
         return self.replica.hello(client_version=__version__, lattice_version=version("lattice-tracker"))
 
     async def receive(self, frames: Iterable[ServerFrame]) -> ReceiveOutcome:
-        """Process frames; only answers result."""
         outcome = ReceiveOutcome()
         for frame in frames:
             outcome.answers += [e.frame for e in self.replica.receive(frame) if isinstance(e, DeliverReply)]
         return outcome
 
     async def disconnected(self) -> None:
-        """End the session."""
         self.replica.disconnected()
 
 
@@ -141,7 +137,7 @@ class Replicator:
         return self._mutex.locked()
 
     def progress(self) -> tuple[int, int] | None:
-        """Return fetched and total files of a fill, if there is one."""
+        """Return fetched and total files of a fill."""
         missing = len(self.replica.missing) - len(self.replica.blocked)
         if self.replica.state is not State.FOLLOWING or not missing or not self._to_fetch:
             return None
@@ -150,7 +146,6 @@ class Replicator:
     # --- session ---
 
     async def hello(self) -> Hello:
-        """Begin a session from the position of the files."""
         async with self._mutex, self.cache.locked():
             self.cache.prepare()
             self._load()
@@ -229,7 +224,6 @@ class Replicator:
                 self.cache.store_known()
 
     def heard(self) -> None:
-        """Note that the server is reachable."""
         if self.replica.is_current:
             self.current_at = time.time()
 

@@ -39,8 +39,6 @@ _SAME_ENTRY_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class RescuedEntry:
-    """One set of rescued files."""
-
     number: int
     reason: str
     at: float
@@ -87,7 +85,6 @@ class RescuedFiles:
         return True
 
     def _entry_for(self, path: str, reason: str) -> int:
-        """Return the number of a file's entry, creating it if needed."""
         number, last_reason, at = self._open
         now = time.monotonic()
         found = next((entry for entry in self.entries() if entry.number == number), None)
@@ -139,11 +136,9 @@ class RescuedFiles:
         return f"{_folder(number)}/files/{path}"
 
     def read(self, number: int, path: str) -> bytes:
-        """Return a rescued content. Raises ``StorageError``."""
         return self._cache.read(self.place(number, path))
 
     def drop(self, number: int) -> None:
-        """Remove an entry, if it exists. Raises ``StorageError``."""
         try:
             shutil.rmtree(self._cache.absolute(_folder(number)))
         except FileNotFoundError:
@@ -153,7 +148,6 @@ class RescuedFiles:
         self._seen_ns, self.refused = -1, 0
 
     def notice(self) -> str | None:
-        """Return the notice for every command while there are entries."""
         entries = self.entries()
         full = f"; the store is full, and {self.refused} later files were not kept" if self.refused else ""
         if not entries:

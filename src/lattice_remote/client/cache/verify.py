@@ -215,7 +215,6 @@ class RepairSchedule:
         self.suspect(paths, delay_s=_CONFIRM_S)
 
     def take_due(self, limit: int) -> list[str]:
-        """Return and remove the files to check now."""
         now = time.monotonic()
         due = [path for path, at in self._due.items() if at <= now][:limit]
         for path in due:
@@ -223,12 +222,10 @@ class RepairSchedule:
         return due
 
     def count_due(self) -> int:
-        """Return the number of files to check now."""
         now = time.monotonic()
         return sum(at <= now for at in self._due.values())
 
     def next_due_s(self) -> float | None:
-        """Return the seconds until the next check, if any."""
         return max(0.0, min(self._due.values()) - time.monotonic()) if self._due else None
 
     # --- results ---
