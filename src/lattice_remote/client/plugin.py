@@ -36,7 +36,7 @@ def register(cli_group: click.Group) -> None:
             raise
         directory = remote_directory() if command is not None and name != "remote" else None
         if directory is not None and command is not None and ctx.resilient_parsing:  # for a shell's completion
-            from lattice_remote.client.completion import completing
+            from lattice_remote.client.tasks import completing
 
             command = completing(command, directory)
         elif directory is not None and name is not None and command is not None:

@@ -118,7 +118,7 @@ def test_names_in_a_cache_are_completed_without_server_agent_and_heavy_imports(
         [sys.executable, "-c", script], env={**env, **asked}, capture_output=True, text=True, check=False
     )
     loaded = set(done.stderr.split())
-    assert "lattice_remote.client.completion" in loaded
+    assert "lattice_remote.client.tasks" in loaded
     assert loaded.isdisjoint({"msgspec", "websockets", "typer", "ssl", "lattice_remote.client.routing"})
     script = script.replace("from lattice.cli.main import cli; cli(prog_name='lattice')", "")
     script += "import lattice_remote.client.cli.app"

@@ -40,10 +40,9 @@ import msgspec
 
 from lattice_remote import __version__
 from lattice_remote.client import config, trusted_servers
-from lattice_remote.client.agent.change_feed import ChangeFeed
 from lattice_remote.client.agent.edit_sync import EditSender, EditWatcher
+from lattice_remote.client.agent.history import ChangeFeed, read_log, read_version
 from lattice_remote.client.agent.integrity_monitor import IntegrityMonitor
-from lattice_remote.client.agent.journal_log import read_log, read_version, task_of
 from lattice_remote.client.agent.payloads import (
     PayloadFetcher,
     Unreadable,
@@ -62,6 +61,7 @@ from lattice_remote.client.config import Remote, read_remote
 from lattice_remote.client.connection.connection import ALIVE_S, Connection
 from lattice_remote.client.connection.pool import ConnectionPool
 from lattice_remote.client.connection.requests import expect
+from lattice_remote.client.tasks import task_of
 from lattice_remote.client.trusted_servers import Server
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError, unknown_if_sent
 from lattice_remote.file_watcher import FileWatcher

@@ -13,12 +13,13 @@ from lattice.storage.fs import LatticeRootError, find_root
 from lattice_remote.client import agent_client, credentials
 from lattice_remote.client.agent_client import Progress
 from lattice_remote.client.cache.evidence import Repository
-from lattice_remote.client.completion import Values, tasks_of
 from lattice_remote.client.config import CHOICES, REMOTE_FILE, UNPUSHED_FILE, Remote, is_unpushed, read_remote
+from lattice_remote.client.tasks import Values, tasks_of
 from lattice_remote.errors import Misuse, RemoteError, one_line
 from lattice_remote.output import counted
 
 __all__ = [
+    "MAX_LISTED",
     "CaFile",
     "Insecure",
     "Json",
@@ -65,6 +66,8 @@ def complete_settings(ctx: typer.Context, incomplete: str) -> Values:
     return [(value, "") for value in values if value.startswith(incomplete)]
 
 
+MAX_LISTED = 10_000
+"""Most entries that ``log`` and ``history`` list."""
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Url = Annotated[str, typer.Argument(help="The project's server by default.")]
 Name = Annotated[

@@ -1,15 +1,16 @@
 """``lattice remote pull``, ``sync``, ``verify``, ``fetch``, ``config`` and ``log``."""
 
-import json
 import os
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
-from lattice_remote.client.agent import journal_log
+from lattice_remote import output
 from lattice_remote.client.cli.common import (
+    MAX_LISTED,
     Json,
     Name,
     complete_settings,
@@ -21,8 +22,10 @@ from lattice_remote.client.cli.common import (
     send_request,
 )
 from lattice_remote.client.config import read_settings
+from lattice_remote.client.tasks import read_object, short_ids, task_of
 from lattice_remote.errors import Misuse, one_line
 from lattice_remote.output import counted
+from lattice_remote.protocol.messages import LogEntry
 
 __all__ = ["app"]
 
@@ -103,7 +106,7 @@ def log(
         str,
         typer.Option(metavar="ID", help="Only changes of this task: LAT-42 or task_...", autocompletion=complete_tasks),
     ] = "",
-    number: Annotated[int, typer.Option("-n", min=1, max=journal_log.MAX_ENTRIES, help="Number of changes.")] = 20,
+    number: Annotated[int, typer.Option("-n", min=1, max=MAX_LISTED, help="Number of changes.")] = 20,
     as_json: Json = False,
 ) -> None:
     """List the changes with author, time and token, newest first.
@@ -112,10 +115,12 @@ def log(
     """
     directory, _ = here()
     answer = send_request("log", directory, task=task, limit=number)
+    entries = msgspec.convert(answer["entries"], list[LogEntry])
+    names = {task: short_id for short_id, task in short_ids(directory).items()}
     if as_json:
-        print_result(journal_log.records(answer, directory))
+        print_result({**answer, "entries": output.as_records(entries, names)})
         return
-    for line in journal_log.lines(answer, directory) or ["No changes are kept."]:
+    for line in output.as_lines(entries, names, answer["epoch"]) or ["No changes are kept."]:
         typer.echo(line)
 
 
@@ -201,7 +206,7 @@ def _paths_of(directory: str, name: str) -> Iterator[str]:
     if artifacts is None:
         raise Misuse(f"{name!r} is not a task, artifact or file in {_PAYLOADS}")
     for artifact in artifacts:
-        found = _read(directory, f"artifacts/meta/{artifact}.json")
+        found = read_object(directory, f"artifacts/meta/{artifact}.json")
         if not found:
             raise Misuse(f"there is no artifact {artifact} in this project")
         payload = found.get("payload")
@@ -211,22 +216,12 @@ def _paths_of(directory: str, name: str) -> Iterator[str]:
 
 
 def _artifacts_of_task(directory: str, name: str) -> list[str] | None:
-    known = _read(directory, "ids.json").get("map")
-    task = known.get(name.upper(), name) if isinstance(known, dict) else name
-    if not isinstance(task, str) or not re.fullmatch(r"task_[0-9A-Z]{26}", task):
+    task = task_of(directory, name)
+    if not re.fullmatch(r"task_[0-9A-Z]{26}", task):
         return None
-    found = _read(directory, f"tasks/{task}.json") or _read(directory, f"archive/tasks/{task}.json")
+    found = read_object(directory, f"tasks/{task}.json") or read_object(directory, f"archive/tasks/{task}.json")
     if not found:
         return None
     from lattice.core.tasks import get_artifact_roles
 
     return [artifact for artifact in get_artifact_roles(found) if _ARTIFACT.fullmatch(artifact)]
-
-
-def _read(directory: str, path: str) -> dict[str, object]:
-    try:
-        with open(os.path.join(directory, path), encoding="utf-8") as file:
-            found = json.load(file)
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -17,9 +17,9 @@ import msgspec
 import typer
 
 from lattice_remote import output
-from lattice_remote.client.agent.journal_log import MAX_ENTRIES, task_of
 from lattice_remote.client.agent_client import send_request
-from lattice_remote.client.cli.common import Json, complete_tasks, here, print_result, request
+from lattice_remote.client.cli.common import MAX_LISTED, Json, complete_tasks, here, print_result, request
+from lattice_remote.client.tasks import task_of
 from lattice_remote.errors import ConnectionFailed, Misuse, RemoteError, one_line, printable
 from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import LogEntry
@@ -384,7 +384,7 @@ def history(
     notes: Notes = False,
     show: Show = "",
     restore: Restore = "",
-    number: Annotated[int, typer.Option("-n", min=1, max=MAX_ENTRIES, help="Number of versions.")] = 20,
+    number: Annotated[int, typer.Option("-n", min=1, max=MAX_LISTED, help="Number of versions.")] = 20,
     as_json: Json = False,
 ) -> None:
     """List, show or restore versions of a task's plan or notes.

@@ -13,7 +13,7 @@ from client_kit import until
 from fake_server import TOKEN, FakeServer
 from websockets.asyncio.server import ServerConnection
 
-from lattice_remote.client.agent import change_feed
+from lattice_remote.client.agent import history
 from lattice_remote.client.agent.service import Service, answered
 from lattice_remote.client.cli import watch
 from lattice_remote.errors import error_from_code
@@ -143,7 +143,7 @@ async def test_a_change_is_described_with_the_titles_of_the_cache(server: FakeSe
 async def test_earlier_changes_are_replayed_in_pieces(
     server: FakeServer, watching: Watching, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(change_feed, "_MAX_CHANGES", 1)
+    monkeypatch.setattr(history, "_MAX_CHANGES", 1)
     server.replay = 3
     for number in range(10):
         server.put("a", str(number).encode())
@@ -265,7 +265,7 @@ async def test_a_slow_command_holds_nothing_and_misses_nothing(
     server: FakeServer, watching: Watching, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """I10: what it lacks stays on the server."""
-    monkeypatch.setattr(change_feed, "_MAX_CHANGES", 20)
+    monkeypatch.setattr(history, "_MAX_CHANGES", 20)
     await begun(watching)
     watching.free.clear()
     for number in range(100):
@@ -281,7 +281,7 @@ async def test_a_slow_command_holds_nothing_and_misses_nothing(
 async def test_large_changes_are_not_kept_in_number(
     server: FakeServer, watching: Watching, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(change_feed, "_MAX_BYTES", 10_000)
+    monkeypatch.setattr(history, "_MAX_BYTES", 10_000)
     await begun(watching)
     for number in range(20):
         server.put("a", bytes(4000) + bytes([number]))

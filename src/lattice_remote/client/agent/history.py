@@ -1,24 +1,37 @@
-"""Changes of the project after a position, for ``lattice remote watch``.
+"""History of a project: its changes after a position, its log, and versions of plans and notes.
 
-New changes come from the agent's own connection, earlier ones from the server's journal (``Replay``). A watcher asks
-with its position, so a slow one holds no connection and misses nothing (I10).
+For ``lattice remote watch``, new changes come from the agent's own connection, earlier ones from the server's journal
+(``Replay``). A watcher asks with its position, so a slow one holds no connection and misses nothing (I10).
 """
 
-import json
-import os
+import re
 from collections import deque
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from lattice_remote.client.agent_runtime import new_request_id
 from lattice_remote.client.cache.replicator import Replicator
 from lattice_remote.client.connection.connection import Connection
 from lattice_remote.client.connection.requests import expect
+from lattice_remote.client.tasks import read_object
+from lattice_remote.errors import Misuse, ProtocolError
 from lattice_remote.protocol.change_summary import summarize, summary_json
 from lattice_remote.protocol.effects import Position
-from lattice_remote.protocol.messages import Change, Replay, Replayed
+from lattice_remote.protocol.messages import (
+    MAX_LOG_ENTRIES,
+    Change,
+    Log,
+    LogEntry,
+    LogPage,
+    ReadVersion,
+    Replay,
+    Replayed,
+    Version,
+)
 from lattice_remote.protocol.operations import weight_of
 
-__all__ = ["ChangeFeed"]
+__all__ = ["ChangeFeed", "TextName", "read_log", "read_version"]
 
 _WAIT_S = 30.0
 _MAX_CHANGES, _MAX_BYTES = 256, 1024 * 1024
@@ -137,16 +150,12 @@ class _Titles:
     def of(self, task: str) -> dict[str, Any]:
         """Return ``id``, ``short_id`` and ``title``; null where unknown."""
         if task not in self._known:
-            self.learn(task, self._read(f"tasks/{task}.json") or self._read(f"archive/tasks/{task}.json"))
+            self.learn(
+                task,
+                read_object(self._directory, f"tasks/{task}.json")
+                or read_object(self._directory, f"archive/tasks/{task}.json"),
+            )
         return {"id": task, **self._known[task]}
-
-    def _read(self, path: str) -> dict[str, Any]:
-        try:
-            with open(os.path.join(self._directory, path), encoding="utf-8") as file:
-                found = json.load(file)
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return found if isinstance(found, dict) else {}
 
 
 def _record(epoch: str, change: Change, titles: _Titles) -> dict[str, Any]:
@@ -166,3 +175,54 @@ def _record(epoch: str, change: Change, titles: _Titles) -> dict[str, Any]:
 
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
+
+
+# --- the log, page by page ---
+
+_VERSION = re.compile(r"(?:(.{1,64})-)?([0-9]{1,18})")
+TextName = Literal["plan", "notes"]
+
+
+async def read_log(connection: Connection, task: str, limit: int, text: TextName | None = None) -> dict[str, Any]:
+    """Return the newest entries, optionally of one task or text, and whether older ones exist.
+
+    Requests one entry more than it returns: ``LogPage.before`` alone does not prove another entry.
+
+    Raises:
+        Rejected: no such task, or the server has no log.
+        ConnectionFailed: the server is unreachable.
+        ProtocolError: its pages are not consecutive.
+    """
+    entries: list[LogEntry] = []
+    before: int | None = None
+    while True:
+        number = min(limit + 1 - len(entries), MAX_LOG_ENTRIES)
+        page = await _request(connection, Log(new_request_id(), task, number, before, text or ""), LogPage)
+        if before is not None and page.before is not None and page.before >= before:
+            raise ProtocolError("the pages of the server's log are not consecutive")
+        before = page.before
+        entries += page.entries
+        if before is None or len(entries) > limit:
+            epoch = connection.welcome.epoch if connection.welcome is not None else ""
+            return {"entries": msgspec.to_builtins(entries[:limit]), "epoch": epoch, "more": len(entries) > limit}
+
+
+async def read_version(connection: Connection, task: str, text: TextName, version: str) -> Version:
+    """Return a plan or notes as of a change.
+
+    ``version`` is the change's number, the newest with it; or ``EPOCH-NUMBER``. ``task`` is an id or short id.
+
+    Raises:
+        Misuse: ``version`` names no change.
+        Rejected: no such version is kept.
+        ConnectionFailed: the server is unreachable.
+    """
+    named = _VERSION.fullmatch(version)
+    if named is None:
+        raise Misuse(f"{version!r} is not a change's number; list them with: lattice remote history {task}")
+    frame = ReadVersion(new_request_id(), task, text, int(named[2]), named[1] or "")
+    return await _request(connection, frame, Version)
+
+
+async def _request[T: LogPage | Version](connection: Connection, frame: Log | ReadVersion, kind: type[T]) -> T:
+    return expect(await connection.send_request(frame), kind)

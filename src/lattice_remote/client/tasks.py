@@ -1,9 +1,9 @@
-"""Completion of tasks in a shell, from the files of a cache: no network, no agent."""
+"""Tasks in the files of a cache: completion in a shell, short ids. No network, no agent."""
 
 import copy
 import json
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lattice_remote.errors import one_line
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import click
     from click.shell_completion import CompletionItem
 
-__all__ = ["Values", "completing", "tasks_of"]
+__all__ = ["Values", "completing", "read_object", "short_ids", "task_of", "tasks_of"]
 
 Values = list[tuple[str, str]]
 """Each value with its help."""
@@ -47,13 +47,8 @@ def _completing(parameter: "click.Parameter", directory: str) -> "click.Paramete
 
 def tasks_of(directory: str, incomplete: str) -> Values:
     """Return the short ids of a cache's tasks that begin so, in any case, with their titles."""
-    try:
-        with open(os.path.join(directory, "ids.json"), "rb") as file:
-            known = json.load(file)["map"].items()
-        wanted = incomplete.upper()
-        found = [(short_id, task) for short_id, task in known if short_id.startswith(wanted)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return []
+    wanted = incomplete.upper()
+    found = [(short_id, task) for short_id, task in short_ids(directory).items() if short_id.startswith(wanted)]
     found.sort(key=lambda each: (len(each[0]), each[0]))
     has_titles = len(found) <= _MAX_TITLES
     return [(short_id, _title(directory, task) if has_titles else "") for short_id, task in found[:_MAX_TASKS]]
@@ -61,9 +56,31 @@ def tasks_of(directory: str, incomplete: str) -> Values:
 
 def _title(directory: str, task: str) -> str:
     """Return an active task's title for a terminal; "" if it is archived."""
-    try:
-        with open(os.path.join(directory, "tasks", f"{os.path.basename(task)}.json"), "rb") as file:
-            title = json.load(file)["title"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return ""
+    title = read_object(directory, f"tasks/{os.path.basename(task)}.json").get("title")
     return one_line(title[:_MAX_TITLE_CHARS]) if isinstance(title, str) else ""
+
+
+# --- files ---
+
+
+def task_of(directory: str, name: str) -> str:
+    """Return the id of the task with this id or short id; ``name`` if there is none."""
+    return short_ids(directory).get(name.upper(), name)
+
+
+def short_ids(directory: str) -> dict[str, str]:
+    """Return the task's id by short id."""
+    known = read_object(directory, "ids.json").get("map")
+    if not isinstance(known, dict):
+        return {}
+    return {short_id: task for short_id, task in known.items() if isinstance(task, str)}
+
+
+def read_object(directory: str, path: str) -> dict[str, Any]:
+    """Return the JSON object in a file of a cache; empty if it is missing or invalid."""
+    try:
+        with open(os.path.join(directory, path), "rb") as file:
+            found = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
