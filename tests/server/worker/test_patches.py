@@ -1,5 +1,6 @@
 """Each function that the worker replaces in lattice does what the original does."""
 
+import copy
 import errno
 import io
 import os
@@ -11,11 +12,14 @@ import click
 import filelock
 import pytest
 from click.testing import CliRunner
+from hypothesis import example, given
+from hypothesis import strategies as st
 from lattice.storage import fs, locks
 
 from lattice_remote.server.worker import patches
 from lattice_remote.server.worker.patches import (
     Clock,
+    Copier,
     Disk,
     Lock,
     LockBusy,
@@ -23,6 +27,7 @@ from lattice_remote.server.worker.patches import (
     Mover,
     WriteSet,
     parse_faster,
+    root_finder,
 )
 
 
@@ -58,8 +63,17 @@ def a_group() -> click.Group:
     @click.option("--count", "-c", type=int, default=3, show_default=True)
     @click.option("--tag", multiple=True)
     @click.option("--loud/--quiet")
-    def greet(**values: object) -> None:
-        click.echo(repr(sorted(values.items())))
+    @click.option("--place", envvar="GREET_PLACE")
+    @click.option("--day", default=lambda: "today")
+    @click.option("--upper", "case", flag_value="upper")
+    @click.option("--lower", "case", flag_value="lower", default=True)
+    @click.option("--seen", callback=lambda _context, _option, value: [value])
+    @click.option("--hidden", expose_value=False)
+    @click.option("--file", type=click.Path(exists=True))
+    @click.pass_context
+    def greet(context: click.Context, **values: object) -> None:
+        sources = {name: context.get_parameter_source(name) for name in values}
+        click.echo(repr(sorted(values.items())) + repr(sorted(sources.items())))
 
     return group
 
@@ -75,6 +89,9 @@ def a_group() -> click.Group:
         "greet a --cuont 4",
         "greet a -c four",
         "greet a --count",
+        "greet a --upper --seen it --day tomorrow --hidden x",
+        "greet a --lower --place here --file /",
+        "greet a --file /nowhere",
         "--help",
         "--version",
         "other",
@@ -87,8 +104,54 @@ def test_a_command_line_is_parsed_as_by_the_original(line: str) -> None:
         parse_faster(command)
     runner = CliRunner()
     runner.invoke(patched, ["greet", "first", "--tag", "left over"])
-    results = [runner.invoke(group, line.split()) for group in (a_group(), patched, patched)]
-    assert len({(result.exit_code, result.output) for result in results}) == 1, results
+    for settings in ({}, {"env": {"GREET_PLACE": "there"}}, {"default_map": {"greet": {"count": 9, "case": "title"}}}):
+        results = [runner.invoke(group, line.split(), **settings) for group in (a_group(), patched, patched)]
+        assert len({(result.exit_code, result.output) for result in results}) == 1, results
+
+
+# --- the project ---
+
+
+def test_the_project_is_found_as_by_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATTICE_ROOT", str(tmp_path))
+    find = root_finder(tmp_path, fs.find_root)
+    with pytest.raises(fs.LatticeRootError):
+        find()
+    (tmp_path / ".lattice").mkdir()
+    assert find() == fs.find_root() == tmp_path
+    (tmp_path / ".lattice").rmdir()
+    with pytest.raises(fs.LatticeRootError):
+        find()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+)
+
+
+class Text(str):
+    """No plain JSON: copied by the original."""
+
+
+@given(JSON)
+@example({"a": [{"b": (1, [2])}], "c": Text("x")})
+def test_a_copy_is_that_of_the_original(value: object) -> None:
+    made = Copier().deepcopy(value)
+    assert repr(made) == repr(copy.deepcopy(value))
+    assert types_in(made) == types_in(value)
+    assert not identities(made) & identities(value)
+
+
+def types_in(value: object) -> list[type]:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [type(value), *(kind for each in inner for kind in types_in(each))]
+
+
+def identities(value: object) -> set[int]:
+    """Return the objects that a command could change."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return set() if inner is None else {id(value)}.union(*map(identities, inner))
 
 
 # --- locks ---
@@ -414,6 +477,53 @@ def test_what_was_removed_meanwhile_is_not_there(tmp_path: Path, monkeypatch: py
         (patched.directory / "snapshot.json").unlink()
         with pytest.raises(FileNotFoundError):
             (patched.directory / "snapshot.json").read_text()
+
+
+def in_place(path: Path) -> None:
+    status = path.stat()
+    path.write_text("22")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def by_another(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_text("22")
+    other.rename(path)
+
+
+def removed(path: Path) -> None:
+    path.unlink()
+
+
+def to_a_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("change", [in_place, by_another, removed, to_a_directory])
+def test_a_file_that_is_kept_is_read_again_after_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
+) -> None:
+    settings = tmp_path / ".lattice" / "config.json"
+    with monkeypatch.context() as patch:
+        patched = Patched(settings.parent, patch)
+        settings.write_text("11")
+        end = time.monotonic() + 20
+        while not patched.writes._often_read:  # kept once it is old enough
+            assert settings.read_text() == "11"
+            assert time.monotonic() < end, "it is not kept"
+        assert (settings.read_text(), settings.read_bytes()) == ("11", b"11")
+        change(settings)
+        ours = outcome_and_text(settings)
+    assert ours == outcome_and_text(settings)
+    assert ours != "11"
+
+
+def outcome_and_text(path: Path) -> object:
+    try:
+        return path.read_text()
+    except OSError as error:
+        return type(error), error.errno
 
 
 def test_the_fsyncs_that_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

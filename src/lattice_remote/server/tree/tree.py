@@ -213,7 +213,7 @@ MERGE_FROM_BYTES = 4096
 """Smallest JSON file sent as a patch."""
 _IN_MEMORY_BYTES = 8 * 1024 * 1024
 _MAX_LOGS = 1024
-_RACY_NS = 50_000_000
+RACY_NS = 50_000_000
 """A younger file may change again under the same modification time."""
 
 
@@ -609,7 +609,7 @@ def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
 
 
 def _state(status: os.stat_result, size: int, digest: bytes) -> FileState:
-    settled = time.time_ns() - status.st_mtime_ns > _RACY_NS and size == status.st_size
+    settled = time.time_ns() - status.st_mtime_ns > RACY_NS and size == status.st_size
     return FileState(size, digest, status.st_mtime_ns, status.st_ino, settled)
 
 

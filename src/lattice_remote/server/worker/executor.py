@@ -21,6 +21,7 @@ from lattice_remote.server.worker.calls import CallResponse, CommandOutput
 from lattice_remote.server.worker.patches import (
     LOCK_PREFIX,
     Clock,
+    Copier,
     Disk,
     FlatJson,
     Lock,
@@ -29,6 +30,7 @@ from lattice_remote.server.worker.patches import (
     Mover,
     WriteSet,
     parse_faster,
+    root_finder,
 )
 
 __all__ = ["CommandOutcome", "Executor", "ResourceBusy", "load_lattice"]
@@ -143,8 +145,8 @@ class Executor:
     ) -> None:
         os.environ["LATTICE_ROOT"] = str(root)
         cli = load_lattice()
-        from lattice.cli import artifact_cmds, resource_cmds
-        from lattice.core import ids
+        from lattice.cli import artifact_cmds, helpers, resource_cmds
+        from lattice.core import ids, tasks
         from lattice.core.resources import is_resource_available
         from lattice.storage import fs, hooks, short_ids
         from lattice.storage import locks as lattice_locks
@@ -164,6 +166,8 @@ class Executor:
         setattr(resource_cmds, "time", self._clock)  # noqa: B010 - a module's attribute that is not declared
         setattr(artifact_cmds, "shutil", self._mover)  # noqa: B010 - likewise
         setattr(short_ids, "json", FlatJson())  # noqa: B010 - likewise
+        setattr(tasks, "copy", Copier())  # noqa: B010 - likewise
+        setattr(helpers, "find_root", root_finder(root, fs.find_root))  # noqa: B010 - an imported name
         sync_directory = None if lazy else fs._fsync_directory
         self._writes = WriteSet(sync_directory, capture)
         if lazy or capture is not None:
