@@ -170,7 +170,7 @@ async def test_an_append_without_an_answer_is_stored_exactly_once(
     async with behind(proxy, slug) as far:
         last = await far.append(await far.take_over(0, node="far", term=1), [b"before"])
         if fault == "lost":
-            proxy.swallow_answers()  # until the client connects anew
+            proxy.swallow_answers()
         elif fault == "delayed":
             proxy.delay(1.0)  # each way: several copies are under way before the first answer
         elif fault == "cut":
@@ -182,6 +182,8 @@ async def test_an_append_without_an_answer_is_stored_exactly_once(
             await until(lambda: far.in_doubt)
             if fault == "stalled":
                 proxy.flow()
+            elif fault == "lost":
+                proxy.cut()  # the client would connect anew after some seconds without an answer
             last = await append
             proxy.flow()
             last = await far.append(last, [b"after"])

@@ -462,7 +462,7 @@ class JetStream:
 
         async def lost() -> None:
             if not self._is_closing:
-                _log.warning("connection to the cluster's engine lost, connecting again: %s", self._last_error)
+                _log.warning("connection to the cluster's engine lost; connecting again")
 
         async def closed() -> None:
             if not self._is_closing:  # a refusal by the server, for example of the login, after which the client ends
