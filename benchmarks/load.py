@@ -331,8 +331,12 @@ def projects(options: argparse.Namespace) -> Iterator[Figure]:
         many.wait_until_idle()
         yield Figure("processes after the idle time", many.processes, "")
         yield at_most("their memory", many.mib, "MiB", 120)
+        processes = server_processes(many.server)
+        began_s = processes.cpu_s()
         back = asyncio.run(many.returns(used[:wake]))
+        used_s = processes.cpu_s() - began_s
         yield at_most("added to the first write by the return of an idle worker", median(back) * 1000, "ms", 20)
+        yield Figure("processor time of the return and two writes", used_s / wake * 1000, "ms")
         took_s = asyncio.run(many.first_writes(cold))
         yield at_most(f"{count} first writes to {count} projects at once", took_s, "s", 3)
         busy = asyncio.run(many.work(cold[: options.writers], 10, options.minute))

@@ -39,8 +39,9 @@ def project(tmp_path: Path) -> Path:
 async def is_ready(connection: socket.socket) -> None:
     """Wait until a worker reports that it has opened its project."""
 
-    def receive() -> ToServer:
-        return msgspec.msgpack.decode(next(iter(ReceivedFrames(connection))), type=ToServer)
+    def receive() -> ToServer | None:
+        frame = next(iter(ReceivedFrames(connection)), None)
+        return msgspec.msgpack.decode(frame, type=ToServer) if frame is not None else None
 
     assert isinstance(await asyncio.to_thread(receive), Ready)
 
