@@ -24,7 +24,7 @@ from sandbox import Sandbox, Server, descendants, wait_for
 
 __all__ = ["Busy", "ManyProjects"]
 
-IDLE_S = 8.0
+IDLE_S = 20.0
 """Instead of the default of 5 minutes."""
 _STATES = ("in_planning", "planned", "in_progress", "review", "in_progress")
 

@@ -4,7 +4,9 @@ Errors are one line on stderr that names the remedy, exit 1; a wrong command lin
 token, a listing with --json, the address) is alone on stdout. A command imports only the modules that it needs.
 """
 
+import contextlib
 import os
+import resource
 import socket
 import sys
 from collections.abc import Sequence
@@ -32,6 +34,7 @@ __all__ = ["NOT_RUNNING", "app", "main"]
 
 NOT_RUNNING = 3
 """Exit code of ``status`` when no server runs, as with ``systemctl status``."""
+_OPEN_FILES = 65_536
 
 app = typer.Typer(
     help="The server of lattice-remote: Lattice projects shared by many machines.\n\n"
@@ -225,7 +228,7 @@ def start(  # noqa: PLR0917 - Typer calls it
     """
     from lattice_remote.server.cluster.settings import ClusterSettings, load_settings
     from lattice_remote.server.config import Tls
-    from lattice_remote.server.server import bind, run
+    from lattice_remote.server.project.child_process import Template
 
     target = _data(context, data)
     config = target.config()
@@ -240,6 +243,11 @@ def start(  # noqa: PLR0917 - Typer calls it
     assert lock >= 0, "held until this process ends"
     os.environ |= {FORMAT_VARIABLE: log_format, LEVEL_VARIABLE: log_level}
     log_to_stderr("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _allow_many_connections()
+    template = Template()
+    template.prepare()  # it loads lattice while this process loads the rest
+    from lattice_remote.server.server import bind, run
+
     listener = bind(host, port)
     if cluster is not None:
         scheme = "https" if config.tls.cert else "http"
@@ -254,7 +262,16 @@ def start(  # noqa: PLR0917 - Typer calls it
         )
     else:
         settings = load_settings(target.path)
-    run(target, config, listener, settings)
+    run(target, config, listener, template, settings)
+
+
+def _allow_many_connections() -> None:
+    """Raise the limit on open files, often 1,024, as far as allowed and useful."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # the system has another, lower bound
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @app.command()

@@ -92,6 +92,7 @@ class ProjectRegistry:
         config: Config | None = None,
         bounds: QueueLimits | None = None,
         worker_command: Sequence[str] = WORKER_COMMAND,
+        template: Template | None = None,
     ) -> None:
         self.data = data
         self.auth = Authenticator(data)
@@ -107,7 +108,7 @@ class ProjectRegistry:
         given = (part for name, value in settings.items() for part in (name, msgspec.json.encode(value).decode()))
         self._worker_command = (*worker_command, *given)
         self.address = ""
-        self.template = Template()
+        self.template = template or Template()
         self._projects: dict[str, Project] = {}
         self._watchers: dict[str, FileWatcher] = {}
         self._releasing: set[str] = set()

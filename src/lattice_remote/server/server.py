@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from lattice_remote.server.cluster.settings import ClusterSettings, save_setting
 from lattice_remote.server.config import Config
 from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.http.app import http_app, metrics_app
+from lattice_remote.server.project.child_process import Template
 from lattice_remote.server.registry import STOP_S, ProjectRegistry
 from lattice_remote.server.status import Gauges, status_of
 from lattice_remote.server.transport.admission import AdmissionControl, ConnectionQuota, is_loopback
@@ -39,7 +39,6 @@ __all__ = ["bind", "make_server", "run"]
 _USER_TIMEOUT_MS = 20_000
 """The kernel keeps sending for this time to a peer that acknowledges nothing."""
 _BACKLOG = 2048
-_OPEN_FILES = 65_536
 _GOODBYE_S = 0.3
 _CERTIFICATE_CHECK_S = 5.0
 """Between looks for a renewed certificate; SIGHUP looks at once."""
@@ -70,7 +69,13 @@ def bind(host: str, port: int, *, host_option: str = "--host", port_option: str 
     return listener
 
 
-def run(data: DataDir, config: Config, listener: socket.socket, cluster: ClusterSettings | None = None) -> None:
+def run(
+    data: DataDir,
+    config: Config,
+    listener: socket.socket,
+    template: Template,
+    cluster: ClusterSettings | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT; print one line with the address once ready. The caller holds the directory's lock.
 
     Raises Misuse: a setting, a listening address, the certificate or its key is invalid; StorageError: ``tokens.json``
@@ -79,15 +84,13 @@ def run(data: DataDir, config: Config, listener: socket.socket, cluster: Cluster
     notify = service_manager()
     certificate = _certificate(config, data.path)
     _warn_of_plain_text(config, listener)
-    _allow_many_connections()
     figures = _bind_figures(config.metrics_listen) if config.metrics_listen else None
     status = statussocket.listen(data.path)
 
     async def serve() -> None:
-        registry, started = ProjectRegistry(data, config=config), datetime.now(UTC)
+        registry, started = ProjectRegistry(data, config=config, template=template), datetime.now(UTC)
         node = await _join(data, cluster, registry) if cluster is not None else None
         registry.start()
-        registry.template.prepare()
         following = asyncio.create_task(node.run()) if node is not None else None
 
         async def document() -> bytes:
@@ -141,15 +144,6 @@ def _warn_of_plain_text(config: Config, listener: socket.socket) -> None:
             "and --tls-key, or put a proxy in front that speaks TLS and name it with --behind-proxy",
             host,
         )
-
-
-def _allow_many_connections() -> None:
-    """Raise the limit on open files, often 1,024, as far as allowed and useful."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):  # the system has another, lower bound
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -158,6 +158,8 @@ class Template:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self._is_read = False
+        """Whether the running loop takes the replies."""
         self._replies: deque[asyncio.Future[ChildProcess]] = deque()
         self._turns = asyncio.Semaphore(_MAX_WAITING)
         self._started_at = float("-inf")
@@ -203,10 +205,13 @@ class Template:
                 raise
         ours.setblocking(False)
         self._control = ours
-        asyncio.get_running_loop().add_reader(ours, self._receive)
 
     async def _fork(self, request: bytes, inherited: Sequence[int]) -> tuple[ChildProcess, socket.socket]:
         self._require()
+        assert self._control is not None, "it has been started"
+        if not self._is_read:
+            asyncio.get_running_loop().add_reader(self._control, self._receive)
+            self._is_read = True
         if len(request) > MAX_FORK_REQUEST_BYTES:
             raise _NoTemplate("the command line is too long for the template process")
         ours, theirs = socket.socketpair()
@@ -259,7 +264,9 @@ class Template:
     def _end(self, why: str) -> None:
         if self._control is None or self._process is None:
             return
-        asyncio.get_running_loop().remove_reader(self._control)
+        if self._is_read:
+            asyncio.get_running_loop().remove_reader(self._control)
+            self._is_read = False
         self._control.close()
         self._control = None
         self._process.kill()

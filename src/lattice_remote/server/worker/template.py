@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server ends this process, as it does a worker
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.environ.pop("NOTIFY_SOCKET", None)  # the service manager hears the server alone
     gc.disable()  # a collection would leave holes in pages that children share
     control = socket.socket(fileno=options.fd)
     programs = _preload()
