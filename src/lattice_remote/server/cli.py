@@ -47,6 +47,8 @@ _projects = typer.Typer(help="Manage the projects on this server.", no_args_is_h
 _tokens = typer.Typer(help="Manage access tokens.", no_args_is_help=True)
 app.add_typer(_projects, name="project")
 app.add_typer(_tokens, name="token")
+_cluster = typer.Typer(help="Manage this server's cluster; see docs/run/cluster.md.", no_args_is_help=True)
+app.add_typer(_cluster, name="cluster")
 app.command()(conformance)
 
 _DATA_HELP = "The data directory. Else LATTICE_REMOTE_DATA, else the user's data directory."
@@ -782,3 +784,89 @@ def _expiry_of(token: Token) -> str:
         return f"revoked {shown(token.revoked, '')}"
     has_passed = token.expires is not None and token.expires <= datetime.now(UTC)
     return "expired" if has_passed else shown(token.expires, "never")
+
+
+# --- the cluster ---
+
+
+@_cluster.command("status")
+def cluster_status(context: typer.Context, as_json: JsonOption = False, data: DataOption = None) -> None:
+    """Show nodes, owners and lag. Exits with 1 if a project has no owner, or a node is silent or has a problem.
+
+    Example: lattice-remote --data ./board cluster status --json
+    """
+    from lattice_remote.server.cluster import commands
+
+    found = commands.cluster_status(commands.settings_of(_created(context, data)))
+    if as_json:
+        _print_json(found)
+    else:
+        typer.echo("\n".join(commands.status_lines(found)))
+    raise typer.Exit(0 if found.is_whole else 1)
+
+
+@_cluster.command("move")
+def move_project(
+    context: typer.Context,
+    slug: Slug,
+    node: Annotated[str, typer.Argument(help="The node that shall own it.")],
+    data: DataOption = None,
+) -> None:
+    """Have another node own a project. Its clients wait for a moment and lose nothing.
+
+    Example: lattice-remote --data ./board cluster move web b
+    """
+    from lattice_remote.server.cluster import commands
+
+    target = _created(context, data)
+    commands.move(commands.settings_of(target), slug, node)
+    target.admin_log.record("cluster move", slug, node=node)
+    typer.echo(f"Node {node} owns {slug}.")
+
+
+@_cluster.command("rebuild")
+def rebuild_project(
+    context: typer.Context,
+    slug: Slug,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    data: DataOption = None,
+) -> None:
+    """Begin a new epoch of a project with this node's files, after the cluster has lost its record of it.
+
+    Changes that only other nodes have are lost. Run it where 'cluster status' shows the most changes.
+
+    Example: lattice-remote --data ./board cluster rebuild web
+    """
+    from lattice_remote.server.cluster import commands
+
+    target = _created(context, data)
+    settings = commands.settings_of(target)
+    if not yes:
+        typer.confirm(f"Begin a new epoch of {slug} with the files of node {settings.node}?", abort=True)
+    epoch = commands.rebuild(settings, slug)
+    target.admin_log.record("cluster rebuild", slug, node=settings.node)
+    typer.echo(f"{slug} goes on in epoch {epoch} with the files of node {settings.node}.")
+
+
+@_cluster.command("leave")
+def leave_cluster(
+    context: typer.Context,
+    without_projects: Annotated[
+        bool, typer.Option("--without-projects", help="Leave the projects with the other nodes.")
+    ] = False,
+    data: DataOption = None,
+) -> None:
+    """Take this stopped node out of its cluster. The last node takes the projects along, with epoch and numbers.
+
+    Example: lattice-remote --data ./board cluster leave
+    """
+    from lattice_remote.server.cluster import commands
+
+    target = _created(context, data)
+    settings = commands.settings_of(target)
+    lock = target.lock()
+    slugs = commands.leave(target, settings, keeps_projects=not without_projects)
+    os.close(lock)
+    target.admin_log.record("cluster leave", settings.node)
+    kept = "Their copies here are in left/" if without_projects else "They are served by this server alone again"
+    typer.echo(f"Node {settings.node} has left the cluster: {counted(len(slugs), 'project')}. {kept}.")

@@ -210,6 +210,11 @@ class Node:
                     f"the cluster has another project {slug!r}; rename this one first: lattice-remote project rename"
                 )
             return
+        if any(cursor.seq for cursor in load_cursors(paths.journal)):
+            raise Misuse(
+                f"another node has taken project {slug!r} out of the cluster, and this copy may lack changes; "
+                f"move {paths.root} away"
+            )
         epoch = await self._open_alone(slug)
         order = JetStreamOrder(self._engine, slug, epoch)
         await order.create()

@@ -1,0 +1,293 @@
+"""``lattice-remote cluster``: status of a cluster, and changes of who owns a project or belongs to the cluster."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+
+from lattice_remote.errors import Misuse, StorageError
+from lattice_remote.server.cluster.directory import ClusterDirectory, NodeReport, Wish
+from lattice_remote.server.cluster.engine import Engine
+from lattice_remote.server.cluster.lease import Lease
+from lattice_remote.server.cluster.member import CURSOR_FILE, load_cursors
+from lattice_remote.server.cluster.order import JetStreamOrder, StreamLost
+from lattice_remote.server.cluster.settings import ClusterSettings, load_settings, settings_file
+from lattice_remote.server.cluster.shared_state import connect
+from lattice_remote.server.datadir import DataDir
+from lattice_remote.server.journal.segment import JournalReader
+
+__all__ = ["ClusterStatus", "cluster_status", "leave", "move", "rebuild", "settings_of", "status_lines"]
+
+_WAIT_S = 60.0
+_CHECK_S = 0.25
+
+
+class NodeStatus(msgspec.Struct, frozen=True):
+    """A node; ``seen_s`` is the time since its last report."""
+
+    name: str
+    url: str
+    version: str
+    seen_s: float
+    is_up: bool
+    owns: list[str]
+
+
+class ProjectStatus(msgspec.Struct, frozen=True):
+    """A project of the cluster.
+
+    Attributes:
+        owner: name of the node; None: no node owns it at the moment.
+        stream: number of the last message; None: the stream is lost.
+        lag: messages that each node lacks.
+        in_doubt: appends of the present owner, since its start, whose answer was late or missing.
+        problems: of each node that has one.
+    """
+
+    slug: str
+    epoch: str
+    owner: str | None
+    term: int
+    head: int
+    stream: int | None
+    lag: dict[str, int]
+    in_doubt: int
+    problems: dict[str, str]
+
+
+class ClusterStatus(msgspec.Struct, frozen=True):
+    """Status of a cluster, as printed by ``--json``; ``warnings`` are about the engine's settings."""
+
+    node: str
+    servers: list[str]
+    replicas: int
+    nodes: list[NodeStatus]
+    projects: list[ProjectStatus]
+    warnings: list[str]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every project has an owner and every node is up and has no problem."""
+        return all(node.is_up for node in self.nodes) and all(
+            project.owner is not None and project.stream is not None and not project.problems
+            for project in self.projects
+        )
+
+
+def settings_of(data: DataDir) -> ClusterSettings:
+    """Return the settings of a directory of a cluster. Raises Misuse if it belongs to none."""
+    settings = load_settings(data.path)
+    if settings is None:
+        raise Misuse(
+            f"{data.path} belongs to no cluster; join one: lattice-remote start --cluster nats://HOST:4222,..."
+        )
+    return settings
+
+
+def _run[T](settings: ClusterSettings, work: Callable[[Engine, ClusterDirectory], Awaitable[T]]) -> T:
+    async def run() -> T:
+        engine = await connect(settings)
+        try:
+            return await work(engine, await ClusterDirectory.open(engine))
+        finally:
+            await engine.close()
+
+    return asyncio.run(run())
+
+
+def cluster_status(settings: ClusterSettings) -> ClusterStatus:
+    """Return the status, as the engine has it. Raises EngineUnavailable."""
+
+    async def read(engine: Engine, directory: ClusterDirectory) -> ClusterStatus:
+        try:
+            warnings = await engine.check_durability(settings.monitors)
+        except Misuse as error:
+            warnings = [error.message]
+        reports, lease = await directory.nodes(), Lease(engine)
+        projects = []
+        for slug, entry in sorted((await directory.projects()).items()):
+            holder = await lease.holder(slug)
+            owner = holder.node if holder is not None and holder.node else None
+            projects.append(await _project(engine, slug, entry.epoch, owner, reports))
+        nodes = [
+            NodeStatus(
+                *(report.name, report.url, report.version, round(time.time() - report.at, 1), not report.is_silent),
+                [project.slug for project in projects if project.owner == report.name],
+            )
+            for _, report in sorted(reports.items())
+        ]
+        return ClusterStatus(settings.node, settings.servers, settings.replicas, nodes, projects, warnings)
+
+    return _run(settings, read)
+
+
+async def _project(
+    engine: Engine, slug: str, epoch: str, owner: str | None, nodes: dict[str, NodeReport]
+) -> ProjectStatus:
+    try:
+        order = JetStreamOrder(engine, slug, epoch, lost_s=1.0)
+        await order.open()
+        last: int | None = (await order.bounds())[1]
+    except StreamLost:
+        last = None
+    reports = {name: node.projects[slug] for name, node in nodes.items() if slug in node.projects}
+    of_owner = reports.get(owner or "")
+    return ProjectStatus(
+        slug,
+        epoch,
+        owner,
+        max((report.term for report in reports.values()), default=0),
+        max((report.head for report in reports.values()), default=0),
+        last,
+        {name: max(0, (last or 0) - report.seq) for name, report in sorted(reports.items())},
+        of_owner.in_doubt if of_owner is not None else 0,
+        {name: report.problem for name, report in reports.items() if report.problem and not nodes[name].is_silent},
+    )
+
+
+def status_lines(status: ClusterStatus) -> list[str]:
+    """Return the status for people."""
+    lines = [f"Node {status.node}; engine {', '.join(status.servers)}; {status.replicas} copies of each change"]
+    for node in status.nodes:
+        state = "up" if node.is_up else f"silent for {node.seen_s:.0f} s"
+        owns = ", ".join(node.owns) or "none"
+        lines.append(f"  {node.name:<12} {state:<18} {node.url:<32} owns: {owns}")
+    lines.append(f"Projects: {len(status.projects)}")
+    for project in status.projects:
+        behind = ", ".join(f"{name} {lag}" for name, lag in project.lag.items() if lag) or "none"
+        owner = f"owner {project.owner}, term {project.term}" if project.owner else "no owner at the moment"
+        lost = "; its stream is lost, see: lattice-remote cluster rebuild --help" if project.stream is None else ""
+        lines.append(f"  {project.slug:<20} change {project.head}; {owner}; behind: {behind}{lost}")
+        lines += [f"    {name}: {problem}" for name, problem in project.problems.items()]
+    return lines + [f"Warning: {warning}" for warning in status.warnings]
+
+
+def move(settings: ClusterSettings, slug: str, node: str) -> None:
+    """Have a node own a project; return once it does.
+
+    Raises Misuse: there is no such node or project; StorageError: it did not happen in time.
+    """
+
+    async def ask(engine: Engine, directory: ClusterDirectory) -> None:
+        await _require_project(directory, slug)
+        nodes = await directory.nodes()
+        if node not in nodes or nodes[node].is_silent:
+            running = ", ".join(name for name, report in sorted(nodes.items()) if not report.is_silent)
+            raise Misuse(f"no node {node!r} runs in this cluster; these do: {running}")
+        await directory.wish(slug, Wish("move", node))
+
+        async def is_done() -> bool:
+            holder = await Lease(engine).holder(slug)
+            return holder is not None and holder.node == node
+
+        await _until(is_done, f"node {node} does not own {slug} yet; see: lattice-remote cluster status")
+
+    _run(settings, ask)
+
+
+def rebuild(settings: ClusterSettings, slug: str) -> str:
+    """Begin a new epoch of a project with the files of this node, whose server runs; return the epoch.
+
+    Raises as ``move``.
+    """
+
+    async def ask(engine: Engine, directory: ClusterDirectory) -> str:
+        del engine
+        before = await _require_project(directory, slug)
+        reports = await directory.nodes()
+        if settings.node not in reports or reports[settings.node].is_silent:
+            raise Misuse(f"node {settings.node} does not run; start it: it rebuilds the project from its files")
+        await directory.wish(slug, Wish("rebuild", settings.node))
+
+        async def is_done() -> bool:
+            return (await directory.projects())[slug].epoch != before
+
+        await _until(is_done, f"{slug} is not rebuilt yet; see the log of node {settings.node}")
+        return (await directory.projects())[slug].epoch
+
+    return _run(settings, ask)
+
+
+def leave(data: DataDir, settings: ClusterSettings, *, keeps_projects: bool) -> list[str]:
+    """Take a stopped node out of its cluster; return its projects, which keep epoch and numbers.
+
+    Args:
+        keeps_projects: the projects leave with this node, which must be the last one; else they stay in the cluster,
+            and their copies here are moved to ``DATA/left/``.
+
+    Raises:
+        Misuse: other nodes run, or this one lacks changes.
+        EngineUnavailable: nothing was changed.
+    """
+
+    async def ask(engine: Engine, directory: ClusterDirectory) -> list[str]:
+        nodes = await directory.nodes()
+        others = sorted(name for name, node in nodes.items() if name != settings.node and not node.is_silent)
+        projects = await directory.projects()
+        if keeps_projects and others:
+            raise Misuse(
+                f"other nodes run: {', '.join(others)}; stop them to take the projects out of the cluster, "
+                "or use --without-projects to leave the projects with them"
+            )
+        if keeps_projects:
+            for slug, entry in projects.items():
+                await _require_newest(engine, data, slug, entry.epoch)
+            for slug, entry in projects.items():
+                await JetStreamOrder(engine, slug, entry.epoch).delete()
+                await directory.remove_project(slug)
+        await directory.remove_node(settings.node)
+        return sorted(projects)
+
+    slugs = _run(settings, ask)
+    for slug in slugs:
+        if not data.has_project(slug):
+            continue
+        if keeps_projects:
+            (data.project(slug).journal / CURSOR_FILE).unlink(missing_ok=True)
+        else:
+            _set_aside(data, slug)
+    settings_file(data.path).unlink()
+    return slugs
+
+
+def _set_aside(data: DataDir, slug: str) -> Path:
+    target = data.path / "left" / slug
+    target.parent.mkdir(mode=0o700, exist_ok=True)
+    number = 1
+    while target.exists():
+        number += 1
+        target = target.with_name(f"{slug}-{number}")
+    data.project(slug).root.rename(target)
+    return target
+
+
+async def _require_project(directory: ClusterDirectory, slug: str) -> str:
+    projects = await directory.projects()
+    if slug not in projects:
+        raise Misuse(f"the cluster has no project {slug!r}; it has: {', '.join(sorted(projects)) or 'none'}")
+    return projects[slug].epoch
+
+
+async def _require_newest(engine: Engine, data: DataDir, slug: str, epoch: str) -> None:
+    """Raise Misuse unless the stopped node has a project up to the end of its stream, and nothing behind it."""
+    advice = "start this node until it has caught up, and stop it"
+    if not data.has_project(slug):
+        raise Misuse(f"this node does not have project {slug!r}; {advice}")
+    order = JetStreamOrder(engine, slug, epoch)
+    await order.open()
+    last = (await order.bounds())[1]
+    journal = data.project(slug).journal
+    cursors = [cursor for cursor in load_cursors(journal) if cursor.epoch == epoch]
+    if not cursors or cursors[-1].seq != last or list(JournalReader(journal).payloads(cursors[-1].number)):
+        raise Misuse(f"this node does not have the last changes of project {slug!r}; {advice}")
+
+
+async def _until(condition: Callable[[], Awaitable[bool]], otherwise: str) -> None:
+    try:
+        async with asyncio.timeout(_WAIT_S):
+            while not await condition():  # noqa: ASYNC110 - another process makes it true
+                await asyncio.sleep(_CHECK_S)
+    except TimeoutError:
+        raise StorageError(otherwise) from None
