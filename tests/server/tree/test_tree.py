@@ -476,3 +476,18 @@ def test_a_log_that_somebody_cuts_while_it_is_read_is_not_an_empty_append(
     pread = os.pread
     monkeypatch.setattr(os, "pread", lambda fd, size, offset: pread(fd, size, offset)[: max(0, 3 - offset)])
     assert not any(isinstance(operation, AppendBytes) for operation in compare(tree, what).operations)
+
+
+def test_a_scan_that_finds_too_much_is_continued_where_it_stopped(tree: ProjectTree) -> None:
+    for number in range(7):
+        (tree.root / f"plans/{number}.md").write_bytes(b"new\n")
+    found = tree.reconcile(limit=3)
+    assert [operation.path for operation in found.operations] == [f"plans/{number}.md" for number in range(3)]
+    tree.accept(found)
+    (tree.root / "plans/0.md").write_bytes(b"later\n")
+    (tree.root / "plans/4.md").unlink()
+    found = tree.reconcile(limit=3, rest=found.rest)
+    assert [operation.path for operation in found.operations] == ["plans/3.md", "plans/5.md", "plans/6.md"]
+    tree.accept(found)
+    assert tree.reconcile(limit=3, rest=[*found.rest, "plans/6.md"]).operations == []
+    assert tree.reconcile(limit=3).operations == [PutFile("plans/0.md", b"later\n")]

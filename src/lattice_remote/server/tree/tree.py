@@ -14,7 +14,7 @@ import stat
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -228,8 +228,12 @@ class TreeDiff:
     volatile: list[str] = field(default_factory=list)
     """Files that the journal does not cover, to be fsynced: rewritten in place, or only announced."""
     states: dict[str, FileState | None] = field(default_factory=dict)
-    is_partial: bool = False
-    """Scan again once this is accepted."""
+    rest: list[str] = field(default_factory=list)
+    """Files that were not compared any more: compare them once this is accepted."""
+
+    @property
+    def is_partial(self) -> bool:
+        return bool(self.rest)
 
     def without(self, paths: Collection[str]) -> "TreeDiff":
         """Return the differences of all other files; only without renames."""
@@ -238,7 +242,7 @@ class TreeDiff:
         operations = [operation for operation in self.operations if operation.path not in paths]
         volatile = [path for path in self.volatile if path not in paths]
         states = {path: state for path, state in self.states.items() if path not in paths}
-        return TreeDiff(operations, volatile, states, self.is_partial)
+        return TreeDiff(operations, volatile, states, self.rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,9 +316,14 @@ class ProjectTree:
     # --- changes by other programs ---
 
     def reconcile(
-        self, paths: Iterable[str] | None = None, *, trust_signatures: bool = True, limit: int | None = MAX_FOUND
+        self,
+        paths: Iterable[str] | None = None,
+        *,
+        trust_signatures: bool = True,
+        limit: int | None = MAX_FOUND,
+        rest: Sequence[str] = (),
     ) -> TreeDiff:
-        """Compare these paths (None: the whole tree) with their known states.
+        """Compare these paths (None: the whole tree; or the ``rest`` of an earlier scan) with their known states.
 
         With ``trust_signatures``, files with an unchanged signature are not read. Stops after ``limit`` operations,
         which fit in a frame. If the directory is missing, nothing is found: no file was deleted.
@@ -322,6 +331,9 @@ class ProjectTree:
         touched = AccessLog()
         if not os.path.isdir(self._prefix):
             return TreeDiff()
+        if rest:
+            touched.steps.extend(rest)
+            return _Comparison(self, touched, lambda _: None, limit, {}).run()
         if paths is None:
             on_disk = dict(self.scan())
             candidates = on_disk.keys() | self.files.keys()
@@ -503,9 +515,9 @@ class _Comparison:
     def run(self) -> TreeDiff:
         target_of = {source: target for target, source in self._moves.items()}
         done: set[str] = set()
-        for step in self._touched.steps:
+        for number, step in enumerate(self._touched.steps):
             if self._limit is not None and len(self._result.operations) >= self._limit:
-                self._result.is_partial = True
+                self._result.rest = [each for each in self._touched.steps[number:] if isinstance(each, str)]
                 break
             if isinstance(step, Move):
                 source = self._moves.get(step.target)

@@ -234,8 +234,10 @@ def _make_locks(place: Path) -> bool:
 
 def _commit_differences(store: Store, *, trust_signatures: bool) -> list[str]:
     notes: list[str] = []
+    rest: list[str] = []
     while True:
-        found, _ = store.find_outside_changes(trust_signatures=trust_signatures)
+        is_whole = not rest
+        found, _ = store.find_outside_changes(trust_signatures=trust_signatures, rest=rest)
         if registered := _register_added(store, found):
             notes.append(f"ids.json lacked tasks that were added here: {', '.join(registered)}")
             continue
@@ -244,8 +246,9 @@ def _commit_differences(store: Store, *, trust_signatures: bool) -> list[str]:
             store.commit(found, server_origin("recovery"), report=False)
         else:
             store.adopt(found)
-        if not found.is_partial:
+        if is_whole and not found.rest:
             return notes
+        rest = found.rest  # at the end of it, the whole tree once more
 
 
 def _register_added(store: Store, found: TreeDiff) -> list[str]:

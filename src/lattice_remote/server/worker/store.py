@@ -199,17 +199,17 @@ class Store:
         write_atomically(target, text, mode=0o666, temporary=scratch, sync=announce, is_parent_synced=False)
 
     def find_outside_changes(
-        self, paths: Iterable[str] | None = None, *, trust_signatures: bool = True
+        self, paths: Iterable[str] | None = None, *, trust_signatures: bool = True, rest: Sequence[str] = ()
     ) -> tuple[TreeDiff, bool]:
         """Return the differences of these files and their tasks' other files (None: of all), and whether a task was
-        busy.
+        busy. With ``rest``, continue a scan that found too many.
 
         Files of tasks are compared under lattice's locks, so no half of a command is numbered, and stale snapshots are
         repaired first. Those of a busy task are omitted.
         """
         if paths is not None:
             paths = {file for path in paths for file in files_of_task(path)}
-        found = self.tree.reconcile(paths, trust_signatures=trust_signatures)
+        found = self.tree.reconcile(paths, trust_signatures=trust_signatures, rest=rest)
         busy: set[str] = set()
         with contextlib.ExitStack() as held:
             grown = grown_tasks(self.tree, found)[:_MAX_LOCKED_TASKS]
@@ -219,7 +219,7 @@ class Store:
                 else:
                     busy |= {path for path in found.states if os.path.basename(path).startswith(f"{task}.json")}
             if grown:
-                found = self.tree.reconcile(paths, trust_signatures=trust_signatures)
+                found = self.tree.reconcile(paths, trust_signatures=trust_signatures, rest=rest)
         return found.without(busy), bool(busy)
 
     def commit_outside_changes(self, paths: Iterable[str]) -> None:
