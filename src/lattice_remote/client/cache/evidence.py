@@ -1,21 +1,19 @@
-"""Evidence that a person saved a plan or notes: a file that a crash, git or a copy tool altered is not an edit (I4).
+"""Evidence that a person saved a plan or notes: a file altered by a crash, git or a copy tool is not an edit (I4).
 
-A file that differs from its base is a candidate. ``judge()`` returns one of three outcomes:
+``judge()`` classifies a file that differs from its base:
 
-- an edit: it is sent;
-- not an edit: it is restored, its text rescued, and the user notified. This applies to a file filled with NULs; to a
-content that the tracking git repository has in its index or HEAD; and to a file emptied or truncated while unwatched
-(before this boot, or before an agent whose predecessor was killed);
-- withheld: neither sent nor restored until the user decides. This applies to an exact earlier version of a text that
-others have changed since, an emptied long text, an unfinished git merge, a text saved on a full disk that lacks lines,
-many texts rewritten at once (``edit_sync``), and any other difference that was saved before
-this boot and that none of our processes saw.
+- an edit is sent;
+- a file that is no edit is restored, its text rescued, and the user notified: a file filled with NULs; a content of the
+  tracking git repository's index or HEAD; a file emptied or truncated while unwatched (before this boot, or before an
+  agent whose predecessor was killed);
+- a withheld one waits for the user: an exact earlier version of a text that others have changed since, an emptied long
+  text, an unfinished git merge, a text saved on a full disk that lacks lines, many texts rewritten at once
+  (``edit_sync``), and any other difference from before this boot that none of our processes saw.
 
-A save that cannot be sent at once is recorded by digest, so that it stays an edit after a reboot or a commit.
-
-Durability: the edited file is fsynced before its record, the record and its directory before ``record()`` returns. So
-after a power cut a recorded digest that matches proves a whole text. The rest of a cache is not fsynced: it may be as
-of any earlier moment, and is compared with the server's manifest.
+A save that cannot be sent at once is recorded by digest, so it stays an edit after a reboot or a commit. The edited
+file is fsynced before its record, the record and its directory before ``record()`` returns: after a power cut a
+recorded digest that matches proves a whole text. The rest of a cache is not fsynced, and is compared with the server's
+manifest.
 """
 
 import contextlib

@@ -1,9 +1,8 @@
 """Stat signatures of a cache's files as our own processes wrote them: they reveal modifications by other programs.
 
-Only times, sizes and inodes are kept, never content. A writing process notes each file and shares its notes in
-``.remote/written``, a short log, so that other processes on the same cache do not take its writes for foreign
-ones. The log is written under the cache's lock and may be lost or truncated at any time: unknown files are then fetched
-again, never trusted.
+A writing process notes each file, and shares its notes in ``.remote/written``, a short log, with other processes on the
+same cache. The log is written under the cache's lock and may be lost or truncated at any time: unknown files are then
+fetched again, never trusted.
 
 ``stored()`` keeps all of it for the next process, which then need not read every file to find changes. It is valid
 until a reboot: a power cut changes content without times and size.

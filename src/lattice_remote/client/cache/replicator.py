@@ -1,7 +1,7 @@
 """Application of a project's changes to a cache: runs the replica and performs its effects on the files.
 
-Several processes may follow one cache. Each locks it for every batch of frames, takes over their progress,
-and skips what is already in the files. A resync runs entirely under the lock, so that the others find it done.
+Several processes may follow one cache. Each locks it for every batch of frames, takes over their progress, and skips
+what is already in the files. A resync runs entirely under the lock, so that the others find it done.
 """
 
 import asyncio

@@ -1,14 +1,13 @@
-"""Files below one directory, opened step by step without following links; each replaced or appended atomically (I8).
+"""Files below one directory, opened without following links; each replaced or appended atomically (I8).
 
-Every directory on the path is opened relative to the previous one (``openat``), so that a link, pipe or file put in the
-way at any moment leads nowhere. A link instead of a file is replaced; one instead of a directory is an error (I9). A
-file with several hard links is replaced, not written into. Nothing is fsynced unless requested.
+Every directory on the path is opened relative to the previous one (``openat``): a link, pipe or file put in the way
+leads nowhere. A link instead of a file is replaced; one instead of a directory is an error (I9). A file with several
+hard links is replaced, not written into. Nothing is fsynced unless requested. New files get the directory's permissions
+under any umask, so that its other users can use them.
 
-New files get the directory's own permissions under any umask, so that every user of the directory can use them.
-
-Nothing is created in a directory that is being removed: ``rm -rf`` lists the names once, and fails if one appears
-later. It keeps the directory open from before the listing to the end. So a name is added only while no other program
-has the root open, and an existing one is replaced by an exchange, which cannot create it again.
+Nothing is created in a directory that is being removed: ``rm -rf`` keeps it open, lists its names once, and fails if
+one appears later. So a name is added only while no other program has the root open, and an existing one is replaced by
+an exchange, which cannot create it again.
 """
 
 import contextlib
