@@ -72,8 +72,6 @@ class Check[T]:
 
 
 class CheckList[T](list[Check[T]]):
-    """Checks in the order of the report."""
-
     def __call__(
         self, section: str, name: str
     ) -> Callable[[Callable[[T], Awaitable[None]]], Callable[[T], Awaitable[None]]]:

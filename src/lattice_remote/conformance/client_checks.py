@@ -81,8 +81,6 @@ class ClientTarget:
 
 
 class Play:
-    """One server, one directory, and the client's processes."""
-
     def __init__(self, command: list[str], directory: Path, files: Files) -> None:
         self.server = ScriptedServer(dict(files))
         self.root = directory

@@ -113,8 +113,6 @@ class InMemoryConnection:
 
 @dataclass
 class InMemoryServer:
-    """One project and its connections."""
-
     epoch: str = "epoch0"
     history: list[Moment] = field(default_factory=lambda: [Moment(b"", {})])
     oldest: int = 1

@@ -57,8 +57,6 @@ class _Connection(ClientConnection):
 
 
 class ServerTarget:
-    """One project, one token."""
-
     def __init__(self, url: str, token: str) -> None:
         self.url, self.token = url.rstrip("/"), token
         self.project = urlsplit(self.url).path.rsplit("/", 1)[-1]
@@ -145,8 +143,6 @@ class Refusal(CheckFailed):
 
 
 class Probe:
-    """One WebSocket connection to the server."""
-
     def __init__(self, socket: ClientConnection) -> None:
         self.socket = socket
         self.welcome: Welcome

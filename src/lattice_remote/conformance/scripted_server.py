@@ -59,8 +59,6 @@ _RIGHTS = {"project": "web", "actor": "human:ana", "act_as": [], "server_version
 
 
 class Link:
-    """One WebSocket connection of the client."""
-
     def __init__(self, socket: ServerConnection, connection: InMemoryConnection) -> None:
         self.socket = socket
         self.connection = connection
@@ -97,13 +95,10 @@ class ScriptedServer:
         self.first: Link | None = None
         """It may have ended."""
         self.frames: list[ClientFrame] = []
-        """Of the client."""
         self.faults: list[str] = []
-        """Violations by the client."""
         self.refuses: tuple[HTTPStatus, str] | None = None
         """Status and code ("": from a proxy) with which every upgrade is refused."""
         self.attempts = 0
-        """Upgrades that the client requested."""
         self.next_run: Literal["answer", "cut before", "cut after", "new epoch"] = "answer"
         """Whether the next Run is answered, or its connection cut before it runs, after it, or with a new epoch."""
         self.refusals: dict[type[Run | Put], str] = {}

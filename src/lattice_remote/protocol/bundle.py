@@ -133,7 +133,6 @@ _NAMES = {
     "artifacts/meta": rf"art_{_ID}\.json",
     "artifacts/payload": rf"art_{_ID}[^/]*",
 }
-"""Name pattern of the files in each directory."""
 _IN_ORDER = {directory: re.compile(names) for directory, names in _NAMES.items()}
 _OF_AN_EMPTY_PROJECT = frozenset({"config.json", "context.md", "ids.json"})
 _LIFECYCLE = "events/_lifecycle.jsonl"
@@ -141,8 +140,6 @@ _PAYLOADS = "artifacts/payload/"
 
 
 class Layout:
-    """Validated files of one project."""
-
     def __init__(self, *, max_bytes: int) -> None:
         self.files = 0
         self.bytes = 0

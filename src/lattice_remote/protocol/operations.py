@@ -247,7 +247,6 @@ def _move(operation: MoveFile, tree: Tree) -> frozenset[str]:
 
 
 def weight_of(operation: Operation) -> int:
-    """Return approximate bytes in memory."""
     return 200 + len(getattr(operation, "data", b"")) + len(getattr(operation, "patch", b""))
 
 

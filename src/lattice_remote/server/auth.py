@@ -159,7 +159,6 @@ class Authenticator:
 
     def __init__(self, data: DataDir) -> None:
         self.stopping = False
-        """No client is admitted."""
         self.signing_key = b""
         """Of browsers' cookies; known after ``start()``."""
         self._key_path = data.signing_key

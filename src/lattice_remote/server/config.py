@@ -90,7 +90,7 @@ class JournalSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
-    """All settings. ``DataDir.config()`` reads them."""
+    """All settings, read by ``DataDir.config()``."""
 
     hooks: bool = True
     """Whether the hooks of the projects' own ``config.json`` run on this server."""

@@ -349,7 +349,7 @@ class AdminEntry(msgspec.Struct, frozen=True, omit_defaults=True):
     user: str
     """Of the system; behind ``sudo`` the user that called it."""
     action: str
-    """The command's words, such as ``token create``."""
+    """Such as ``token create``."""
     subject: str
     """A project's slug, or a token's id."""
     details: dict[str, str | list[str]] = {}

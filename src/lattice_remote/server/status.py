@@ -284,7 +284,6 @@ def _size(number: int) -> str:
 
 
 def _span(time: timedelta) -> str:
-    """Return a span in its largest unit."""
     seconds = max(0, int(time.total_seconds()))
     for unit, name in _SPANS:
         if seconds >= unit:

@@ -25,7 +25,6 @@ __all__ = ["AccessLogEntry", "log_entry_of", "with_access_log"]
 
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _NOWHERE = "(none)"
-"""Label of requests without a route."""
 _PROBES = {"/healthz", "/readyz", "/metrics"}
 """Logged only on an error, or with ``--log-level debug``."""
 _PLAIN = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -158,8 +157,6 @@ def _is_stream(start: MutableMapping[str, Any]) -> bool:
 
 
 class _AnonymousLines:
-    """Rate limit of lines for unauthenticated requests."""
-
     def __init__(self) -> None:
         self._lines = TokenBucket(_ANONYMOUS_BURST, time.monotonic())
         self._suppressed = 0

@@ -80,8 +80,6 @@ _MAX_CHARS = 1024
 
 
 class Cookies:
-    """Signed sign-in cookies of one server."""
-
     def __init__(self, key: bytes, max_age_days: float) -> None:
         self._max_age_s = int(max_age_days * 86_400)
         self._signer = URLSafeTimedSerializer(key, salt="browser", signer_kwargs={"digest_method": sha256})
@@ -131,8 +129,6 @@ def _unauthorized(why: str) -> ApiError:
 
 @dataclass(frozen=True)
 class RequestContext:
-    """An authenticated client and its open project."""
-
     registry: ProjectRegistry
     login: Login
     project: Project

@@ -230,7 +230,6 @@ def block(kind: str, behind: EventId, data: Mapping[str, Any]) -> bytes:
 
 
 def _compact(data: bytes) -> msgspec.Raw | None:
-    """Return a JSON object on one line."""
     try:
         data.decode()
         msgspec.json.decode(data, type=dict[str, msgspec.Raw])

@@ -65,8 +65,6 @@ def goodbye(project: Project, error: Exception) -> Bye:
 
 
 class EncodedChange:
-    """A change's encoded events, shared by all subscribers."""
-
     def __init__(self, seq: int, events: list[bytes]) -> None:
         self.seq = seq
         self.chunk = chunk(b"".join(events))

@@ -107,8 +107,6 @@ _REWRITE_AFTER = 65_536
 
 
 class Answered(NamedTuple):
-    """An answered request."""
-
     fingerprint: bytes
     """16 bytes, zeros if the record had none."""
     token: bytes

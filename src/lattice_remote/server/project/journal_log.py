@@ -160,7 +160,7 @@ _MALFORMED = (msgspec.DecodeError, UnicodeDecodeError)
 
 
 class LogReader:
-    """Reader of logs and versions of one project, one at a time, in a thread."""
+    """Reader of logs and versions, one at a time, in a thread."""
 
     def __init__(self, paths: ProjectPaths) -> None:
         self._paths = paths

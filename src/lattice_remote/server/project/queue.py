@@ -150,8 +150,6 @@ class FairLock:
 
 @dataclass(slots=True, eq=False)
 class QueuedRequest:
-    """A request without a reply."""
-
     message: ToWorker
     requesters: list[Requester] = field(default_factory=list)
     """A request may be repeated on a new connection."""
@@ -282,7 +280,6 @@ class ResourceWaitQueue:
 
 
 def _delay(job: QueuedRequest, done: RequestDone) -> float:
-    """Return the delay of a try without an event."""
     job.lock_until, job.lock_tries = 0.0, 0
     job.wait_until = job.submitted_at + done.wait_timeout_s
     delay = job.wait_until - time.monotonic()
@@ -293,8 +290,6 @@ def _delay(job: QueuedRequest, done: RequestDone) -> float:
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """Limits of a project's queue and worker."""
-
     command_s: float = 30.0
     """A command is then undone."""
     upkeep_s: float = 600.0
@@ -347,7 +342,6 @@ class RequestQueue:
         return self._by_id.get(request_id)
 
     def requests(self) -> list[QueuedRequest]:
-        """Return the requests of clients."""
         return list(self._by_id.values())
 
     def requesters(self) -> list[Requester]:

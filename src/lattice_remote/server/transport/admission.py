@@ -245,7 +245,6 @@ class ConnectionQuota:
         self._admission.log("cut: the client does not read", self.address)
 
     def failed(self) -> ApiError | None:
-        """Count a request without a valid token."""
         return self._admission.count_failed_login(self._admission.known(self.address))
 
     def admit(self, token_id: str) -> ApiError | None:

@@ -56,8 +56,6 @@ async def _in_time() -> AsyncIterator[None]:
 
 
 class ResponseBudget:
-    """Bodies held by all responses."""
-
     def __init__(self, limits: LimitSettings) -> None:
         self._limits = limits
         self._all = _Bodies()

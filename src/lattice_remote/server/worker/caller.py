@@ -181,7 +181,6 @@ def check_actor(
 
 @cache
 def _default_actor(cli: click.Group, path: str) -> str | None:
-    """Return a command's default actor, for example of ``backfill-ids``."""
     command: click.Command = cli
     for word in path.split():
         assert isinstance(command, click.Group), "the words were found in it"

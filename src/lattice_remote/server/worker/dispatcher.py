@@ -159,8 +159,6 @@ def _refuse_vetoed(touched: AccessLog, name: str) -> None:
 
 
 class Editor:
-    """Writer of edited plans and notes."""
-
     def __init__(self, store: Store, lattice_dir: Path) -> None:
         self._store = store
         self._lattice_dir = lattice_dir
@@ -543,7 +541,6 @@ def _envelope(message: str) -> bytes:
 
 
 def _truncated(stdout: bytes, stderr: bytes) -> tuple[bytes, bytes]:
-    """Return the output, cut to fit a frame, with a note."""
     if max(len(stdout), len(stderr)) <= _MAX_OUTPUT_BYTES:
         return stdout, stderr
     note = b"lattice-remote: the command was run; its output is over 8 MiB and was truncated\n"

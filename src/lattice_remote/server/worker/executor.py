@@ -37,9 +37,8 @@ __all__ = ["CommandOutcome", "Executor", "ResourceBusy", "load_lattice"]
 
 _log = logging.getLogger(__name__)
 _FAILED = 400
-"""Of operations."""
+"""Lowest status of a failed operation."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
-"""Full or failing disk."""
 _MAX_WAIT_S = 7 * 24 * 3600.0
 """Of ``resource acquire --wait``."""
 

@@ -156,8 +156,6 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 class _Json:
-    """The module ``json`` for lattice's handlers."""
-
     def __getattr__(self, name: str) -> Any:
         return getattr(json, name)
 
@@ -236,7 +234,6 @@ def _longest(most: int, is_same: Callable[[int, int], bool]) -> int:
 
 
 def _parts(old: bytes, new: bytes) -> list[Part]:
-    """Return the parts by whole items, in any order."""
     parts: list[Part] = []
     places: dict[bytes, int] | None = None
     start = at = 0  # the range of ``old`` that is being continued

@@ -360,7 +360,6 @@ class WriteSet:
     # --- replaced functions ---
 
     def write(self, descriptor: int, data: bytes | memoryview) -> int:
-        """Replace ``os.write`` in ``atomic_write``."""
         size = os.write(descriptor, data)
         inode = os.fstat(descriptor).st_ino
         if size == len(data) <= INLINE_BYTES and inode not in self._written:
@@ -370,7 +369,6 @@ class WriteSet:
         return size
 
     def replace(self, source: str, target: str | Path) -> None:
-        """Replace ``os.replace`` in ``atomic_write``."""
         name = os.fspath(target)
         if not os.path.isfile(name):
             os.replace(source, name)

@@ -51,7 +51,6 @@ class Kind(Enum):
     ID = "id"
     """Lattice refuses a malformed id, but ignores case and a final newline, and ids become file names."""
     IDS = "ids"
-    """Separated by commas."""
     NEW_ID = "new id"
     """Becomes a file name in lattice's own spelling."""
     NAME = "name"

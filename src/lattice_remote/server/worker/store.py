@@ -84,7 +84,7 @@ _REPLY_RETENTION_S = 600.0
 
 
 class ChangeTooLarge(Exception):
-    """A change over the maximum frame size."""
+    pass
 
 
 class OutsideChange(BaseException):
@@ -114,7 +114,6 @@ class ChangeOrigin:
 
 
 def server_origin(cause: str) -> ChangeOrigin:
-    """Return the origin ``edit`` or ``recovery``."""
     return ChangeOrigin("", "", "server", cause)
 
 

@@ -104,7 +104,6 @@ def _run(steps: Sequence[Callable[[], CommandOutput]], last: Callable[[], msgspe
 
 
 def _as_envelope(printed: CommandOutput) -> bytes:
-    """Return Click's usage error as JSON."""
     message = printed.stderr.decode(errors="replace").strip().rpartition("\n")[2].removeprefix("Error: ")
     return json.dumps({"ok": False, "error": {"code": "VALIDATION_ERROR", "message": message}}).encode()
 
