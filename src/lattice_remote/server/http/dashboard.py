@@ -115,10 +115,10 @@ async def write(request: Request) -> Response:
     most = context.registry.config.limits.text_bytes
     body = await read_body(request, 4 * most + _OTHER_BYTES)  # every byte of both texts may be escaped
     try:
-        asked = msgspec.json.decode(body, type=_Edit)
+        edited = msgspec.json.decode(body, type=_Edit)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Rejected(f"the request's body: {error}", code="REMOTE_PROTOCOL") from error
-    text, base = asked.text.encode(), None if asked.base is None else asked.base.encode()
+    text, base = edited.text.encode(), None if edited.base is None else edited.base.encode()
     if max(len(text), len(base or b"")) > most:
         raise Rejected(f"{path} is longer than {most} bytes", code="REMOTE_TOO_LARGE")
     stored = await edit(context, path, text, base=base, once=idempotency_key(request, context, body))
@@ -267,8 +267,8 @@ async def _read(request: Request) -> Response:
     base = request.headers.get("If-None-Match", "")
     base = base if _TAG.fullmatch(base) else ""
     takes_difference = _DIFFERENCE in request.headers.get("A-IM", "")
-    asked = ReadPage(_path(request) + query, base, takes_difference, _takes_gzip(request))
-    found = await context.project.reader.read(asked, context.share)
+    page = ReadPage(_path(request) + query, base, takes_difference, _takes_gzip(request))
+    found = await context.project.reader.read(page, context.share)
     if found.status == HTTPStatus.NOT_MODIFIED:
         return Response(status_code=found.status, headers={"ETag": found.etag, **_BY_ENCODING})
     if not found.body:  # the handler crashed, or tried to write

@@ -222,11 +222,11 @@ _HELD_S = 0.5
 
 
 class EventStream:
-    """ASGI response with the changes after ``asked`` (None: the head), until the context's token ends."""
+    """ASGI response with the changes after ``since`` (None: the head), until the context's token ends."""
 
-    def __init__(self, context: RequestContext, feeds: Feeds, asked: EventId | None, *, is_brief: bool) -> None:
+    def __init__(self, context: RequestContext, feeds: Feeds, since: EventId | None, *, is_brief: bool) -> None:
         self._context, self._project = context, context.project
-        self._feeds, self._asked, self._is_brief = feeds, asked, is_brief
+        self._feeds, self._since, self._is_brief = feeds, since, is_brief
         self._over = asyncio.Event()
         self._sent = 0  # the last change queued, whole or in part
         self._had = 0  # number of events of the next change that the client received on another connection
@@ -261,13 +261,13 @@ class EventStream:
             self._feeds.leave(self._feed, self)
 
     async def _find_start(self) -> Start:
-        if self._asked is None:
+        if self._since is None:
             return await self._project.find_start()
-        asked = self._asked.position
-        return await self._project.find_start(asked.epoch, asked.seq, asked.mark)
+        position = self._since.position
+        return await self._project.find_start(position.epoch, position.seq, position.mark)
 
     def _begin(self, start: Start) -> None:
-        had, seq = self._asked.events if self._asked is not None else None, start.position.seq
+        had, seq = self._since.events if self._since is not None else None, start.position.seq
         if start.outcome != "kept":
             self._reset(start.outcome)
         elif had is not None and seq < self._project.history.oldest:
@@ -338,7 +338,7 @@ class EventStream:
 
 async def _events(request: Request) -> EventStream:
     context = await request_context(request)
-    return EventStream(context, request.app.state.feeds, _asked_position(request), is_brief=False)
+    return EventStream(context, request.app.state.feeds, _requested_position(request), is_brief=False)
 
 
 async def page_events(request: Request) -> EventStream:
@@ -346,7 +346,7 @@ async def page_events(request: Request) -> EventStream:
     return EventStream(await request_context(request), request.app.state.feeds, None, is_brief=True)
 
 
-def _asked_position(request: Request) -> EventId | None:
+def _requested_position(request: Request) -> EventId | None:
     """Return where to continue: a reconnecting browser's header, else the query.
 
     A malformed header counts as an unknown position: no browser reconnects after an error. Raises ApiError for a

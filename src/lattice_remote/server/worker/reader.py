@@ -102,11 +102,11 @@ class Reads:
             return ReadResult(0, body, message=message, items=items)
         return ReadResult(outcome.exit_code, outcome.stdout, message=message)
 
-    def _page(self, asked: ReadPage) -> ReadResult:
-        page = handler_class(self._lattice_dir)(asked.path, b"")
-        if asked.path in lists.LISTS:
+    def _page(self, request: ReadPage) -> ReadResult:
+        page = handler_class(self._lattice_dir)(request.path, b"")
+        if request.path in lists.LISTS:
             page._lattice_dir = self._tasks
-            with lists.installed(), self._tasks.at(asked.state):
+            with lists.installed(), self._tasks.at(request.state):
                 outcome = self._executor.call(page.get, "dashboard: GET")
         else:
             outcome = self._executor.call(page.get, "dashboard: GET")
@@ -114,19 +114,19 @@ class Reads:
             return ReadResult(500, b"", message=outcome.failure)
         found = ReadResult(page.status, page.wfile.getvalue(), content_type=page.content_type)
         if found.status == HTTPStatus.OK:
-            found = self._shortened(asked, structs.replace(found, etag=lists.tag_of(found.body)))
-        if asked.gzip and len(found.body) >= _GZIP_BYTES:
+            found = self._shortened(request, structs.replace(found, etag=lists.tag_of(found.body)))
+        if request.gzip and len(found.body) >= _GZIP_BYTES:
             found = structs.replace(found, body=gzip.compress(found.body, _GZIP_LEVEL, mtime=0), is_gzip=True)
         return found
 
-    def _shortened(self, asked: ReadPage, found: ReadResult) -> ReadResult:
+    def _shortened(self, request: ReadPage, found: ReadResult) -> ReadResult:
         """Return a result without the content that the client has."""
         steps = None
-        if asked.path in lists.LISTS:
-            steps = self._differences.since(asked.base, asked.path, found.etag, found.body)
-        if asked.base == found.etag:
+        if request.path in lists.LISTS:
+            steps = self._differences.since(request.base, request.path, found.etag, found.body)
+        if request.base == found.etag:
             return structs.replace(found, status=HTTPStatus.NOT_MODIFIED, body=b"")
-        if steps is not None and asked.takes_difference:
+        if steps is not None and request.takes_difference:
             return structs.replace(found, status=HTTPStatus.IM_USED, body=steps)
         return found
 
