@@ -112,7 +112,7 @@ class Mutant:
     scope: str
     """Qualified name of the function, empty for the module itself."""
     statement: int
-    """Line at which its statement begins."""
+    """Line at which its statement begins, or at which it takes effect."""
 
     @property
     def key(self) -> str:
@@ -162,6 +162,8 @@ def _places(node: ast.AST, scope: str, statement: int) -> Iterator[tuple[ast.AST
         scope = f"{scope}.{node.name}".removeprefix(".")
     for child in ast.iter_child_nodes(node):
         first = child.lineno if isinstance(child, ast.stmt) else statement
+        if isinstance(child, ast.arguments) and not isinstance(node, ast.Lambda):
+            first = node.body[-1].lineno  # type: ignore[attr-defined] # a default takes effect in the function
         yield child, (scope, first)
         yield from _places(child, scope, first)
 
@@ -283,10 +285,14 @@ class Coverage(msgspec.Struct):
         alike. A process that several tests share is recorded for the first of them only, and the hook for audit events
         for none.
         """
-        lines = (f"{mutant.module}.py:{line}" for line in range(mutant.line, mutant.statement - 1, -1))
+        numbers = (
+            range(mutant.line, mutant.statement - 1, -1) if mutant.statement <= mutant.line else [mutant.statement]
+        )
+        lines = (f"{mutant.module}.py:{number}" for number in numbers)
         covering = next((self.tests[line] for line in lines if line in self.tests), set())
         folder, _, name = mutant.module.rpartition("/")
-        files = {test.partition("::")[0] for test in covering} | {f"tests/{folder}/test_{name}.py"}
+        own = f"tests/{folder}/test_{name}.py::"
+        files = {test.partition("::")[0] for test in covering} | {own.removesuffix("::")}
         near = [test for test in self.durations if test in covering or test.partition("::")[0] in files]
         near.sort(
             key=lambda test: (test not in covering, not test.startswith(f"tests/{folder}/"), self.durations[test])
@@ -295,6 +301,8 @@ class Coverage(msgspec.Struct):
         for test in near:
             turns[test] = seen[test.partition("::")[0]]
             seen[test.partition("::")[0]] += 1
+        # The body of a class is executed once a process: its own tests may cover it without a record.
+        covering = covering | {test for test in near if test.startswith(own)}
         near[FIRST_TESTS:] = sorted(near[FIRST_TESTS:], key=lambda test: (test not in covering, turns[test]))
         chosen, total_s = list[str](), 0.0
         for test in near:

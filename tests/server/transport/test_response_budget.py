@@ -44,6 +44,33 @@ def test_one_body_of_many_responses_is_counted_once_until_the_last_is_over() -> 
     assert budget.total_bytes == 0
 
 
+def test_a_body_that_is_sent_instead_of_another_is_the_only_one_counted() -> None:
+    budget = made()
+    holder, whole, shorter = share(budget), body(), body() + b"shorter"
+    holder.hold(whole)
+    holder.hold(body())
+    holder.hold_only(shorter)
+    assert budget.total_bytes == budget.of("tok_a") == len(shorter) and budget.has("tok_a", shorter)
+    holder.drop(whole)  # again
+    holder.drop(shorter)
+    holder.drop(shorter)
+    assert budget.total_bytes == 0 and not budget.has("tok_a", shorter)
+    holder.close()
+
+
+def test_a_body_in_memory_is_shared_and_another_is_made_only_if_there_is_room() -> None:
+    budget = made(answer_bytes_per_token=len(BODY))
+    first, second, other = share(budget), share(budget), share(budget, "tok_b")
+    held = body()
+    assert first.hold_if_room(held) and first.hold_if_room(body()), "later parts of one response always may"
+    assert second.may_hold(held) and not second.may_hold(body()) and second.may_hold(bytes(COUNTED_BYTES))
+    assert not second.hold_if_room(body()) and second.hold_if_room(bytes(COUNTED_BYTES))
+    assert other.may_hold(body()) and other.hold_if_room(body())
+    assert budget.total_bytes == 3 * len(BODY)
+    first.close()
+    assert second.hold_if_room(body())
+
+
 def test_small_bodies_and_those_of_nobody_known_are_not_counted() -> None:
     budget = made()
     share(budget).hold(bytes(COUNTED_BYTES))

@@ -439,13 +439,16 @@ def test_only_a_plugins_command_can_be_allowed_by_the_administrator(tmp_path: Pa
         parse(newer, ("extra",), ANA, files=(), lattice_dir=tmp_path)
 
 
-@pytest.mark.parametrize(("depth", "is_taken"), [(64, True), (65, False)])
-def test_json_is_nested_up_to_a_bound(tmp_path: Path, depth: int, is_taken: bool) -> None:
-    argv = ("event", "LAT-1", "x_deep", "--data", '{"a":' * depth + "1" + "}" * depth, *AS_ANA)
-    if is_taken:
-        check(tmp_path, *argv)
-    else:
-        assert "nested deeper" in refused(tmp_path, *argv).message
+@pytest.mark.parametrize(
+    ("opening", "levels"), [('{"a":', 64), ("[", 64), ("[[],", 63), ("[{},", 63), ('["]",', 64), ('["\\"]",', 64)]
+)
+def test_json_is_nested_up_to_a_bound(tmp_path: Path, opening: str, levels: int) -> None:
+    def event(depth: int) -> tuple[str, ...]:
+        closing = "}" if opening[0] == "{" else "]"
+        return ("event", "LAT-1", "x_deep", "--data", opening * depth + "1" + closing * depth, *AS_ANA)
+
+    check(tmp_path, *event(levels))
+    assert "nested deeper" in refused(tmp_path, *event(levels + 1)).message
 
 
 # --- descriptions in the log ---
