@@ -73,6 +73,7 @@ RECORDED = [
     "hostile/test_malicious_server.py",
     "protocol",
     "server",
+    "storage",
     "test_textmerge.py",
 ]
 """Tests whose executed lines are recorded. The others take too long to run for each change."""
@@ -338,7 +339,7 @@ def record(python: Path) -> Coverage:
     try:
         tests = sorted(changed & digests.keys())
         command: list[str | Path] = [python, "-m", "pytest", *_OPTIONS, "-p", "line_recorder", *tests]
-        subprocess.run(command, cwd=CLONE, env=_environment(), stdout=subprocess.DEVNULL, check=False)
+        subprocess.run(command, cwd=CLONE, env=_environment(), capture_output=True, check=False)
     finally:
         switch.unlink()
     executed = {line: tests & coverage.durations.keys() for line, tests in coverage.tests.items()}

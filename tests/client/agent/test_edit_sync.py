@@ -8,15 +8,17 @@ from http import HTTPStatus
 from pathlib import Path
 
 import pytest
-from client_kit import PLAN, TASK, ask, rescued, until
+from client_kit import PLAN, TASK, ask, ready, rescued, until
 from fake_server import TOKEN, FakeServer
 from test_cache_repair import looked_after
+from websockets.asyncio.server import ServerConnection
 
 from lattice_remote.client import credentials
 from lattice_remote.client.agent import integrity_monitor
 from lattice_remote.client.agent.edit_sync import RewriteRun
 from lattice_remote.client.agent.service import Service
-from lattice_remote.protocol.messages import Put
+from lattice_remote.protocol.messages import Put, Refused, Stored, encode
+from lattice_remote.protocol.operations import PutFile, digest_of
 
 OLD = b"# Plan\n\n" + b"- a step\n" * 400
 NEW = OLD + b"- another step\n"
@@ -301,6 +303,34 @@ async def test_what_is_saved_after_an_edit_whose_answer_was_lost_builds_on_it(
     await until(lambda: server.files[PLAN] == then)
     await until(lambda: live._is_current() and not live._replicator.edits.scan())
     assert (directory / PLAN).read_bytes() == then
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+async def test_of_a_long_text_only_the_digest_of_the_base_is_sent_unless_the_server_asks_for_it(
+    server: FakeServer, service: Service, directory: Path, is_known: bool
+) -> None:
+    old = b"".join(b"line %d\n" % number for number in range(3000))
+    server.files[PLAN] = old
+    await ready(service)
+
+    async def by_digest(connection: ServerConnection, frame: object) -> bool:
+        if not isinstance(frame, Put) or not frame.base_digest:
+            return False
+        answer: Stored | Refused = Refused(frame.id, "REMOTE_STALE_BASE", "send the whole base")
+        if is_known:
+            change = server.change(PutFile(PLAN, frame.text), cause=frame.id)
+            answer = Stored(frame.id, change.seq, "stored")
+        await connection.send(encode(answer))
+        return True
+
+    server.misbehave = by_digest  # type: ignore[assignment]
+    (directory / PLAN).write_bytes(old + b"mine\n")
+    await ask(service, "push")
+    await until(lambda: server.files[PLAN] == old + b"mine\n")
+    first, *later = [frame for frame in server.frames if isinstance(frame, Put)]
+    assert first.base is None and first.base_digest == digest_of(old) and first.text == old + b"mine\n"
+    assert [(frame.base, frame.base_digest) for frame in later] == ([] if is_known else [(old, b"")])
+    assert len({frame.id for frame in (first, *later)}) == 1 + len(later)
 
 
 async def test_a_text_that_is_taken_back_while_it_is_on_its_way_is_sent_again(

@@ -19,8 +19,10 @@ from fake_server import TOKEN, FakeServer
 
 from lattice_remote.client import credentials, trusted_servers
 from lattice_remote.client.agent.service import Service
-from lattice_remote.client.connection.dial import fetch_projects
-from lattice_remote.errors import ConnectionFailed, RemoteError
+from lattice_remote.client.config import Remote
+from lattice_remote.client.connection import dial
+from lattice_remote.client.connection.dial import RetryLater, error_of, fetch_projects
+from lattice_remote.errors import ConnectionFailed, Misuse, ProtocolError, Rejected, RemoteError
 
 DAY = datetime.timedelta(days=1)
 
@@ -96,6 +98,23 @@ async def test_an_unknown_authority_gets_no_token(site: Site) -> None:
     await site.start()
     error = await fails(site.service(ca_file=False), "unknown certificate authority", "--ca-file")
     assert error.code == "REMOTE_UNTRUSTED" and site.server.requests == []
+
+
+async def test_a_list_of_projects_is_not_asked_for_under_an_unknown_authority(site: Site) -> None:
+    await site.start()
+    with pytest.raises(Rejected, match="unknown certificate authority") as error:
+        await asyncio.to_thread(fetch_projects, site.server.url, TOKEN, trusted_servers.name(site.server.url))
+    assert error.value.code == "REMOTE_UNTRUSTED" and site.server.requests == []
+
+
+async def test_a_client_certificate_without_its_key_is_named(site: Site) -> None:
+    await site.start()
+    place = str(site.place / "own.pem")
+    site.authority.cert_pem.write_to_path(place)
+    named = trusted_servers.name(site.server.url, ca_file=site.ca_file, client_cert=place)
+    with pytest.raises(Misuse, match=f"cannot use the client certificate {place}") as error:
+        await asyncio.to_thread(fetch_projects, site.server.url, TOKEN, named)
+    assert error.value.code == "REMOTE_UNTRUSTED" and site.server.requests == []
 
 
 async def test_another_private_authority_does_not_help(site: Site) -> None:
@@ -292,6 +311,48 @@ async def test_a_list_of_projects_that_can_not_be_read_says_why(answer: bytes | 
         await asyncio.to_thread(fetch_projects, url, TOKEN, trusted_servers.name(url))
     server.close()
     assert says in error.value.message and TOKEN not in error.value.message
+
+
+async def test_a_server_that_accepts_and_says_nothing_is_not_waited_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dial, "OPEN_TIMEOUT_S", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        named = trusted_servers.name(url)
+        with pytest.raises(ConnectionFailed, match="timed out"):
+            await asyncio.to_thread(fetch_projects, url, TOKEN, named)
+        trusted_servers.record(named)
+        service = Service(str(make_clone(tmp_path / "clone", url)))
+        service.start(TOKEN)
+        await fails(service, "timed out")
+
+
+@pytest.mark.parametrize(
+    ("code", "retry_after_s", "kind", "found"),
+    [
+        ("REMOTE_UNAUTHORIZED", 3.0, Rejected, "REMOTE_UNAUTHORIZED"),
+        ("REMOTE_FORBIDDEN", None, Rejected, "REMOTE_FORBIDDEN"),
+        ("REMOTE_BUSY", 3.0, RetryLater, "REMOTE_BUSY"),
+        ("REMOTE_NEWER", 3.0, RetryLater, "REMOTE_UNREACHABLE"),
+        ("REMOTE_PROTOCOL", None, ProtocolError, "REMOTE_PROTOCOL"),
+        ("REMOTE_SHUTDOWN", None, ConnectionFailed, "REMOTE_SHUTDOWN"),
+        ("REMOTE_NEWER", None, ConnectionFailed, "REMOTE_UNREACHABLE"),
+    ],
+)
+def test_a_reason_of_the_server_says_whether_to_try_again(
+    code: str, retry_after_s: float | None, kind: type[RemoteError], found: str
+) -> None:
+    error = error_of(code, "why", Remote("origin", "https://board.example", "web"), retry_after_s)
+    assert type(error) is kind and error.code == found and error.message.startswith("why")
+    assert ("lattice remote login https://board.example/web" in error.message) == (code == "REMOTE_UNAUTHORIZED")
+    assert getattr(error, "retry_after_s", None) == (retry_after_s if kind is RetryLater else None)
+
+
+def test_a_list_of_projects_does_not_use_socks(behind: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks5h://127.0.0.1:1")
+    with pytest.raises(ConnectionFailed, match="only connections to a project use SOCKS"):
+        fetch_projects(BOARD, TOKEN, trusted_servers.name(BOARD, insecure=True))
 
 
 async def test_a_proxy_of_the_environment_does_not_carry_it_off_this_machine(

@@ -14,7 +14,23 @@ from websockets.http11 import Request, Response
 from lattice_remote.client.agent.service import Service
 from lattice_remote.client.connection import connection, requests
 from lattice_remote.client.connection.connection import Connection
-from lattice_remote.protocol.messages import ClientFrame, Reply, Run, encode
+from lattice_remote.client.connection.requests import PendingRequest, expect, refusal_of
+from lattice_remote.errors import ConnectionFailed, Rejected
+from lattice_remote.protocol.messages import (
+    CAPABILITIES,
+    Attachment,
+    Call,
+    ClientFrame,
+    Limits,
+    Log,
+    Put,
+    Refused,
+    Reply,
+    Run,
+    Stored,
+    Welcome,
+    encode,
+)
 
 
 def longest(_low: float, _high: float) -> float:
@@ -176,3 +192,63 @@ async def test_why_a_connection_ended_is_said(
     assert link.error is not None and link.error.message.startswith(says)
     await run(service, "put", "tasks/x.json", "x")
     assert server.files["tasks/x.json"] == b"x"
+
+
+# --- refused before they are sent ---
+
+ID = "1" * 32
+
+
+def welcome(**limits: int) -> Welcome:
+    limits = {"max_frame_bytes": 1 << 20, "max_file_bytes": 1 << 20, **limits}
+    capabilities = [name for name in CAPABILITIES if not name.startswith("call:")]
+    return Welcome(
+        *(1, "9.9", "0.2", "web", "human:ana", "e", 0, 0, False), Limits(**limits), capabilities=capabilities
+    )
+
+
+def test_a_request_is_sent_up_to_each_limit_of_the_server() -> None:
+    put = Put(ID, "plans/x.md", b"", b"x" * 100)
+    assert refusal_of(put, welcome(max_text_bytes=100)) is None
+    refused = refusal_of(put, welcome(max_text_bytes=99))
+    assert refused is not None and refused.code == "REMOTE_TOO_LARGE" and "100 bytes" in refused.message
+    size = len(encode(put))
+    assert refusal_of(put, welcome(max_frame_bytes=size)) is None
+    assert refusal_of(put, welcome(max_frame_bytes=size - 1)) is not None
+    run = Run(ID, ["attach"], [Attachment(1, "a", b"x" * 50), Attachment(2, "b", b"x" * 60), Attachment(3, "c", None)])
+    assert refusal_of(run, welcome(max_file_bytes=60)) is None
+    refused = refusal_of(run, welcome(max_file_bytes=59))
+    assert refused is not None and "60 of them one file" in refused.message
+
+
+def test_a_surface_that_the_server_lacks_is_named() -> None:
+    call = Call(ID, "mcp", "create", b"{}", [])
+    refused = refusal_of(call, welcome())
+    assert refused is not None and refused.code == "REMOTE_VERSION"
+    assert "lattice-remote[mcp]" in refused.message and "9.9" in refused.message
+
+
+def test_an_answer_of_another_kind_may_have_had_an_effect() -> None:
+    answer = Stored(ID, 1, "stored")
+    assert expect(answer, Stored) is answer
+    with pytest.raises(Rejected, match="why") as refused:
+        expect(Refused(ID, "REMOTE_FORBIDDEN", "why"), Stored)
+    assert refused.value.code == "REMOTE_FORBIDDEN"
+    for sent, code in ((False, "REMOTE_UNREACHABLE"), (True, "REMOTE_UNKNOWN_OUTCOME")):
+        with pytest.raises(ConnectionFailed, match="unexpected response") as error:
+            expect(Reply(ID, 1, 0, b"", b""), Stored, sent=sent)
+        assert error.value.code == code
+
+
+async def test_a_resent_write_says_its_age_and_is_waited_for_longer() -> None:
+    answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    write, read = PendingRequest(Run(ID, ["list"], []), answer), PendingRequest(Log(ID), answer)
+    assert (write.patience_s, write.sent, write.is_write) == (requests.UNSENT_PATIENCE_S, False, True)
+    assert write.to_send() is write.frame and write.sent and write.patience_s == requests.SENT_PATIENCE_S
+    assert write.first_sent_at is not None
+    write.first_sent_at -= 5
+    again = write.to_send()
+    assert isinstance(again, Run) and again.age_s >= 5 and write.sends == 2
+    assert read.to_send() is read.frame is read.to_send()
+    assert (read.sent, read.is_write, read.patience_s) == (False, False, requests.UNSENT_PATIENCE_S)
+    answer.cancel()
