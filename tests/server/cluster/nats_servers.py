@@ -43,7 +43,7 @@ class NatsServer:
     def is_running(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
-    def configure(self, routes: list[int], sync: str | None, extra: str) -> None:
+    def configure(self, routes: list[int], sync: str | None, max_file: str, extra: str) -> None:
         """Write the configuration; ``sync`` None: the server's default."""
         self.directory.mkdir(parents=True, exist_ok=True)
         peers = ", ".join(f'"nats://127.0.0.1:{port}"' for port in routes if port != self.route_port)
@@ -56,7 +56,7 @@ listen: "127.0.0.1:{self.port}"
 http: "127.0.0.1:{self.monitor_port}"
 log_file: "{self.directory}/nats.log"
 jetstream {{
-  store_dir: "{self.directory}/js", max_mem: 64MB, max_file: 2GB
+  store_dir: "{self.directory}/js", max_mem: 64MB, max_file: {max_file}
   {f"sync_interval: {sync}" if sync else ""}
 }}
 {cluster if len(routes) > 1 else ""}
@@ -121,7 +121,15 @@ jetstream {{
 class NatsCluster:
     """One or three servers. ``heal()`` starts and resumes all of them."""
 
-    def __init__(self, count: int, directory: Path, *, sync: str | None = "always", extra: str = "") -> None:
+    def __init__(
+        self,
+        count: int,
+        directory: Path,
+        *,
+        sync: str | None = "always",
+        max_file: str = "2GB",
+        extra: str = "",
+    ) -> None:
         ports = _free_ports(3 * count)
         self.servers = [
             NatsServer(f"n{number + 1}", (ports[3 * number], ports[3 * number + 1], ports[3 * number + 2]), place)
@@ -129,7 +137,7 @@ class NatsCluster:
         ]
         routes = [each.route_port for each in self.servers]
         for each in self.servers:
-            each.configure(routes, sync, extra)
+            each.configure(routes, sync, max_file, extra)
 
     @property
     def urls(self) -> list[str]:
@@ -172,10 +180,10 @@ class NatsCluster:
 
 
 @contextmanager
-def nats_cluster(count: int, directory: Path, *, sync: str | None = "always", extra: str = "") -> Iterator[NatsCluster]:
-    """Start servers, and end them by their process ids, also after a failure."""
+def nats_cluster(count: int, directory: Path, **options: Any) -> Iterator[NatsCluster]:
+    """Start servers, with the options of NatsCluster, and end them by their process ids, also after a failure."""
     for attempt in range(5):
-        cluster = NatsCluster(count, directory / str(attempt), sync=sync, extra=extra)
+        cluster = NatsCluster(count, directory / str(attempt), **options)
         try:
             try:
                 cluster.heal()

@@ -2,10 +2,12 @@
 
 import asyncio
 import hashlib
+import ssl
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import trustme
 from nats_servers import NatsCluster, nats_cluster
 
 from lattice_remote.errors import Misuse, StorageError
@@ -47,6 +49,23 @@ async def test_only_a_login_of_the_file_is_let_in(guarded: NatsCluster, tmp_path
     engine = await Engine.connect(guarded.urls, node="a", credentials=login, replicas=1)
     await engine.kv("some")
     await engine.close()
+
+
+async def test_a_connection_may_use_tls(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "pem")
+    files = f'tls {{ cert_file: "{tmp_path}/pem", key_file: "{tmp_path}/pem" }}'
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    with (
+        pytest.raises(EngineUnavailable, match="certificate verify failed"),
+        nats_cluster(1, tmp_path, extra=files) as tls,
+    ):
+        engine = await Engine.connect(tls.urls, node="a", tls=trusting, replicas=1)
+        bucket = await engine.kv("b")
+        assert await bucket.put("k", b"1")
+        await engine.close()
+        await Engine.connect(tls.urls, node="a", tls=ssl.create_default_context(), replicas=1, timeout_s=1.0)
 
 
 @pytest.mark.parametrize("text", ["", "a:b\nc:d\n", None])

@@ -1,11 +1,13 @@
 """The order of a project's changes, on one real server."""
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
-from nats_servers import NatsCluster
+from nats_servers import NatsCluster, nats_cluster
 
 from faultproxy import FaultProxy
 from lattice_remote.server.cluster.engine import Engine
@@ -326,3 +328,46 @@ async def test_a_damaged_stream_stops_its_owner_and_its_followers(
             await later.read(last)
             await later.take_over(last, node="b", term=2)
             await later.read(1)
+
+
+async def test_an_engine_without_space_refuses_clearly(tmp_path: Path, slug: str) -> None:
+    with nats_cluster(1, tmp_path, max_file="200KB") as small:
+        engine = await Engine.connect(small.urls, node="a", replicas=1)
+        order = JetStreamOrder(engine, slug, "e1")
+        await order.create()
+        last = await order.take_over(0, node="a", term=1)
+        with pytest.raises(StreamFull):
+            while True:
+                last = await order.append(last, [bytes(20_000)])
+        assert [batch.seq for batch in await everything(order)] == list(range(1, last + 1))
+        await order.purge(last - 1)
+        assert await order.append(last, [b"more"]) == last + 1
+        await engine.close()
+
+
+async def test_an_engine_that_was_restored_from_an_older_copy_is_refused(tmp_path: Path, slug: str) -> None:
+    with nats_cluster(1, tmp_path) as restored:
+        server = restored.servers[0]
+        engine = await Engine.connect(restored.urls, node="a", replicas=1)
+        order = JetStreamOrder(engine, slug, "e1", lost_s=0.5)
+        await order.create()
+        last = await order.append(await order.take_over(0, node="a", term=1), [b"in the copy"])
+        await asyncio.to_thread(server.stop)
+        shutil.copytree(server.directory / "js", tmp_path / "copy")
+        await asyncio.to_thread(restored.heal)
+        last = await order.append(last, [b"after the copy"])
+        await asyncio.to_thread(server.stop)
+        shutil.rmtree(server.directory / "js")
+        shutil.copytree(tmp_path / "copy", server.directory / "js")
+        await asyncio.to_thread(restored.heal)
+        later = await opened(engine, order, slug)
+        async with asyncio.timeout(60):
+            with pytest.raises(StreamLost, match="ends at 2; 3 was acknowledged"):
+                await order.append(last, [b"next"])
+            with pytest.raises(StreamLost, match="ends at 2"):
+                await later.read(last)
+            with pytest.raises(StreamLost, match="ends at 2"):
+                await later.take_over(last, node="b", term=2)
+            with pytest.raises(StreamLost, match="ends at 2"):
+                await followed(later, 1, after=last)
+        await engine.close()

@@ -499,6 +499,10 @@ class JetStream:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"certificate verify failed: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):  # its number is not the system's
+        return error.reason or str(error)
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
     return str(error).removeprefix("nats: ").strip("'") or type(error).__name__
