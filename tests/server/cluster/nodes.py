@@ -22,6 +22,7 @@ from lattice_remote.server.cluster.peer_copy import copy_from
 from lattice_remote.server.cluster.peer_server import PeerServer
 from lattice_remote.server.datadir import DataDir, ProjectPaths
 from lattice_remote.server.ipc import Edit, PathState, Ready, RunCall, RunCommand
+from lattice_remote.server.project.order import EmbeddedOrder, Order
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.project.queue import QueueLimits
 from lattice_remote.server.registry import ProjectRegistry
@@ -60,8 +61,19 @@ def serve_cluster(registry: ProjectRegistry, *, secret: bytes = SECRET) -> set[s
     def project(slug: str) -> Project | None:
         return registry.project(slug) if registry.data.has_project(slug) else None
 
-    registry.cluster = PeerServer(PeerAccess("a", secret), project, owned.__contains__)
+    registry.cluster = OwningNode(PeerServer(PeerAccess("a", secret), project, owned.__contains__))
     return owned
+
+
+class OwningNode:
+    """A node that serves others, and orders the changes of its projects alone."""
+
+    def __init__(self, peers: PeerServer) -> None:
+        self.admit = peers.admit
+
+    def order_of(self, slug: str) -> Order:
+        del slug
+        return EmbeddedOrder()
 
 
 class Follower:

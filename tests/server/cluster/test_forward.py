@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import trustme
 from harness import Running, make_data, serving, tree_of, until
 from nodes import (
     SECRET,
@@ -20,13 +21,14 @@ from nodes import (
     serve_cluster,
 )
 
-from lattice_remote.errors import ConnectionFailed
+from lattice_remote.errors import ConnectionFailed, Misuse
 from lattice_remote.protocol.messages import Attachment, Refused, Reply, encode
 from lattice_remote.server.cluster.peer_access import PeerAccess
 from lattice_remote.server.config import Config, LimitSettings
 from lattice_remote.server.ipc import Edit, Ready, RunCall, RunCommand
 from lattice_remote.server.project.metrics import RequestOutcome
 from lattice_remote.server.project.queue import QueueLimits
+from lattice_remote.server.transport.listener import Certificate
 
 Message = RunCommand | RunCall | Edit
 
@@ -348,3 +350,23 @@ async def test_a_stalled_client_of_one_node_delays_no_other(pair: Pair) -> None:
     answers = await asyncio.gather(*(pair.follower.run(command("noop", holder="o"), other) for _ in range(20)))
     assert all(isinstance(answer, Reply) for answer in answers)
     assert stalled.answers == {}
+
+
+async def test_nodes_connect_over_tls_with_the_named_authorities(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    issued, authorities = authority.issue_cert("127.0.0.1"), tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(authorities)
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    issued.private_key_pem.write_to_path(tmp_path / "key.pem")
+    (tmp_path / "key.pem").chmod(0o600)
+    data, token = make_data(tmp_path / "a")
+    certificate = Certificate(tmp_path / "cert.pem", tmp_path / "key.pem")
+    async with serving(data, token, certificate=certificate) as owner:
+        serve_cluster(owner.registry)
+        url = f"https://127.0.0.1:{owner.port}"
+        async with await PeerAccess("b", SECRET, authorities=authorities).connect(url, "/cluster/web"):
+            pass
+        with pytest.raises(ConnectionFailed, match="certificate"):
+            await PeerAccess("b", SECRET).connect(url, "/cluster/web")
+    with pytest.raises(Misuse, match="cannot read the certificates"):
+        PeerAccess("b", SECRET, authorities=tmp_path / "missing.pem")

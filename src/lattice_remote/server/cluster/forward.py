@@ -20,7 +20,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from functools import partial
 
 import msgspec
 from websockets.asyncio.client import ClientConnection
@@ -38,9 +37,22 @@ from lattice_remote.protocol.messages import (
     decode_server_frame,
     encode,
 )
-from lattice_remote.server.cluster.peer_access import PEER_MESSAGE_BYTES, PeerAccess
+from lattice_remote.server.cluster.forward_messages import (
+    Accepted,
+    Answer,
+    Forget,
+    ForwardedRequest,
+    FromOwner,
+    NotOwner,
+    Piece,
+    Submit,
+    Withdraw,
+    decode_from_owner,
+    encode_message,
+)
+from lattice_remote.server.cluster.peer_access import PeerAccess
 from lattice_remote.server.ipc import Edit, RunCall, RunCommand
-from lattice_remote.server.project.metrics import OutcomeListener, RequestOutcome
+from lattice_remote.server.project.metrics import OutcomeListener
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.project.queue import (
     QueuedRequest,
@@ -49,102 +61,21 @@ from lattice_remote.server.project.queue import (
     RequestQueue,
     refusal_to_join,
 )
-from lattice_remote.server.transport.websocket import Handoff, websocket_frame
 
-__all__ = ["ForwardedRequest", "Forwarder", "serve_forwarded"]
-
-ForwardedRequest = RunCommand | RunCall | Edit
+__all__ = ["Forwarder"]
 
 _DELAYS_S = (0.05, 0.1, 0.2, 0.4, 0.8)
 """Between attempts to reach one owner."""
 _PATIENCE_S = 30.0
 """Time without a connection to an owner after which a request is refused."""
 _CHECK_S = 1.0
+_CLOSE_S = 0.3
+"""For the owner's close frame; then the connection is aborted."""
 _HELD_BYTES = 64 * 1024 * 1024
 """Answers that wait for their change; then no further ones are read."""
-_MESSAGES_PER_S = 1_000_000
-"""From another node: its clients are limited there."""
 _NO_OWNER = "no node of the cluster leads this project now; try again"
 
 _log = logging.getLogger(__name__)
-
-
-# --- messages ---
-
-
-class _Message(msgspec.Struct, frozen=True, tag_field="type"):
-    pass
-
-
-class _Submit(_Message, frozen=True, tag="submit"):
-    """Run a request. ``age_s`` is the time since it was first sent, None if it was never sent before."""
-
-    request: ForwardedRequest
-    age_s: float | None = None
-
-
-class _Piece(_Message, frozen=True, tag="piece"):
-    """A piece of an upload of this token."""
-
-    upload: Upload
-    token_id: str
-
-
-class _Forget(_Message, frozen=True, tag="forget"):
-    """No requester waits any longer: end a wait for a resource. No answer follows."""
-
-    id: str
-
-
-class _Withdraw(_Message, frozen=True, tag="withdraw"):
-    """Withdraw a request of a revoked token if it has not had an effect."""
-
-    id: str
-    code: str
-
-
-class _Accepted(_Message, frozen=True, tag="accepted"):
-    """This node is the owner: requests may follow."""
-
-
-class _NotOwner(_Message, frozen=True, tag="not-owner"):
-    """This node is not, or no longer, the owner; unanswered requests get no answer."""
-
-
-class _Answer(_Message, frozen=True, tag="answer"):
-    """The reply to a request or a piece; a request's is valid from change ``seq`` of ``epoch``."""
-
-    id: str
-    reply: bytes
-    epoch: str = ""
-    seq: int = 0
-    outcome: RequestOutcome | None = None
-
-
-class _Numbered(msgspec.Struct):
-    seq: int = 0
-
-
-_to_owner: msgspec.msgpack.Decoder[_Submit | _Piece | _Forget | _Withdraw] = msgspec.msgpack.Decoder(
-    _Submit | _Piece | _Forget | _Withdraw
-)
-_from_owner: msgspec.msgpack.Decoder[_Accepted | _NotOwner | _Answer] = msgspec.msgpack.Decoder(
-    _Accepted | _NotOwner | _Answer
-)
-_seq_of = msgspec.msgpack.Decoder(_Numbered)
-_encoder = msgspec.msgpack.Encoder()
-
-
-def _decode[T](decoder: "msgspec.msgpack.Decoder[T]", message: str | bytes) -> T:
-    if isinstance(message, str):
-        raise ProtocolError("received a text message; frames are binary")
-    try:
-        return decoder.decode(message)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ProtocolError(f"invalid message of a node: {error}") from error
-
-
-# --- the node of the client ---
 
 
 @dataclass(eq=False)
@@ -153,7 +84,7 @@ class _Link:
 
     socket: ClientConnection
     work: asyncio.Event = field(default_factory=asyncio.Event)
-    control: deque[_Forget | _Withdraw] = field(default_factory=deque)
+    control: deque[Forget | Withdraw] = field(default_factory=deque)
     pieces: dict[str, asyncio.Future[bytes]] = field(default_factory=dict)
     """Replies to pieces of uploads, by id."""
     ready: deque[QueuedRequest] = field(default_factory=deque)
@@ -236,7 +167,7 @@ class Forwarder:
         message = _request_of(job)
         if not self._is_unsent(job):
             if self._link is not None and request_id in self._taken:
-                self._link.control.append(_Withdraw(request_id, code))
+                self._link.control.append(Withdraw(request_id, code))
                 self._wake()
             return False
         self._queue.withdraw(job)
@@ -280,7 +211,7 @@ class Forwarder:
             self._taken.pop(job.id, None)
             self._drop(job)
             if self._link is not None:
-                self._link.control.append(_Forget(job.id))
+                self._link.control.append(Forget(job.id))
                 self._wake()
 
     def _drop(self, job: QueuedRequest) -> None:
@@ -310,7 +241,7 @@ class Forwarder:
     async def close(self) -> None:
         """End the connection. The requests in flight get no reply."""
         self._project.history.leave(self)
-        task = self._task
+        task, link = self._task, self._link
         self._stop_link()
         if self._patience is not None:
             self._patience.cancel()
@@ -318,7 +249,10 @@ class Forwarder:
         self._queue.close()
         self._held.clear()
         if task is not None:
-            await asyncio.wait({task})
+            _, pending = await asyncio.wait({task}, timeout=_CLOSE_S)
+            if pending and link is not None:
+                link.socket.transport.abort()
+                await asyncio.wait({task})
 
     def _stop_link(self) -> None:
         if self._task is not None:
@@ -364,13 +298,13 @@ class Forwarder:
     async def _use_link(self, socket: ClientConnection) -> None:
         """Send and receive until the connection ends. Raises ConnectionFailed, ConnectionClosed, ProtocolError."""
         async with socket:
-            if not isinstance(_decode(_from_owner, await socket.recv()), _Accepted):
+            if not isinstance(decode_from_owner(await socket.recv()), Accepted):
                 raise ConnectionFailed("it is not the owner of the project")
             link = self._link = _Link(socket)
             async with asyncio.TaskGroup() as group:
                 sender = group.create_task(self._send_requests(link, group))
                 async for data in socket:
-                    self._receive(link, _decode(_from_owner, data))
+                    self._receive(link, decode_from_owner(data))
                     while self._held.bytes > _HELD_BYTES:
                         self._released.clear()
                         await self._released.wait()
@@ -386,7 +320,7 @@ class Forwarder:
     async def _send_requests(self, link: _Link, group: asyncio.TaskGroup) -> None:
         while self._link is link:
             if link.control:
-                await link.socket.send(_encoder.encode(link.control.popleft()))
+                await link.socket.send(encode_message(link.control.popleft()))
             elif link.ready:
                 await self._send_request(link, link.ready.popleft())
             elif self._queue.turns:
@@ -410,7 +344,7 @@ class Forwarder:
     async def _send_request(self, link: _Link, job: QueuedRequest) -> None:
         if self._taken.get(job.id) is not job:
             return  # answered or dropped in between
-        submit = _encoder.encode(_Submit(_request_of(job), self._age_of(job)))
+        submit = encode_message(Submit(_request_of(job), self._age_of(job)))
         self._sent_at.setdefault(job.id, time.monotonic())
         await link.socket.send(submit)
         if not job.requesters and self._taken.get(job.id) is job:
@@ -427,7 +361,7 @@ class Forwarder:
                     refusal = refusal or await self._send_upload(link, _request_of(job).token_id, file)
             waiting.popleft()
             if refusal is not None and not job.suspect and job.id in self._taken and self._age_of(job) is None:
-                self._answered(_Answer(job.id, encode(msgspec.structs.replace(refusal, id=job.id))))
+                self._answered(Answer(job.id, encode(msgspec.structs.replace(refusal, id=job.id))))
             else:
                 link.ready.append(job)
             link.work.set()
@@ -443,20 +377,20 @@ class Forwarder:
             return None  # used by now: the owner replies as before, or refuses
         try:
             question = Upload(secrets.token_hex(16), file.digest, file.size)
-            answer = await self._send_piece(link, _Piece(question, token_id))
+            answer = await self._send_piece(link, Piece(question, token_id))
             while isinstance(answer, Uploaded) and answer.have < file.size:
                 data = await asyncio.to_thread(os.pread, descriptor, MAX_PIECE_BYTES, answer.have)
                 if not data:
                     return None
                 piece = Upload(secrets.token_hex(16), file.digest, file.size, answer.have, data)
-                answer = await self._send_piece(link, _Piece(piece, token_id))
+                answer = await self._send_piece(link, Piece(piece, token_id))
         finally:
             os.close(descriptor)
         return answer if isinstance(answer, Refused) else None
 
-    async def _send_piece(self, link: _Link, piece: _Piece) -> Uploaded | Refused:
+    async def _send_piece(self, link: _Link, piece: Piece) -> Uploaded | Refused:
         waiting = link.pieces[piece.upload.id] = asyncio.get_running_loop().create_future()
-        await link.socket.send(_encoder.encode(piece))
+        await link.socket.send(encode_message(piece))
         frame = decode_server_frame(await waiting)
         if not isinstance(frame, Uploaded | Refused):
             raise ProtocolError(f"unexpected reply to an upload: {type(frame).__name__}")
@@ -464,17 +398,17 @@ class Forwarder:
 
     # --- answers ---
 
-    def _receive(self, link: _Link, message: _Accepted | _NotOwner | _Answer) -> None:
+    def _receive(self, link: _Link, message: FromOwner) -> None:
         match message:
-            case _NotOwner():
+            case NotOwner():
                 raise ConnectionFailed("it is no longer the owner of the project")
-            case _Answer() if (waiting := link.pieces.pop(message.id, None)) is not None:
+            case Answer() if (waiting := link.pieces.pop(message.id, None)) is not None:
                 if not waiting.done():
                     waiting.set_result(message.reply)
-            case _Answer():
+            case Answer():
                 self._answered(message)
 
-    def _answered(self, answer: _Answer) -> None:
+    def _answered(self, answer: Answer) -> None:
         job = self._taken.pop(answer.id, None)
         if job is not None:
             self._held.add(answer, job)
@@ -542,7 +476,7 @@ class _HeldAnswers:
         self.bytes = 0
         self._history = project.history
         self._number = itertools.count()
-        self._waiting: dict[str, list[tuple[int, int, _Answer, QueuedRequest]]] = {}  # heaps
+        self._waiting: dict[str, list[tuple[int, int, Answer, QueuedRequest]]] = {}  # heaps
         self._epoch = project.history.epoch
         self._former: set[str] = {""}
         """Epochs that the history has left: it holds all that can be known of them."""
@@ -550,12 +484,12 @@ class _HeldAnswers:
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
 
-    def add(self, answer: _Answer, job: QueuedRequest) -> None:
+    def add(self, answer: Answer, job: QueuedRequest) -> None:
         heap = self._waiting.setdefault(answer.epoch, [])
         heapq.heappush(heap, (answer.seq, next(self._number), answer, job))
         self.bytes += len(answer.reply)
 
-    def take(self) -> list[tuple[_Answer, QueuedRequest]]:
+    def take(self) -> list[tuple[Answer, QueuedRequest]]:
         """Return and remove the answers that may be delivered, in order."""
         history, found = self._history, []
         if history.epoch != self._epoch:
@@ -603,137 +537,3 @@ def _first(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
-
-
-# --- the owner ---
-
-
-async def serve_forwarded(
-    connection: Handoff, node: str, project: Project | None, is_owner: Callable[[], bool]
-) -> None:
-    """Serve another node's requests for a project until either side closes. Raises nothing.
-
-    ``project`` is None if this node does not have it.
-    """
-    name = f"{'' if project is None else project.slug}: node {node} at {connection.peer_name}"
-    connection.allow_message_bytes(PEER_MESSAGE_BYTES)
-    connection.allow_messages_per_s(_MESSAGES_PER_S)
-    if project is None or not is_owner():
-        connection.outbox.push(websocket_frame(_encoder.encode(_NotOwner())))
-        connection.end(1012, "not the owner")
-        return
-    peer = _Peer(connection, node, project, is_owner)
-    connection.outbox.push(websocket_frame(_encoder.encode(_Accepted())))
-    _log.info("%s: connected", name)
-    try:
-        async for message in connection:
-            peer.take(_decode(_to_owner, message))
-    except ConnectionClosed:
-        pass
-    except ProtocolError as error:
-        _log.error("%s: %s", name, error.message)
-        connection.end(1002, error.message)
-    except Exception:  # noqa: BLE001 - one connection's failure must not stop the server
-        _log.exception("%s: unexpected failure", name)
-        connection.end(1011, "internal error")
-    finally:
-        peer.close()
-        _log.info("%s: disconnected", name)
-
-
-class _Peer:
-    """Requests of another node's clients."""
-
-    def __init__(self, connection: Handoff, node: str, project: Project, is_owner: Callable[[], bool]) -> None:
-        self._connection = connection
-        self._node = node
-        self._project = project
-        self._is_owner = is_owner
-        self._requesters: dict[str, _TokenRequester] = {}  # by token, with requests in flight
-        self._of: dict[str, _TokenRequester] = {}  # by request
-        self._outcomes: dict[str, RequestOutcome] = {}
-        self._ended = False
-
-    def take(self, message: _Submit | _Piece | _Forget | _Withdraw) -> None:
-        if self._ended:
-            return
-        match message:
-            case _Submit(request, age_s):
-                self._submit(request, age_s)
-            case _Piece(upload, token_id):
-                self._project.uploads.take(upload, token_id, self._requester(upload.id, token_id))
-            case _Forget(id):
-                if (requester := self._settled(id)) is not None:
-                    self._project.forget(requester, {id})
-            case _Withdraw(id, code):
-                requester = self._of.get(id)
-                if requester is not None and self._project.withdraw(requester, id, code):
-                    why = "the token is no longer valid; nothing was changed"
-                    self.answer(id, encode(Refused(id, code, why)))
-
-    def _submit(self, request: ForwardedRequest, age_s: float | None) -> None:
-        project = self._project
-        if not self._is_owner() or project.stopping or project.failure is not None:
-            self.end()
-            return
-        if age_s is not None:
-            request = msgspec.structs.replace(request, first_sent_at=time.time() - age_s)
-        project.submit(request, self._requester(request.id, request.token_id), partial(self._note, request.id))
-
-    def _note(self, request_id: str, outcome: RequestOutcome) -> None:
-        """Log an outcome and keep it for the answer, which follows at once."""
-        outcome.log()
-        if request_id in self._of:
-            self._outcomes[request_id] = outcome
-
-    def _requester(self, request_id: str, token_id: str) -> "_TokenRequester":
-        requester = self._requesters.get(token_id)
-        if requester is None:
-            requester = self._requesters[token_id] = _TokenRequester(self, (self._node, token_id))
-        requester.in_flight.add(request_id)
-        self._of[request_id] = requester
-        return requester
-
-    def _settled(self, request_id: str) -> "_TokenRequester | None":
-        requester = self._of.pop(request_id, None)
-        if requester is not None:
-            requester.in_flight.discard(request_id)
-            if not requester.in_flight:
-                self._requesters.pop(requester.fairness_key[1], None)
-        return requester
-
-    def answer(self, request_id: str, reply: bytes) -> None:
-        self._settled(request_id)
-        history = self._project.history
-        seq = min(_seq_of.decode(reply).seq, history.head)  # that of an older epoch may be greater
-        self._push(_Answer(request_id, reply, history.epoch, seq, self._outcomes.pop(request_id, None)))
-
-    def _push(self, message: _Answer | _NotOwner) -> None:
-        self._connection.outbox.push(websocket_frame(_encoder.encode(message)))
-
-    def end(self) -> None:
-        """End the connection; the other node sends its unanswered requests again. Idempotent."""
-        if not self._ended:
-            self._ended = True
-            self._push(_NotOwner())
-            self._connection.end(1012, "not the owner")
-
-    def close(self) -> None:
-        for requester in self._requesters.values():
-            self._project.forget(requester, requester.in_flight)
-
-
-class _TokenRequester:
-    """Requester for one token of another node: its requests there take one turn here."""
-
-    def __init__(self, peer: _Peer, fairness_key: tuple[str, str]) -> None:
-        self._peer = peer
-        self.fairness_key = fairness_key
-        self.in_flight: set[str] = set()
-
-    def answer(self, request_id: str, reply: bytes) -> None:
-        self._peer.answer(request_id, reply)
-
-    def end(self, bye: Bye) -> None:
-        del bye
-        self._peer.end()

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from http import HTTPStatus
 
-from lattice_remote.server.cluster.forward import serve_forwarded
+from lattice_remote.server.cluster.forwarded_requests import serve_forwarded
 from lattice_remote.server.cluster.peer_access import PeerAccess
 from lattice_remote.server.cluster.peer_copy import send_copy
 from lattice_remote.server.project.project import Project
