@@ -56,7 +56,7 @@ claims: venv  ## Let 32 processes race for one task, round after round: one winn
 order: venv  ## Kill, pause and cut off the cluster's engine and its nodes, seed after seed (SEEDS=200)
 	@$(PYTHON_VENV) tests/cluster_order.py --seeds $(SEEDS) --first $(FIRST)
 
-load: venv  ## Measure the fan-out to 1,000 clients, then with hundreds of clients, stalled ones, concurrent writers, a restart, 10,000 tasks
+load: venv  ## Measure dozens of projects, the fan-out to 1,000 clients, then with hundreds of clients, stalled ones, concurrent writers, a restart, 10,000 tasks
 	@$(PYTHON_VENV) benchmarks/load.py $(ARGS)
 
 COPIES ?= 50

@@ -42,7 +42,7 @@ from lattice_remote.protocol.messages import (  # noqa: E402
 )
 from lattice_remote.server.journal.segment import JournalReader  # noqa: E402
 from load_scenarios import fill  # noqa: E402
-from sandbox import Client, Process, Programs, Sandbox, Server, board, wait_for  # noqa: E402
+from sandbox import Client, Process, Programs, Sandbox, Server, board, descendants, wait_for  # noqa: E402
 
 ACTOR = ("--actor", "human:ana")
 MIB = 1024 * 1024
@@ -599,13 +599,13 @@ def editing(runs: int) -> Iterator[Figure]:
         yield Figure("the same of 5 MiB, p50", statistics.median(large), "ms")
 
 
-# --- memory: resident sets ---
+# --- memory ---
 
 
-def resident_mib(pid: int) -> float:
-    """Resident memory of a process in MiB, shared pages counted whole."""
+def used_mib(pid: int) -> float:
+    """Memory of a process in MiB, with its part of shared pages (PSS)."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Rss:"):
+        if line.startswith("Pss:"):
             return int(line.split()[1]) / 1024
     raise LookupError(pid)
 
@@ -622,18 +622,18 @@ def memory(_runs: int) -> Iterator[Figure]:
         for n in range(20):
             first.ok("create", f"Task {n}", *ACTOR)
         agent = json.loads(first.ok("remote", "agent", "status", "--json"))["data"]["pid"]
-        one = resident_mib(agent)
+        one = used_mib(agent)
         yield at_most("agent with one cache", one, "MiB", 60)
         for n in range(further):
             sandbox.client(f"further-{n}", "machine").add_remote(server, token)
-        yield Figure("agent, each further cache", (resident_mib(agent) - one) / further, "MiB")
+        yield Figure("agent, each further cache", (used_mib(agent) - one) / further, "MiB")
         assert server.process is not None
-        pids = [server.process.pid, *server.worker_pids()]
-        few = sum(map(resident_mib, pids))
+        pids = [server.process.pid, *descendants(server.process.pid)]
+        few = sum(map(used_mib, pids))
         yield at_most("server with one project and its worker", few, "MiB", 150)
         with asyncio.Runner() as runner:
             connections = runner.run(_open_peers(server, token, peers))
-            many = sum(map(resident_mib, pids))
+            many = sum(map(used_mib, pids))
             runner.run(_close_peers(connections))
         yield Figure("server, each further connected client", (many - few) / peers, "MiB")
 
