@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -196,6 +197,8 @@ async def test_a_worker_killed_under_load_answers_everything_once(process: Proce
 
 def test_processes_of_an_unused_project_leave_and_come_back(data: DataDir) -> None:
     (data.path / "config.json").write_text('{"idle_seconds": 0.05}')
+    for other in ("two", "three", "four"):  # no longer a few
+        shutil.copytree(data.project("web").root, data.project(other).root)
     server = Process(data)
     url, headers = f"http://127.0.0.1:{server.port}/projects/web/tasks", {"Authorization": f"Bearer {make_token(data)}"}
 

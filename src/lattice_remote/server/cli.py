@@ -35,6 +35,8 @@ __all__ = ["NOT_RUNNING", "app", "main"]
 NOT_RUNNING = 3
 """Exit code of ``status`` when no server runs, as with ``systemctl status``."""
 _OPEN_FILES = 65_536
+_FEW_PROJECTS = 3
+"""Their processes need not share all memory."""
 
 app = typer.Typer(
     help="The server of lattice-remote: Lattice projects shared by many machines.\n\n"
@@ -246,7 +248,7 @@ def start(  # noqa: PLR0917 - Typer calls it
     os.environ |= {FORMAT_VARIABLE: log_format, LEVEL_VARIABLE: log_level}
     log_to_stderr("%(asctime)s %(levelname)s %(name)s: %(message)s")
     _allow_many_connections()
-    template = Template()
+    template = Template(is_for_many=len(target.slugs()) > _FEW_PROJECTS)
     template.prepare()  # it loads lattice while this process loads the rest
     from lattice_remote.server.server import bind, run
 

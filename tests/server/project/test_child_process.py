@@ -26,7 +26,7 @@ READER_COMMAND = (*PYTHON, "lattice_remote.server.worker.reader")
 
 @pytest.fixture
 async def template() -> AsyncIterator[Template]:
-    made = Template()
+    made = Template(is_for_many=True)
     yield made
     made.close()
 

@@ -153,9 +153,13 @@ class _NoTemplate(Exception):
 
 
 class Template:
-    """The template process of a server, kept running; ``close()`` it. Belongs to the event loop's thread."""
+    """The template process of a server, kept running; ``close()`` it. Belongs to the event loop's thread.
 
-    def __init__(self) -> None:
+    With ``is_for_many`` its children share more memory, and it starts 0.2 s later.
+    """
+
+    def __init__(self, *, is_for_many: bool = False) -> None:
+        self._options = ["--immortal"] if is_for_many else []
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._is_read = False
@@ -198,7 +202,7 @@ class Template:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
-                line = [*_COMMAND, "--fd", str(theirs.fileno()), " " * _ROOM_CHARACTERS]
+                line = [*_COMMAND, "--fd", str(theirs.fileno()), *self._options, " " * _ROOM_CHARACTERS]
                 self._process = _popen(line, [theirs.fileno()])
             except BaseException:
                 ours.close()

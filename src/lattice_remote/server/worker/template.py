@@ -1,6 +1,6 @@
 """Template process of a server: it has lattice and the code of workers and readers loaded, and forks each of them.
 
-    python -P -X utf8 -m lattice_remote.server.worker.template --fd 5
+    python -P -X utf8 -m lattice_remote.server.worker.template --fd 5 [--immortal]
 
 A request is one message on the socket (``SOCK_SEQPACKET``): module and arguments, as msgpack, with the descriptors that
 the child keeps, first its connection to the server. The reply is the child's process id, with its pidfd, or an error
@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Fork children until the server is gone; return the exit code."""
     parser = argparse.ArgumentParser(prog="lattice-remote-template")
     parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--immortal", action="store_true", help="share more memory, for 0.2 s of processor time")
     parser.add_argument("room", nargs="?", help="blanks; the command lines of children are written there")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server ends this process, as it does a worker
@@ -55,7 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(_SEVERAL_THREADS, file=sys.stderr)  # noqa: T201 - the server's log
         return 1
     gc.collect()
-    make_immortal(gc.get_objects())
+    if options.immortal:
+        make_immortal(gc.get_objects())
     gc.freeze()
     _serve(control, programs)
     return 0
