@@ -149,8 +149,8 @@ def _large_project(sandbox: Sandbox, server: Server, token: str) -> Iterator[Fig
     opened_s = timed(lambda: asyncio.run(_open(server, token)))
     yield at_most("first start on files that it has not seen", opened_s, "s", 3)
     ana = sandbox.client("ana")
-    committed_s, cloned_s = _git(server.lattice_dir(), sandbox.root / "git")
-    yield Figure("git add and commit of the same files", committed_s, "s")
+    pushed_s, cloned_s = _git(server.lattice_dir(), sandbox.root / "git")
+    yield Figure("git add, commit and push of the same files", pushed_s, "s")
     yield Figure("git clone of the same files", cloned_s, "s")
     filled_s = timed(lambda: ana.add_remote(server, token))
     yield Figure("first fill of a cache", filled_s, "s")
@@ -176,22 +176,43 @@ def _large_project(sandbox: Sandbox, server: Server, token: str) -> Iterator[Fig
     server.start()
     yield at_most("start on files that it knows", timed(lambda: asyncio.run(_open(server, token))), "s", 0.5)
     _wait_until_equal(ana, server)
+    yield from _whole_projects(sandbox, server, pushed_s)
+
+
+def _whole_projects(sandbox: Sandbox, server: Server, git_s: float) -> Iterator[Figure]:
+    """Import the project again, and push it from a directory."""
+    owner = sandbox.client("owner")
+    shutil.copytree(server.lattice_dir(), owner.lattice_dir)
+    imported_s = timed(lambda: server.admin("import", "--from", str(owner.dir), "--project", "imported"))
+    yield Figure("lattice-remote import", imported_s, "s")
+    yield at_most("lattice-remote import / git add, commit and push", imported_s / git_s, "x", 1.5)
+    server.project("pushed")
+    owner.add_remote(server, server.token("human:ana", slug="pushed"), "pushed")
+    pushed_s = timed(lambda: owner.ok("remote", "push"))
+    yield Figure("lattice remote push", pushed_s, "s")
+    yield at_most("lattice remote push / git add, commit and push", pushed_s / git_s, "x", 1.5)
+    for slug in ("imported", "pushed"):
+        assert not differences(server.lattice_dir(slug), server.lattice_dir()), slug
 
 
 def _git(lattice: Path, place: Path) -> tuple[float, float]:
-    """Return the seconds that git takes to commit, then to clone, a copy of these files."""
+    """Return the seconds that git takes to add, commit and push, then to clone, a copy of these files.
+
+    Nothing is removed before the end: ext4 creates files slowly for minutes after the removal of many.
+    """
     source = place / "source"
     shutil.copytree(lattice, source)
+    subprocess.run(["git", "init", "-q", "--bare", place / "bare"], check=True)
 
     def git(*argv: str) -> None:
         subprocess.run(["git", "-C", source, *argv], check=True, capture_output=True)
 
     git("init", "-q")
     author = ("-c", "user.name=Ana", "-c", "user.email=ana@example.org")
-    committed_s = timed(lambda: [git("add", "-A"), git(*author, "commit", "-qm", "all")])
+    to_bare = ("push", "-q", (place / "bare").as_uri(), "HEAD:main")
+    pushed_s = timed(lambda: [git("add", "-A"), git(*author, "commit", "-qm", "all"), git(*to_bare)])
     cloned_s = timed(lambda: git("clone", "-q", source.as_uri(), str(place / "clone")))
-    shutil.rmtree(place)
-    return committed_s, cloned_s
+    return pushed_s, cloned_s
 
 
 def _busy_log(server: Server, token: str) -> Iterator[Figure]:

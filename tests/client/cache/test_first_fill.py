@@ -2,7 +2,9 @@
 
 import asyncio
 import hashlib
+import json
 import os
+import signal
 import stat
 import time
 from pathlib import Path
@@ -114,7 +116,9 @@ def test_an_edit_made_before_the_first_agent_starts_is_sent(sandbox: Sandbox) ->
         ana.ok("create", f"Task {number}", *BY)
     ben.add_remote(server, server.token("human:ben", "agent:*"))
     assert not differences(ben.lattice_dir, server.lattice_dir())
-    ben.ok("remote", "agent", "stop")
+    agent = json.loads(ben.ok("remote", "agent", "status", "--json"))["data"]["pid"]
+    os.kill(agent, signal.SIGKILL)  # a text emptied while no agent runs is doubtful only after a crash
+    wait_for(lambda: not os.path.exists(f"/proc/{agent}"), "the end of the agent")
     edited, emptied = sorted((ben.lattice_dir / "plans").glob("*.md"))[:2]
     edited.write_text(f"{edited.read_text()}\nA line of Ben's.\n")
     log = next((ben.lattice_dir / "events").glob("task_*.jsonl"))
@@ -124,4 +128,5 @@ def test_an_edit_made_before_the_first_agent_starts_is_sent(sandbox: Sandbox) ->
     mine = server.lattice_dir() / edited.relative_to(ben.lattice_dir)
     wait_for(lambda: "A line of Ben's." in mine.read_text(), "the edit to be on the server")
     assert log.read_bytes() == (server.lattice_dir() / log.relative_to(ben.lattice_dir)).read_bytes(), "it is repaired"
-    assert (server.lattice_dir() / emptied.relative_to(ben.lattice_dir)).read_bytes(), "no edit without evidence"
+    wait_for(lambda: emptied.read_bytes() != b"", "the emptied text to be restored")
+    assert not differences(ben.lattice_dir, server.lattice_dir()), "no edit without evidence"
