@@ -79,7 +79,7 @@ RECORDED = [
 """Tests whose executed lines are recorded. The others take too long to run for each change."""
 FIRST_TESTS = 10
 """These notice most changes: the files of the others are then not even loaded."""
-MAX_TESTS = 120
+MAX_TESTS = 240
 MAX_TESTS_S = 90.0
 """At most this many tests run for a change, of at most this duration together."""
 
@@ -290,7 +290,11 @@ class Coverage(msgspec.Struct):
             range(mutant.line, mutant.statement - 1, -1) if mutant.statement <= mutant.line else [mutant.statement]
         )
         lines = (f"{mutant.module}.py:{number}" for number in numbers)
-        covering = next((self.tests[line] for line in lines if line in self.tests), set())
+        covered = next((self.tests[line] for line in lines if line in self.tests), None)
+        if covered is None:  # perhaps in a process that several tests share
+            of_module = f"{mutant.module}.py:"
+            covered = set[str]().union(*(tests for line, tests in self.tests.items() if line.startswith(of_module)))
+        covering = covered
         folder, _, name = mutant.module.rpartition("/")
         own = f"tests/{folder}/test_{name}.py::"
         files = {test.partition("::")[0] for test in covering} | {own.removesuffix("::")}
@@ -298,13 +302,16 @@ class Coverage(msgspec.Struct):
         near.sort(
             key=lambda test: (test not in covering, not test.startswith(f"tests/{folder}/"), self.durations[test])
         )
-        turns, seen = dict[str, int](), Counter[str]()
+        turns, seen, cheap, cheap_s = dict[str, int](), Counter[str](), 0, 0.0
         for test in near:
-            turns[test] = seen[test.partition("::")[0]]
-            seen[test.partition("::")[0]] += 1
+            file = test.partition("::")[0]
+            turns[test] = seen[file]
+            seen[file] += 1
+            cheap_s += self.durations[test]
+            cheap += cheap_s < MAX_TESTS_S / 3 and cheap < MAX_TESTS / 2
         # The body of a class is executed once a process: its own tests may cover it without a record.
-        covering = covering | {test for test in near if test.startswith(own)}
-        near[FIRST_TESTS:] = sorted(near[FIRST_TESTS:], key=lambda test: (test not in covering, turns[test]))
+        related = covering | {test for test in near if test.startswith(own)}
+        near[cheap:] = sorted(near[cheap:], key=lambda test: (test not in related, turns[test]))
         chosen, total_s = list[str](), 0.0
         for test in near:
             total_s += self.durations[test]

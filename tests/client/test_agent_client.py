@@ -166,7 +166,7 @@ def test_the_agent_can_be_switched_off(
 
 def test_a_directory_that_others_can_write_has_no_agent(agent: FakeAgent) -> None:
     place = agent_runtime.locate()
-    os.chmod(place.directory, 0o777)  # noqa: S103 - what is tested
+    os.chmod(place.directory, 0o777)  # noqa: S103 - the fault
     assert agent_client.send_if_running({"do": "agent-status"}) is None and not agent.requests
     os.chmod(place.directory, 0o700)
     agent.script = [OK]

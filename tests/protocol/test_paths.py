@@ -112,7 +112,7 @@ def test_a_refused_path_is_refused_with_its_reason() -> None:
 
 
 @pytest.mark.parametrize(("is_name", "longest"), [(is_component, 255), (is_resource_name, 240), (is_session_name, 218)])
-def test_a_name_is_one_component_with_room_for_what_lattice_appends(
+def test_a_name_is_one_component_with_room_for_the_suffixes_of_lattice(
     is_name: Callable[[str], bool], longest: int
 ) -> None:
     for name in ("gpu.0", "Argus.1", "größe", "x" * longest):

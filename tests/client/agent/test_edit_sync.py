@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from http import HTTPStatus
 from pathlib import Path
@@ -303,6 +304,21 @@ async def test_what_is_saved_after_an_edit_whose_answer_was_lost_builds_on_it(
     await until(lambda: server.files[PLAN] == then)
     await until(lambda: live._is_current() and not live._replicator.edits.scan())
     assert (directory / PLAN).read_bytes() == then
+
+
+async def test_a_text_that_was_emptied_long_ago_is_not_taken_for_a_save_that_goes_on(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
+    server.files[PLAN] = OLD
+    await ready(service)
+    sender, plan = service._edit_sender, directory / PLAN
+    assert not sender.is_being_saved(PLAN)
+    plan.write_bytes(b"")
+    assert sender.is_being_saved(PLAN), "an editor may have truncated it first"
+    for age_s in (3600, -3600):
+        os.utime(plan, (0, time.time() - age_s))
+        assert not sender.is_being_saved(PLAN)
+    plan.write_bytes(NEW)
 
 
 @pytest.mark.parametrize("is_known", [True, False])

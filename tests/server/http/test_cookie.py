@@ -50,6 +50,28 @@ def given(cookies: Cookies, login: Login, request: Request) -> SimpleCookie:
 # --- by itself ---
 
 
+@pytest.mark.parametrize(
+    ("origin", "scheme", "host", "forwarded", "is_ours"),
+    [
+        ("http://board.example", "http", "192.0.2.1", "", True),
+        ("https://board.example", "http", "192.0.2.1", "", True),
+        ("http://BOARD.example", "http", "192.0.2.1", "", True),
+        ("http://other.example", "http", "192.0.2.1", "", False),
+        ("https://board.example", "https", "192.0.2.1", "", True),
+        ("http://board.example", "https", "192.0.2.1", "", False),
+        ("https://board.example", "http", "10.0.0.1", "https, http", True),
+        ("http://board.example", "http", "10.0.0.1", "https, http", False),
+        ("http://board.example", "http", "10.0.0.1", "http", True),
+        ("http://board.example", "http", "192.0.2.1", "https", True),
+    ],
+)
+def test_a_page_without_tls_is_another_site_for_a_board_with_tls(
+    origin: str, scheme: str, host: str, forwarded: str, is_ours: bool
+) -> None:
+    request = request_with(scheme=scheme, host=host, Origin=origin, X_Forwarded_Proto=forwarded)
+    assert (auth.cross_site_objection(request) == "") == is_ours
+
+
 def test_it_holds_no_token_and_no_script_reads_it() -> None:
     text = "ltr_secret"
     [(name, cookie)] = given(Cookies(KEY, 30), Login(TOKEN, digest_of_text(text)), request_with()).items()

@@ -131,7 +131,7 @@ async def test_a_head_that_does_not_end_is_cut_and_an_upgraded_connection_is_not
 
 
 @shares_a_server
-async def test_what_is_no_http_is_answered_as_a_bad_request(running: Running) -> None:
+async def test_data_that_is_not_http_is_answered_as_a_bad_request(running: Running) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
     writer.write(b"\x16\x03\x01 no http\r\n\r\n")
     assert (await reader.readline()).startswith(b"HTTP/1.1 400 ")

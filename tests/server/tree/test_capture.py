@@ -99,7 +99,7 @@ def test_an_announced_append_is_called_so_and_keeps_no_content(place: Place) -> 
     assert place.undo.before(str(log)) is None
 
 
-def test_only_a_change_that_readers_see_waits_for_what_is_pending(place: Place) -> None:
+def test_only_a_change_that_readers_see_waits_for_pending_writes(place: Place) -> None:
     seen: list[str] = []
     deeds: dict[str, Callable[[], object]] = {
         "read": (place.tree / "tasks/a.json").read_text,
@@ -124,6 +124,19 @@ def test_only_a_change_that_readers_see_waits_for_what_is_pending(place: Place) 
             deed()
     assert touched.veto is None
     assert list(dict.fromkeys(seen)) == ["rename", "write", "cut", "archive", "remove"]
+
+
+def test_an_append_after_a_rename_is_no_append_to_a_known_file(place: Place) -> None:
+    tasks = place.tree / "tasks"
+
+    def deed() -> None:
+        os.replace(tasks / "a.json", tasks / "b.json")
+        with (tasks / "b.json").open("a") as file:
+            file.write("more")
+        (tasks / "a.json").write_text("again")
+
+    touched = place.watch(deed)
+    assert touched.steps == [Move("tasks/a.json", "tasks/b.json"), "tasks/b.json"] and touched.appended == {}
 
 
 def test_names_that_no_copy_would_accept_are_told(place: Place) -> None:
