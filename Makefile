@@ -3,16 +3,19 @@ PYTHON_VENV := .venv/bin/python
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv demo test check bench soak mutants hostile fuzz backups claims order load protocol format clean
+.PHONY: help system venv demo demo-cluster test check bench soak mutants hostile fuzz backups claims order load protocol format clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 system:  ## Install the programs that tests need, from Debian's packages: chromium, nginx, caddy, systemd-analyze, rsync, vim, ed, bubblewrap
 	@scripts/system.sh
 
 venv:  ## Create .venv with pinned versions; does nothing if it is up to date
 	@scripts/bootstrap.sh
+
+demo-cluster: venv  ## Run three NATS servers and three nodes, and kill the owner
+	@$(PYTHON_VENV) examples/cluster_demo.py
 
 demo: venv  ## Run a server and two machines: share, lose the connection, converge
 	@$(PYTHON_VENV) examples/demo.py

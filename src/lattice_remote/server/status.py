@@ -415,6 +415,15 @@ def present_status(data: DataDir) -> ServerStatus:
         raise StorageError("unexpected response from the server; look at its log, or upgrade it") from None
 
 
+_OF_CLUSTER = {
+    "cluster_owner": "Whether this node owns the project.",
+    "cluster_available": "Whether this node has caught up and reaches the cluster.",
+    "cluster_term": "Term of the last known owner; it grows with each change of owner.",
+    "cluster_unapplied": "Messages of the order that are not in this node's files yet.",
+    "cluster_in_doubt": "Appends since the start whose answer was late or missing.",
+}
+
+
 class Gauges(Collector):
     """Metrics of a registry, counted and looked up."""
 
@@ -464,6 +473,9 @@ class Gauges(Collector):
         yield queue
         held = {slug: project.load.in_flight_bytes for slug, project in projects.items()}
         yield _gauge("queue_bytes", "What these writes weigh.", held)
+        for name, text in _OF_CLUSTER.items():
+            if of_projects := {s: p.order.figures[name] for s, p in projects.items() if name in p.order.figures}:
+                yield _gauge(name, text, of_projects)
 
     def _of_clients(self) -> Iterator[Metric]:
         slugs = self._registry.projects

@@ -70,8 +70,12 @@ class RunningCluster:
             time.sleep(0.2)
 
     def head(self, name: str) -> tuple[str, int]:
-        answer = self.ask(name, "GET", "").json()
-        return answer.get("epoch", ""), answer.get("head", -1)
+        """Return epoch and number of a node's head; ("", -1) if it does not answer."""
+        try:
+            answer = self.ask(name, "GET", "")
+        except requests.ConnectionError:
+            return "", -1
+        return (answer.json()["epoch"], answer.json()["head"]) if answer.ok else ("", -1)
 
     def tree(self, name: str) -> Path:
         return self.nodes[name].data.project("web").lattice

@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -215,6 +215,16 @@ class Member:
     def in_doubt(self) -> int:
         """Appends, ever, whose answer was late or missing."""
         return self._order.in_doubt
+
+    @property
+    def figures(self) -> Mapping[str, int]:
+        return {
+            "cluster_owner": int(self._is_owner),
+            "cluster_available": int(not self.unavailable),
+            "cluster_term": self.term,
+            "cluster_unapplied": len(self._applying),
+            "cluster_in_doubt": self.in_doubt,
+        }
 
     async def prepare(self) -> Sequence[str]:
         """Align the journal with the stream; waits until the engine, or a node with the project, answers.

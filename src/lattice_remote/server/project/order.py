@@ -3,7 +3,7 @@
 A server alone has ``EmbeddedOrder``: the fsync of the project's journal decides. A cluster has ``cluster.Member``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from lattice_remote.server.ipc import Edit, ImportProject, Ready, RecordApplied, RequestDone, RunCall, RunCommand
@@ -72,6 +72,10 @@ class Order(Protocol):
     def withdraw(self, requester: Requester, request_id: str, code: str) -> bool:
         """Withdraw a forwarded request; return True if it never has an effect."""
 
+    @property
+    def figures(self) -> Mapping[str, int]:
+        """Metrics of the order, by name; none on a server of its own."""
+
     async def close(self) -> None:
         """Hand the project over. Its worker runs nothing any more."""
 
@@ -83,6 +87,7 @@ class EmbeddedOrder:
     is_owner = True
     is_settled = True
     unavailable = ""
+    figures: Mapping[str, int] = {}
 
     def attach(self, project: "Project") -> None:
         pass
