@@ -149,8 +149,8 @@ async def test_only_differing_files_are_sent(source: Source, tmp_path: Path, mon
     push = peer_copy._Sender.push
 
     def noting(sender: peer_copy._Sender, message: object) -> None:
-        if isinstance(message, peer_copy._Piece) and message.place == "tree":
-            sent.append(message.path)
+        if isinstance(message, peer_copy._Pieces):
+            sent.extend(piece.path for piece in message.pieces if piece.place == "tree")
         push(sender, message)  # type: ignore[arg-type] # as it came
 
     monkeypatch.setattr(peer_copy._Sender, "push", noting)
@@ -257,7 +257,7 @@ def test_a_file_outside_the_project_is_refused(tmp_path: Path, place: str, path:
     receiver.prepare()
     end = peer_copy._End(digest_of(b"x"), 0, 0o644)
     with pytest.raises(ProtocolError):
-        receiver.take(peer_copy._Piece(place, path, 0, b"x", end))  # type: ignore[arg-type] # one of its places
+        receiver.take(peer_copy._Pieces([peer_copy._Piece(place, path, 0, b"x", end)]))  # type: ignore[arg-type] # one
     assert [found for found in tmp_path.rglob("*") if found.is_file()] == []
 
 
@@ -265,7 +265,8 @@ def test_a_piece_with_another_digest_is_refused(tmp_path: Path) -> None:
     receiver = peer_copy._Receiver(ProjectPaths(tmp_path / "web"))
     receiver.prepare()
     with pytest.raises(ProtocolError, match="digest"):
-        receiver.take(peer_copy._Piece("tree", "notes/a.md", 0, b"x", peer_copy._End(digest_of(b"y"), 0, 0o644)))
+        end = peer_copy._End(digest_of(b"y"), 0, 0o644)
+        receiver.take(peer_copy._Pieces([peer_copy._Piece("tree", "notes/a.md", 0, b"x", end)]))
     receiver.close()
 
 

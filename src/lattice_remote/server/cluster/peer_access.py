@@ -83,7 +83,7 @@ class PeerAccess:
     def _mac(self, *parts: str) -> str:
         return hmac.new(self._secret, "\n".join(parts).encode(), hashlib.sha256).hexdigest()
 
-    async def connect(self, url: str, path: str) -> ClientConnection:
+    async def connect(self, url: str, path: str, *, keepalive: bool = True) -> ClientConnection:
         """Open a WebSocket to the node at ``url``, its advertised address.
 
         Raises ConnectionFailed, with the reason. Proxies and redirects are not used.
@@ -101,7 +101,7 @@ class PeerAccess:
                 max_size=PEER_MESSAGE_BYTES,
                 max_queue=_MAX_QUEUED_MESSAGES,
                 open_timeout=_OPEN_TIMEOUT_S,
-                ping_interval=_KEEPALIVE_S,
+                ping_interval=_KEEPALIVE_S if keepalive else None,
                 ping_timeout=_KEEPALIVE_S,
                 close_timeout=1,
             )

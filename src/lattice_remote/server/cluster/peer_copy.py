@@ -52,6 +52,8 @@ _ENTRIES_PER_MESSAGE = 10_000
 _OWNERS = "session_owners.json"
 """``worker.caller.OWNERS_FILE``."""
 _JOURNAL_FILE = re.compile(r"[0-9]{20}\.(log|files)|key|request-ids|cluster-cursor")
+_SILENCE_S = 60.0
+"""A command is finished first; then the connection is lost."""
 _COPYING, _COPIED = "copying", "copied"
 
 _log = logging.getLogger(__name__)
@@ -78,7 +80,7 @@ class _End(msgspec.Struct, frozen=True):
     mode: int
 
 
-class _Piece(_Message, frozen=True, tag="piece"):
+class _Piece(msgspec.Struct, frozen=True):
     """A piece of a file, in order; at offset 0 it replaces an earlier version. ``end`` comes with the last one."""
 
     place: _Place
@@ -86,6 +88,12 @@ class _Piece(_Message, frozen=True, tag="piece"):
     offset: int
     data: bytes
     end: _End | None = None
+
+
+class _Pieces(_Message, frozen=True, tag="pieces"):
+    """Pieces of about ``_PIECE_BYTES`` together: a message for each small file would be slow."""
+
+    pieces: list[_Piece]
 
 
 class _Cut(_Message, frozen=True, tag="cut"):
@@ -105,7 +113,7 @@ class _Failed(_Message, frozen=True, tag="failed"):
 
 
 _from_receiver: msgspec.msgpack.Decoder[_Have] = msgspec.msgpack.Decoder(_Have)
-_from_sender: msgspec.msgpack.Decoder[_Piece | _Cut | _Failed] = msgspec.msgpack.Decoder(_Piece | _Cut | _Failed)
+_from_sender: msgspec.msgpack.Decoder[_Pieces | _Cut | _Failed] = msgspec.msgpack.Decoder(_Pieces | _Cut | _Failed)
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -262,7 +270,7 @@ class _Sender:
                     self.known.pop(piece.path, None)
                     if piece.end is not None:
                         self.known[piece.path] = piece.end.digest
-                self.push(piece)
+            self.push(_Pieces(batch))
             await self._has_room()
 
     async def _send_cut(self, position: Position, files: dict[str, Content]) -> None:
@@ -271,7 +279,7 @@ class _Sender:
             self.push(_Cut(position.epoch, position.seq, position.mark, piece, number == len(pieces)))
             await self._has_room()
 
-    def push(self, message: _Piece | _Cut | _Failed) -> None:
+    def push(self, message: _Pieces | _Cut | _Failed) -> None:
         self._connection.outbox.push(websocket_frame(_encoder.encode(message)))
 
     async def _has_room(self) -> None:
@@ -308,13 +316,16 @@ async def copy_from(url: str, slug: str, paths: ProjectPaths, access: PeerAccess
     receiver = _Receiver(paths)
     try:
         await asyncio.to_thread(receiver.prepare)
-        socket = await access.connect(url, f"/cluster/{slug}/copy")
+        # A ping's answer would wait behind the files.
+        socket = await access.connect(url, f"/cluster/{slug}/copy", keepalive=False)
         async with socket:
             await _send_list(socket, receiver.found)
             while not receiver.is_whole:
-                await asyncio.to_thread(receiver.take, _decode(_from_sender, await socket.recv()))
+                async with asyncio.timeout(_SILENCE_S):
+                    message = await socket.recv()
+                await asyncio.to_thread(receiver.take, _decode(_from_sender, message))
         return await asyncio.to_thread(receiver.finish)
-    except ConnectionClosed as error:
+    except (ConnectionClosed, TimeoutError) as error:
         raise ConnectionFailed(f"the connection to the node at {url} was lost during a copy") from error
     except OSError as error:
         raise StorageError(f"cannot write the copy of project {slug}: {error.strerror}") from error
@@ -359,13 +370,14 @@ class _Receiver:
                 _link(self._paths.lattice / path, target)
                 self.found[path] = digest
 
-    def take(self, message: _Piece | _Cut | _Failed) -> None:
-        """Write a piece. Raises ProtocolError, StorageError."""
+    def take(self, message: _Pieces | _Cut | _Failed) -> None:
+        """Write pieces. Raises ProtocolError, StorageError."""
         match message:
             case _Failed(reason):
                 raise StorageError(f"the node cannot send the project: {reason}")
-            case _Piece():
-                self._write(message)
+            case _Pieces(pieces):
+                for piece in pieces:
+                    self._write(piece)
             case _Cut(epoch, seq, mark, files, is_last):
                 self._position = Position(epoch, seq, mark)
                 self._files |= files
