@@ -637,15 +637,15 @@ def test_connection_that_only_writes_gets_its_answer_at_once() -> None:
 
 
 def test_files_are_asked_for_in_batches_while_the_last_one_arrives() -> None:
-    paths = [f"tasks/{number}.json" for number in range(1000)]
+    paths = [f"tasks/{number}.json" for number in range(3 * MAX_FETCH_PATHS)]
     replica = Replica(Position("e", 1, b"m1"), paths)
     replica.hello(client_version="0", lattice_version="0")
     asked = [list(frame.paths) for frame in sent(replica.receive(welcome(head=1))) if isinstance(frame, Fetch)]
-    assert [len(paths_asked) for paths_asked in asked] == [256]
+    assert [len(paths_asked) for paths_asked in asked] == [MAX_FETCH_PATHS]
     for path in paths:
         asked += [list(frame.paths) for frame in sent(replica.receive(part(path, 1))) if isinstance(frame, Fetch)]
     assert [path for paths_asked in asked for path in paths_asked] == paths
-    assert all(len(paths_asked) <= 256 for paths_asked in asked)
+    assert all(len(paths_asked) <= MAX_FETCH_PATHS for paths_asked in asked)
     assert replica.is_current
 
 
