@@ -173,6 +173,20 @@ async def test_a_large_file_arrives_whole(source: Source, tmp_path: Path) -> Non
     assert digests(data.project("web").lattice) == source.at[position.seq]
 
 
+async def test_small_files_are_sent_together(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, _ = _data(tmp_path / "b")
+    for number in range(300):
+        (source.project.paths.lattice / "notes" / f"{number}.md").write_text("x" * 100)
+    source.project.files_touched(None)
+    await until(lambda: len(source.project.history.files) > 300)
+    sent: list[object] = []
+    push = peer_copy._Sender.push
+    monkeypatch.setattr(peer_copy._Sender, "push", lambda sender, one: (sent.append(one), push(sender, one)))
+    position = await source.copy(data)
+    assert digests(data.project("web").lattice) == source.at[position.seq]
+    assert len(sent) < 10
+
+
 class Crash(BaseException):
     """The end of the process."""
 
