@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lattice_remote.protocol.messages import FIRST_FRAME_BYTES
 from lattice_remote.server.config import LimitSettings
 from lattice_remote.server.transport.admission import MAX_ADDRESSES, AdmissionControl, ConnectionQuota
 
@@ -29,6 +30,21 @@ def refusal(quota: ConnectionQuota, *forwarded: str) -> tuple[int, int | None] |
     """Return status and patience of a refusal at the head of a request."""
     refused = quota.enter(forwarded)
     return None if refused is None else (refused.status.value, refused.retry_after_s)
+
+
+def test_unfinished_messages_of_a_token_fill_its_limit_exactly() -> None:
+    limit = 2 * FIRST_FRAME_BYTES
+    admission = AdmissionControl(LimitSettings(unfinished_bytes_per_token=limit))
+    first, second, other = arrived(admission), arrived(admission), arrived(admission)
+    assert first.holds(limit + 1), "no token is counted yet"
+    for quota, token in ((first, "tok_a"), (second, "tok_a"), (other, "tok_b")):
+        assert quota.enter((), token) is None and quota.admit(token) is None
+    assert first.holds(limit) and not first.holds(limit + 1) and first.holds(FIRST_FRAME_BYTES)
+    assert not second.holds(FIRST_FRAME_BYTES + 1) and second.holds(FIRST_FRAME_BYTES)
+    assert other.holds(limit)
+    first.leave()
+    first.leave()
+    assert second.holds(limit) and not second.holds(limit + 1)
 
 
 def test_new_connections_from_one_address_have_a_rate() -> None:
