@@ -11,7 +11,7 @@ import trustme
 from nats_servers import NatsCluster, nats_cluster
 
 from lattice_remote.errors import Misuse, StorageError
-from lattice_remote.server.cluster.engine import Bucket, Engine, EngineUnavailable, Entry
+from lattice_remote.server.cluster.engine import Bucket, BucketEntry, Engine, EngineUnavailable
 
 ACCOUNTS = """
 accounts {
@@ -121,7 +121,7 @@ async def test_a_connection_is_opened_again_after_its_server_restarted(tmp_path:
                 await asyncio.to_thread(cluster.heal)
                 while not engine.is_reachable:  # noqa: ASYNC110 - of the clock
                     await asyncio.sleep(0.02)
-            assert await bucket.get("k") == Entry(b"1", revision)
+            assert await bucket.get("k") == BucketEntry(b"1", revision)
         finally:
             await engine.close()
 
@@ -135,7 +135,7 @@ async def test_a_bucket_writes_only_over_the_expected_revision(bucket: Bucket) -
     assert second is not None
     assert await bucket.update("a", b"3", first) is None
     assert not await bucket.delete("a", first)
-    assert await bucket.get("a") == Entry(b"2", second)
+    assert await bucket.get("a") == BucketEntry(b"2", second)
     assert await bucket.revision() == second
     assert await bucket.delete("a", second)
     assert await bucket.get("a") is None

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from lattice_remote.server.cluster.engine import Engine, EngineUnavailable
-from lattice_remote.server.cluster.lease import Held, Holder, Lease
+from lattice_remote.server.cluster.lease import Held, Lease, LeaseHolder
 
 SHORT_S = 0.5
 
@@ -81,7 +81,7 @@ async def test_a_released_lease_is_free_at_once_with_a_higher_term(lease: Lease,
 async def test_a_lease_that_is_handed_over_is_for_one_node(lease: Lease, short: Lease, slug: str) -> None:
     first = await taken(lease, slug, "a")
     await first.release(hand_to="b")
-    assert await lease.holder(slug) == Holder("", "", first.term, wanted="b")
+    assert await lease.holder(slug) == LeaseHolder("", "", first.term, wanted="b")
     assert await lease.acquire(slug, node="c", url="") is None
     second = await lease.acquire(slug, node="b", url="http://b")
     assert second is not None

@@ -11,10 +11,10 @@ from lattice_remote.server.cluster.jetstream import (
     StoredMessage,
 )
 
-__all__ = ["Bucket", "Entry"]
+__all__ = ["Bucket", "BucketEntry"]
 
 
-class Entry(NamedTuple):
+class BucketEntry(NamedTuple):
     """Value of a key. ``revision`` grows with every change in the bucket."""
 
     value: bytes
@@ -54,10 +54,10 @@ class Bucket:
         await engine.ensure_stream(f"KV_{name}", config)
         return cls(engine, name)
 
-    async def get(self, key: str) -> Entry | None:
+    async def get(self, key: str) -> BucketEntry | None:
         """Return the entry, None if there is none or it has expired."""
         found = await self._engine.message(self._stream, last_of=self._prefix + key)
-        return None if found is None or _is_deletion(found) else Entry(found.data, found.seq)
+        return None if found is None or _is_deletion(found) else BucketEntry(found.data, found.seq)
 
     async def put(self, key: str, value: bytes) -> int:
         """Set a key, over any value. Returns the new revision."""
@@ -89,7 +89,7 @@ class Bucket:
         """Return the keys with a value, sorted."""
         return sorted(await self.entries())
 
-    async def entries(self) -> dict[str, Entry]:
+    async def entries(self) -> dict[str, BucketEntry]:
         """Return all entries. They are read one by one, not at one moment."""
         info = await self._engine.stream_info(self._stream, subjects=f"{self._prefix}>")
         keys = [subject.removeprefix(self._prefix) for subject in info.state.subjects]

@@ -8,7 +8,7 @@ from typing import Any
 from nats.aio.client import Client, Srv
 from nats.aio.transport import TcpTransport
 
-__all__ = ["Connection", "cancellable"]
+__all__ = ["NatsClient", "cancellable"]
 
 
 class _Transport(TcpTransport):
@@ -29,7 +29,7 @@ class _Transport(TcpTransport):
         return True  # else the client makes its own
 
 
-class Connection(Client):
+class NatsClient(Client):
     """The client over this transport; for ``nats://`` and ``tls://`` only."""
 
     async def _connect_to_server(self, s: Srv) -> None:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lattice_remote.server.cluster.bucket import Bucket, Entry
+from lattice_remote.server.cluster.bucket import Bucket, BucketEntry
 from lattice_remote.server.cluster.contents import Contents
 from lattice_remote.server.cluster.jetstream import EngineRefused, EngineUnavailable, JetStream
 
-__all__ = ["Bucket", "Engine", "EngineRefused", "EngineUnavailable", "Entry"]
+__all__ = ["Bucket", "BucketEntry", "Engine", "EngineRefused", "EngineUnavailable"]
 
 
 class Engine(JetStream):

@@ -26,7 +26,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from lattice_remote.errors import Misuse, StorageError
-from lattice_remote.server.cluster.connection import Connection, cancellable
+from lattice_remote.server.cluster.connection import NatsClient, cancellable
 
 __all__ = [
     "FULL",
@@ -90,7 +90,7 @@ class StreamState(msgspec.Struct):
     subjects: dict[str, int] = {}
 
 
-class Replica(msgspec.Struct):
+class StreamReplica(msgspec.Struct):
     """A replica beside the leader; ``active`` is the time in ns since the leader heard from it."""
 
     name: str
@@ -102,7 +102,7 @@ class Replica(msgspec.Struct):
 
 class _Group(msgspec.Struct):
     leader: str = ""
-    replicas: list[Replica] = []
+    replicas: list[StreamReplica] = []
 
 
 class StreamInfo(msgspec.Struct):
@@ -173,7 +173,7 @@ class JetStream:
         self.node = node
         self.replicas = replicas
         self._options = options
-        self._client = Connection()
+        self._client = NatsClient()
         self._is_open = self._is_closing = False
         self._heard = -_REACHABLE_S
         self._last_error = ""
@@ -475,7 +475,7 @@ class JetStream:
 
     async def _reopen(self) -> None:
         while not self._is_closing:
-            self._client = Connection()
+            self._client = NatsClient()
             try:
                 await self._open()
             except (nats.errors.Error, OSError, TimeoutError) as error:

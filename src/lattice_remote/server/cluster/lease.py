@@ -6,14 +6,14 @@ import time
 
 import msgspec
 
-from lattice_remote.server.cluster.engine import Bucket, Engine, EngineRefused, EngineUnavailable, Entry
+from lattice_remote.server.cluster.engine import Bucket, BucketEntry, Engine, EngineRefused, EngineUnavailable
 
-__all__ = ["Held", "Holder", "Lease"]
+__all__ = ["Held", "Lease", "LeaseHolder"]
 
 _BUCKET = "lattice-leases"
 
 
-class Holder(msgspec.Struct, frozen=True):
+class LeaseHolder(msgspec.Struct, frozen=True):
     """Value of a lease.
 
     Attributes:
@@ -56,25 +56,25 @@ class Lease:
         token = secrets.token_hex(8)
         revision: int | None
         if found is None:
-            holder = Holder(node, url, max(number, after or 0) + 1, token=token)
+            holder = LeaseHolder(node, url, max(number, after or 0) + 1, token=token)
             revision = await bucket.create(slug, msgspec.json.encode(holder))
         else:
-            last = msgspec.json.decode(found.value, type=Holder)
+            last = msgspec.json.decode(found.value, type=LeaseHolder)
             if last.node or last.wanted not in ("", node):
                 return None
-            holder = Holder(node, url, max(last.term, after or 0) + 1, token=token)
+            holder = LeaseHolder(node, url, max(last.term, after or 0) + 1, token=token)
             revision = await bucket.update(slug, msgspec.json.encode(holder), found.revision)
         return None if revision is None else Held(bucket, slug, holder, revision, ttl_s=self._ttl_s, renewed=started)
 
-    async def holder(self, slug: str) -> Holder | None:
+    async def holder(self, slug: str) -> LeaseHolder | None:
         """Return the current holder; None: there is none, or it has released the lease. Raises EngineUnavailable."""
         found, _ = await self._entry(slug)
         if found is None:
             return None
-        holder = msgspec.json.decode(found.value, type=Holder)
+        holder = msgspec.json.decode(found.value, type=LeaseHolder)
         return holder if holder.node or holder.wanted else None
 
-    async def _entry(self, slug: str) -> tuple[Entry | None, int]:
+    async def _entry(self, slug: str) -> tuple[BucketEntry | None, int]:
         """Return the entry of a project, and the number of the last change of any."""
         bucket = await self._bucket()
         try:
@@ -98,7 +98,7 @@ class Held:
     """
 
     def __init__(
-        self, bucket: Bucket, slug: str, holder: Holder, revision: int, *, ttl_s: float, renewed: float
+        self, bucket: Bucket, slug: str, holder: LeaseHolder, revision: int, *, ttl_s: float, renewed: float
     ) -> None:
         self.holder = holder
         self.lost = asyncio.Event()
@@ -126,7 +126,7 @@ class Held:
             if revision is None:
                 # Another node, or an earlier renewal whose answer was lost.
                 found = await self._bucket.get(self._slug)
-                if found is None or msgspec.json.decode(found.value, type=Holder).token != self.holder.token:
+                if found is None or msgspec.json.decode(found.value, type=LeaseHolder).token != self.holder.token:
                     self._lose()
                     return False
                 self._revision = found.revision
@@ -144,7 +144,7 @@ class Held:
         if self.lost.is_set():
             return
         self._lose()
-        given = Holder("", "", self.holder.term, wanted=hand_to)
+        given = LeaseHolder("", "", self.holder.term, wanted=hand_to)
         try:
             await self._bucket.update(self._slug, msgspec.json.encode(given), self._revision)
         except (EngineUnavailable, EngineRefused):
