@@ -82,8 +82,8 @@ class Follower:
     def __init__(self, root: Path, *, bounds: QueueLimits | None = None, patience_s: float = 60.0) -> None:
         (root / "journal").mkdir(parents=True)
         (root / ".lattice").mkdir()
-        self.project = Project("web", ProjectPaths(root), hooks=None)
-        self.forwarder = Forwarder(self.project, PeerAccess("b", SECRET), bounds=bounds, patience_s=patience_s)
+        self.project = Project("web", ProjectPaths(root), hooks=None, bounds=bounds)
+        self.forwarder = Forwarder(self.project, PeerAccess("b", SECRET), patience_s=patience_s)
         self._waiting: list[bytes] = []
         self.is_held = False
 

@@ -56,7 +56,6 @@ from lattice_remote.server.project.metrics import OutcomeListener
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.project.queue import (
     QueuedRequest,
-    QueueLimits,
     Requester,
     RequestQueue,
     refusal_to_join,
@@ -105,13 +104,12 @@ class Forwarder:
         project: Project,
         access: PeerAccess,
         *,
-        bounds: QueueLimits | None = None,
         patience_s: float = _PATIENCE_S,
     ) -> None:
         self._project = project
         self._access = access
         self._patience_s = patience_s
-        self._queue = RequestQueue(bounds or QueueLimits(), ready=self._wake, overdue=lambda _: None)
+        self._queue = RequestQueue(project.bounds, ready=self._wake, overdue=lambda _: None)
         self._taken: dict[str, QueuedRequest] = {}  # for the present link, in the order taken; not yet answered
         self._sent_at: dict[str, float] = {}  # first time, monotonic
         self._held = _HeldAnswers(project)

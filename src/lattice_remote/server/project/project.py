@@ -127,14 +127,14 @@ class Project:
         )
         self.lattice_version = ""
         self._hooks = hooks
-        self._bounds = bounds or QueueLimits()
+        self.bounds = bounds or QueueLimits()
         self._worker_command = worker_command
         self._start_child = start_child
         self._writer_lock = WriterLock(paths)
         self._idle_s = config.idle_seconds
         self._used_at = time.monotonic()
         """When a client's last request arrived."""
-        self._queue = RequestQueue(self._bounds, ready=self._pump, overdue=self._overdue)
+        self._queue = RequestQueue(self.bounds, ready=self._pump, overdue=self._overdue)
         self._edited: set[str] = set()
         self._rescan = False
         self._reconciling = False
@@ -603,7 +603,7 @@ class Project:
                 self._needed.clear()
                 _log.info("%s: unused for %g s: the worker ends until the next request", self.slug, self._idle_s)
                 self._worker.send(Stop())
-                await self._worker.wait(self._bounds.command_s)
+                await self._worker.wait(self.bounds.command_s)
 
     def _is_idle(self) -> bool:
         is_unused = time.monotonic() - self._used_at >= self._idle_s
@@ -626,7 +626,7 @@ class Project:
             command=command,
             start_child=self._start_child,
         )
-        ready = await asyncio.wait_for(asyncio.shield(self._ready), self._bounds.upkeep_s)
+        ready = await asyncio.wait_for(asyncio.shield(self._ready), self.bounds.upkeep_s)
         for note in ready.notes:
             _log.info("%s: %s", self.slug, note)
         self.lattice_version = ready.lattice_version
@@ -706,7 +706,7 @@ class Project:
         if self._worker is None:
             return
         _log.error("%s: the worker took too long over %s", self.slug, type(job.message).__name__)
-        self._abandon(job, f"the command took longer than {self._bounds.command_s:g} s and was undone")
+        self._abandon(job, f"the command took longer than {self.bounds.command_s:g} s and was undone")
         self._worker.kill()
 
 
