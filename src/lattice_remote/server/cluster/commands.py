@@ -24,7 +24,7 @@ _WAIT_S = 60.0
 _CHECK_S = 0.25
 
 
-class NodeStatus(msgspec.Struct, frozen=True):
+class ClusterNodeStatus(msgspec.Struct, frozen=True):
     """A node; ``seen_s`` is the time since its last report."""
 
     name: str
@@ -35,7 +35,7 @@ class NodeStatus(msgspec.Struct, frozen=True):
     owns: list[str]
 
 
-class ProjectStatus(msgspec.Struct, frozen=True):
+class ClusterProjectStatus(msgspec.Struct, frozen=True):
     """A project of the cluster.
 
     Attributes:
@@ -63,8 +63,8 @@ class ClusterStatus(msgspec.Struct, frozen=True):
     node: str
     servers: list[str]
     replicas: int
-    nodes: list[NodeStatus]
-    projects: list[ProjectStatus]
+    nodes: list[ClusterNodeStatus]
+    projects: list[ClusterProjectStatus]
     warnings: list[str]
 
     @property
@@ -112,7 +112,7 @@ def cluster_status(settings: ClusterSettings) -> ClusterStatus:
             owner = holder.node if holder is not None and holder.node else None
             projects.append(await _project(engine, slug, entry.epoch, owner, reports))
         nodes = [
-            NodeStatus(
+            ClusterNodeStatus(
                 *(report.name, report.url, report.version, round(time.time() - report.at, 1), not report.is_silent),
                 [project.slug for project in projects if project.owner == report.name],
             )
@@ -125,7 +125,7 @@ def cluster_status(settings: ClusterSettings) -> ClusterStatus:
 
 async def _project(
     engine: Engine, slug: str, epoch: str, owner: str | None, nodes: dict[str, NodeReport]
-) -> ProjectStatus:
+) -> ClusterProjectStatus:
     try:
         order = JetStreamOrder(engine, slug, epoch, lost_s=1.0)
         await order.open()
@@ -134,7 +134,7 @@ async def _project(
         last = None
     reports = {name: node.projects[slug] for name, node in nodes.items() if slug in node.projects}
     of_owner = reports.get(owner or "")
-    return ProjectStatus(
+    return ClusterProjectStatus(
         slug,
         epoch,
         owner,

@@ -1,4 +1,4 @@
-"""Contents in the engine: files by their digest, and records that are too large for a message.
+"""StoredContents in the engine: files by their digest, and records that are too large for a message.
 
 A content is stored in parts, as messages of one stream. A last message has their number. The library's object store is
 not used: it sends parts without waiting for their acknowledgement, and reading takes quadratic time.
@@ -16,7 +16,7 @@ from lattice_remote.errors import StorageError
 from lattice_remote.files import sync_directory
 from lattice_remote.server.cluster.jetstream import FULL, EngineRefused, EngineUnavailable, JetStream, persist
 
-__all__ = ["Contents"]
+__all__ = ["StoredContents"]
 
 _PART_BYTES, _PARTS_AT_ONCE = 512 * 1024, 4
 _STREAM, _SUBJECT = "lattice-contents", "lattice.contents"
@@ -29,7 +29,7 @@ class _End(msgspec.Struct, array_like=True):
     parts: int
 
 
-class Contents:
+class StoredContents:
     """The contents of all projects."""
 
     def __init__(self, engine: JetStream) -> None:

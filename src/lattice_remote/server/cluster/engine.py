@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lattice_remote.server.cluster.bucket import Bucket, BucketEntry
-from lattice_remote.server.cluster.contents import Contents
+from lattice_remote.server.cluster.contents import StoredContents
 from lattice_remote.server.cluster.jetstream import EngineRefused, EngineUnavailable, JetStream
 
 __all__ = ["Bucket", "BucketEntry", "Engine", "EngineRefused", "EngineUnavailable"]
@@ -20,18 +20,18 @@ class Engine(JetStream):
 
     def __init__(self, options: Mapping[str, Any], node: str, replicas: int) -> None:
         super().__init__(options, node, replicas)
-        self.contents = Contents(self)
+        self.contents = StoredContents(self)
 
     async def kv(self, bucket: str, ttl_s: float | None = None) -> Bucket:
         """Open a bucket, see ``Bucket.open``."""
         return await Bucket.open(self, bucket, ttl_s)
 
     async def put_content(self, digest: bytes, file: Path) -> None:
-        """Store a file's content, see ``Contents.put``."""
+        """Store a file's content, see ``StoredContents.put``."""
         await self.contents.put(digest, file)
 
     async def get_content(self, digest: bytes, to: Path) -> bool:
-        """Write a stored content to a file, see ``Contents.get``."""
+        """Write a stored content to a file, see ``StoredContents.get``."""
         return await self.contents.get(digest, to)
 
     async def has_content(self, digest: bytes) -> bool:
