@@ -4,6 +4,7 @@ import copy
 import errno
 import io
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -466,6 +467,23 @@ def test_a_published_file_is_replaced_as_a_whole_and_leaves_nothing_beside_it(
     assert content_of(tmp_path / "place") == {"log.jsonl": b'{"n":-1}\n', "snapshot.json": b"after"}
     status = (tmp_path / "place/snapshot.json").stat()
     assert (status.st_ino, status.st_mode) == (replacement.st_ino, replacement.st_mode)
+
+
+def test_a_plan_that_a_command_rewrites_stays_whole_for_its_readers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = tmp_path / "plans" / "task_01ARZ3NDEKTSV4RRFFQ69G5FAV.md"
+    with monkeypatch.context() as patch:
+        patched = Patched(plan.parent, patch)
+        plan.write_text("before")
+        plan.chmod(0o640)
+        with plan.open() as reader:
+            plan.write_text("after")
+            assert reader.read() == "before"
+        assert plan.read_text() == "after"
+        patched.writes.publish()
+    assert plan.read_text() == "after" and stat.S_IMODE(plan.stat().st_mode) == 0o640
+    assert list(plan.parent.iterdir()) == [plan]
 
 
 def test_what_was_removed_meanwhile_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
