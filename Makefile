@@ -3,7 +3,7 @@ PYTHON_VENV := .venv/bin/python
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv demo demo-cluster test check bench soak mutants hostile fuzz backups claims order load protocol format clean
+.PHONY: help system venv demo demo-cluster test check bench soak mutants hostile fuzz backups claims cluster order load protocol format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -55,6 +55,9 @@ ROUNDS ?= 200
 
 claims: venv  ## Let 32 processes race for one task, round after round: one winner each (ROUNDS=200)
 	@$(PYTHON_VENV) tests/claims.py --rounds $(ROUNDS)
+
+cluster: venv  ## Kill, pause and stop the nodes of a cluster and its engine beside writers, seed after seed (SEEDS=20)
+	@$(PYTHON_VENV) tests/cluster_soak.py --seeds $(SEEDS) --first $(FIRST)
 
 order: venv  ## Kill, pause and cut off the cluster's engine and its nodes, seed after seed (SEEDS=200)
 	@$(PYTHON_VENV) tests/cluster_order.py --seeds $(SEEDS) --first $(FIRST)
