@@ -21,6 +21,7 @@ from lattice_remote.server.ipc import ApplyRecords, Edit, Ready, RequestDone, Ru
 from lattice_remote.server.journal.segment import JournalReader, next_number
 from lattice_remote.server.project.order import EmbeddedOrder
 from lattice_remote.server.project.project import Project
+from lattice_remote.server.worker.caller import OWNERS_FILE
 from lattice_remote.server.worker.recovery import Membership
 
 
@@ -198,3 +199,12 @@ async def test_a_follower_becomes_the_owner(pair: tuple[Path, Path]) -> None:
         assert [record for record in second.journal if record in first.records] == first.records
         again = RunCommand(reply.id, ["create", "One", "--actor", "human:ana"], [], "t", "human:ana", ["agent:*"])
         assert await second.ask(again) == reply, "a repeated request gets the same reply from the next owner"
+
+
+async def test_a_follower_knows_who_has_started_a_session(pair: tuple[Path, Path]) -> None:
+    async with started(pair[0], is_owner=True) as owner, started(pair[1], is_owner=False) as follower:
+        reply = await owner.run("session", "start", "--name", "Argus", "--model", "m", "--framework", "f")
+        assert isinstance(reply, Reply) and reply.exit_code == 0, reply
+        follower.apply(owner.records)
+        await until(lambda: follower.project.history.head == owner.project.history.head)
+        assert (pair[1] / OWNERS_FILE).read_bytes() == (pair[0] / OWNERS_FILE).read_bytes()

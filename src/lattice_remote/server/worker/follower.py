@@ -4,12 +4,14 @@ A record reaches the journal before the files, so recovery can finish a change t
 No outside change is numbered here: its content is moved aside and the numbered one restored (I12).
 """
 
+import contextlib
 import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from lattice_remote.errors import Rejected
 from lattice_remote.files import write_all, write_atomically
 from lattice_remote.protocol.operations import AnnounceFile, apply
 from lattice_remote.server.ipc import ApplyRecords, PathState, RecordApplied
@@ -18,6 +20,7 @@ from lattice_remote.server.journal.journal import CommitJob, Committer
 from lattice_remote.server.journal.repair import Repair
 from lattice_remote.server.journal.segment import JournalReader, Record, decoder
 from lattice_remote.server.tree.tree import FileState, ProjectTree, TreeDiff, sync_files
+from lattice_remote.server.worker.caller import SessionOwners
 from lattice_remote.server.worker.store import Store
 
 __all__ = ["CopyNeeded", "Follower", "restore_all"]
@@ -30,8 +33,9 @@ class CopyNeeded(Exception):
 class Follower:
     """Appends records to the journal of ``store`` and applies them to its tree."""
 
-    def __init__(self, store: Store, committer: Committer) -> None:
+    def __init__(self, store: Store, committer: Committer, owners: SessionOwners) -> None:
         self._store = store
+        self._owners = owners
         self._committer = committer
         self._files = _Files(store)
         self._is_restored = False
@@ -64,6 +68,7 @@ class Follower:
             if record.seq != journal.head + 1:
                 raise CopyNeeded(f"change {record.seq} follows change {journal.head}")
             self._place_contents(record, contents)
+            self._note_sessions(record)
         descriptor = journal.append(record, payload)
         if record.change is not None:
             with self._store.applying():
@@ -72,6 +77,13 @@ class Follower:
             record.seq, record.mark, record.change, after, oldest=journal.oldest, number=journal.next_number
         )
         self._committer.submit(CommitJob(applied, descriptor))
+
+    def _note_sessions(self, record: Record) -> None:
+        """Note who has started a session, before the journal has it, as the owner's worker does."""
+        change = change_of(record)
+        if change.command.startswith("session start"):
+            with contextlib.suppress(Rejected):  # an unreadable file: this node's administrator must look
+                self._owners.note(change.ops, record.token_id, change.token_actor or change.actor)
 
     def _place_contents(self, record: Record, contents: Mapping[str, str]) -> None:
         """Move announced contents into place, durably, before the journal has their record."""

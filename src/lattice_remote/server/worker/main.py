@@ -25,6 +25,7 @@ from lattice_remote.server.ipc import CopyMissing, ReceivedFrames, ToWorker, Wor
 from lattice_remote.server.journal.journal import CommitJob, Committer, Retention
 from lattice_remote.server.logging import FORMAT_VARIABLE, LEVEL_VARIABLE, log_to_stderr
 from lattice_remote.server.tree.tree import SyncFailed
+from lattice_remote.server.worker.caller import SessionOwners
 from lattice_remote.server.worker.dispatcher import Dispatcher
 from lattice_remote.server.worker.executor import Executor
 from lattice_remote.server.worker.follower import CopyNeeded, Follower
@@ -125,7 +126,7 @@ def _serve(
         make_id=store.make_id,
         locks=store.locks,
     )
-    follower = Follower(store, committer) if member is not None else None
+    follower = Follower(store, committer, SessionOwners(project)) if member is not None else None
     dispatcher = Dispatcher(
         project, scratch, store, executor, committer, plugin_commands=plugin_commands, follower=follower
     )
