@@ -2,13 +2,14 @@
 
 import secrets
 import time
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 import msgspec
 
-from lattice_remote.server.cluster.engine import Bucket, Engine
+from lattice_remote.server.cluster.engine import Bucket, BucketEntry, Engine
 
-__all__ = ["ClusterDirectory", "NodeReport", "ProjectEntry", "ProjectReport", "Wish"]
+__all__ = ["ClusterDirectory", "DirectoryContent", "NodeReport", "ProjectEntry", "ProjectReport", "Wish"]
 
 _BUCKET = "lattice-directory"
 _SILENT_S = 5.0
@@ -61,6 +62,14 @@ class Wish(msgspec.Struct, frozen=True):
     node: str
 
 
+class DirectoryContent(NamedTuple):
+    """The directory at about one moment: projects, nodes seen within a day, and wishes for projects."""
+
+    projects: dict[str, ProjectEntry]
+    nodes: dict[str, NodeReport]
+    wishes: dict[str, Wish]
+
+
 class ClusterDirectory:
     """The directory. All methods raise EngineUnavailable."""
 
@@ -80,8 +89,14 @@ class ClusterDirectory:
         assert found is not None, "it is never removed"
         return found.value
 
+    async def read(self) -> DirectoryContent:
+        entries = await self._bucket.entries()
+        nodes = _of_kind(entries, "node", NodeReport)
+        recent = {name: node for name, node in nodes.items() if time.time() - node.at < _FORGOTTEN_S}
+        return DirectoryContent(_of_kind(entries, "project", ProjectEntry), recent, _of_kind(entries, "wish", Wish))
+
     async def projects(self) -> dict[str, ProjectEntry]:
-        return await self._all("project", ProjectEntry)
+        return (await self.read()).projects
 
     async def add_project(self, slug: str, entry: ProjectEntry) -> bool:
         """Add a project; return False if there is one of this name."""
@@ -94,9 +109,7 @@ class ClusterDirectory:
         await self._bucket.delete(f"project.{slug}")
 
     async def nodes(self) -> dict[str, NodeReport]:
-        """Return the reports of nodes that have reported within a day."""
-        nodes = await self._all("node", NodeReport)
-        return {name: node for name, node in nodes.items() if time.time() - node.at < _FORGOTTEN_S}
+        return (await self.read()).nodes
 
     async def report(self, report: NodeReport) -> None:
         await self._bucket.put(f"node.{report.name}", msgspec.json.encode(report))
@@ -104,24 +117,17 @@ class ClusterDirectory:
     async def remove_node(self, name: str) -> None:
         await self._bucket.delete(f"node.{name}")
 
-    async def wishes(self) -> dict[str, Wish]:
-        return await self._all("wish", Wish)
-
     async def wish(self, slug: str, wish: Wish) -> None:
         await self._bucket.put(f"wish.{slug}", msgspec.json.encode(wish))
 
     async def fulfilled(self, slug: str) -> None:
         await self._bucket.delete(f"wish.{slug}")
 
-    async def revision(self) -> int:
-        """Return a number that grows with every change."""
-        return await self._bucket.revision()
 
-    async def _all[T](self, kind: str, type_: type[T]) -> dict[str, T]:
-        prefix = f"{kind}."
-        entries = await self._bucket.entries()
-        return {
-            key.removeprefix(prefix): msgspec.json.decode(entry.value, type=type_)
-            for key, entry in entries.items()
-            if key.startswith(prefix)
-        }
+def _of_kind[T](entries: Mapping[str, BucketEntry], kind: str, type_: type[T]) -> dict[str, T]:
+    prefix = f"{kind}."
+    return {
+        key.removeprefix(prefix): msgspec.json.decode(entry.value, type=type_)
+        for key, entry in entries.items()
+        if key.startswith(prefix)
+    }

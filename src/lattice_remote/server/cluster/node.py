@@ -13,7 +13,14 @@ from typing import Protocol, Self
 
 import lattice_remote
 from lattice_remote.errors import Misuse, RemoteError
-from lattice_remote.server.cluster.directory import ClusterDirectory, NodeReport, ProjectEntry, ProjectReport, Wish
+from lattice_remote.server.cluster.directory import (
+    ClusterDirectory,
+    DirectoryContent,
+    NodeReport,
+    ProjectEntry,
+    ProjectReport,
+    Wish,
+)
 from lattice_remote.server.cluster.engine import Engine, EngineUnavailable
 from lattice_remote.server.cluster.lease import Lease
 from lattice_remote.server.cluster.member import Cursor, Member, NodeIdentity, load_cursors, save_cursor
@@ -142,7 +149,8 @@ class Node:
         return member is not None and member.is_owner
 
     def _other_urls(self) -> list[str]:
-        return [node.url for node in self._nodes.values() if node.name != self._identity.name and not node.is_silent]
+        others = [node for node in self._nodes.values() if node.name != self._identity.name]
+        return [node.url for node in sorted(others, key=lambda node: node.is_silent)]
 
     # --- life ---
 
@@ -156,8 +164,7 @@ class Node:
         self._registry = registry
         await self._shared.enter(self._data)
         finish_copies(self._data.projects)
-        self._entries = await self._directory.projects()
-        self._nodes = await self._directory.nodes()
+        self._entries, self._nodes, _ = await self._directory.read()
         for slug in self._data.slugs():
             await self._enter(slug)
         await self._report()
@@ -173,8 +180,9 @@ class Node:
         while True:
             try:
                 await self._report()
-                await self._fulfil(await self._directory.wishes())
-                await self._follow_directory()
+                found = await self._directory.read()
+                await self._fulfil(found.wishes)
+                await self._follow_directory(found)
                 for slug in self._entries:
                     if slug not in self.registry.projects and (slug not in opening or opening[slug].done()):
                         opening[slug] = asyncio.create_task(self._open(slug), name=f"open {slug}")
@@ -188,11 +196,10 @@ class Node:
         """End the connection to the engine, after the projects."""
         await self._engine.close()
 
-    async def _follow_directory(self) -> None:
-        """Take over what other nodes have added or begun anew."""
-        entries = await self._directory.projects()
-        self._nodes = await self._directory.nodes()
-        for slug, entry in entries.items():
+    async def _follow_directory(self, found: DirectoryContent) -> None:
+        """Take over what other nodes have added, and new epochs."""
+        self._nodes = found.nodes
+        for slug, entry in found.projects.items():
             known = self._entries.get(slug)
             self._entries[slug] = entry
             if known is not None and known != entry:
