@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from harness import Copy, Running, hello, serving, tree_of
+from harness import Copy, Running, hello, parts_in, serving, tree_of
 from place import CANARY, OBSERVED_WORKER, Place
 from values import Known, Lines
 
@@ -148,8 +148,7 @@ async def test_files_behind_planted_links_are_not_sent(place: Place, running: Ru
         parts: dict[str, Part] = {}
         while len(parts) < 3:
             frame = await copy.pump()
-            if isinstance(frame, Part):
-                parts[frame.path] = frame
+            parts |= {part.path: part for part in parts_in(frame)}
         assert parts[plan].gone
         assert parts["notes/notes.md"].gone
         assert parts["config.json"].data == (running.tree / "config.json").read_bytes()

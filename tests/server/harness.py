@@ -21,6 +21,8 @@ from lattice_remote.protocol.messages import (
     Bye,
     ClientFrame,
     Hello,
+    Part,
+    Parts,
     Refused,
     Result,
     Run,
@@ -112,6 +114,11 @@ async def serving(
     finally:
         server.should_exit = True
         await task
+
+
+def parts_in(frame: ServerFrame) -> tuple[Part, ...]:
+    """Return the pieces of files in a frame, which may have small files together."""
+    return (frame,) if isinstance(frame, Part) else frame.parts if isinstance(frame, Parts) else ()
 
 
 def hello(**fields: object) -> bytes:

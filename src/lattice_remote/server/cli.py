@@ -252,21 +252,22 @@ def start(  # noqa: PLR0917 - Typer calls it
     template.prepare()  # it loads lattice while this process loads the rest
     from lattice_remote.server.server import bind, run
 
-    listener = bind(host, port)
-    if cluster is not None:
-        scheme = "https" if config.tls.cert else "http"
-        settings: ClusterSettings | None = ClusterSettings(
-            servers=cluster.split(","),
-            node=node or socket.gethostname().partition(".")[0],
-            advertise=advertise or f"{scheme}://{host}:{listener.getsockname()[1]}",
-            credentials=str(cluster_credentials.absolute()) if cluster_credentials else "",
-            ca=str(cluster_ca.absolute()) if cluster_ca else "",
-            monitors=cluster_monitor or [],
-            replicas=cluster_replicas,
-        )
-    else:
-        settings = load_settings(target.path)
-    run(target, config, listener, template, settings)
+    with contextlib.closing(template):
+        listener = bind(host, port)
+        if cluster is not None:
+            scheme = "https" if config.tls.cert else "http"
+            settings: ClusterSettings | None = ClusterSettings(
+                servers=cluster.split(","),
+                node=node or socket.gethostname().partition(".")[0],
+                advertise=advertise or f"{scheme}://{host}:{listener.getsockname()[1]}",
+                credentials=str(cluster_credentials.absolute()) if cluster_credentials else "",
+                ca=str(cluster_ca.absolute()) if cluster_ca else "",
+                monitors=cluster_monitor or [],
+                replicas=cluster_replicas,
+            )
+        else:
+            settings = load_settings(target.path)
+        run(target, config, listener, template, settings)
 
 
 def _allow_many_connections() -> None:

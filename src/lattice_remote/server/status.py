@@ -30,6 +30,7 @@ from lattice_remote.server.project.project import Project
 from lattice_remote.server.registry import ProjectRegistry
 
 __all__ = [
+    "CLUSTER_METRICS",
     "ClientStatus",
     "Gauges",
     "ProjectStatus",
@@ -415,7 +416,7 @@ def present_status(data: DataDir) -> ServerStatus:
         raise StorageError("unexpected response from the server; look at its log, or upgrade it") from None
 
 
-_OF_CLUSTER = {
+CLUSTER_METRICS = {
     "cluster_owner": "Whether this node owns the project.",
     "cluster_available": "Whether this node has caught up and reaches the cluster.",
     "cluster_term": "Term of the last known owner; it grows with each change of owner.",
@@ -473,7 +474,7 @@ class Gauges(Collector):
         yield queue
         held = {slug: project.load.in_flight_bytes for slug, project in projects.items()}
         yield _gauge("queue_bytes", "What these writes weigh.", held)
-        for name, text in _OF_CLUSTER.items():
+        for name, text in CLUSTER_METRICS.items():
             if of_projects := {s: p.order.figures[name] for s, p in projects.items() if name in p.order.figures}:
                 yield _gauge(name, text, of_projects)
 

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import pytest_asyncio
-from harness import Copy, Running, farewell, hello, make_data, serving
+from harness import Copy, Running, farewell, hello, make_data, parts_in, serving
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
@@ -19,7 +19,6 @@ from lattice_remote.protocol.messages import (
     Fetch,
     Hello,
     Manifest,
-    Part,
     Put,
     Refused,
     Reply,
@@ -77,7 +76,7 @@ async def test_a_file_that_is_not_there_is_reported_gone(running: Running) -> No
         await client.send(hello(follow=False))
         await client.send(encode(Fetch(["tasks/none.json", "config.json"])))
         frames = [decode_server_frame(await client.recv()) for _ in range(3)]
-        parts = {frame.path: frame for frame in frames if isinstance(frame, Part)}
+        parts = {part.path: part for frame in frames for part in parts_in(frame)}
         assert parts["tasks/none.json"].gone
         assert parts["config.json"].data == b"{}\n"
 
