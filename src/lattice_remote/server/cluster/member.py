@@ -2,8 +2,8 @@
 
     following --lease taken, own record appended--> owning --lease lost, append refused--> following
 
-Before each start of the worker the journal is compared with the order, record by record: what the cluster lacks is
-cut, what is missing is applied afterwards. A node that cannot be aligned copies the project from another one.
+Before each start of the worker the journal is compared with the order, record by record: records that the cluster
+lacks are cut, missing ones are applied afterwards. A node that cannot be aligned copies the project from another one.
 """
 
 import asyncio
@@ -538,7 +538,7 @@ class Member:
             await held.release(hand_to=node)
 
     async def _append(self) -> None:
-        """Append the worker's records, one message at a time, and deliver what they make final."""
+        """Append the worker's records, one message at a time, and deliver the outcomes that are final then."""
         try:
             while True:
                 self._work.clear()
@@ -603,7 +603,7 @@ class Member:
         self._stop("renew")
 
     def _drop_pending(self) -> None:
-        """Drop the outcomes that were not appended; deliver what is no outcome."""
+        """Drop the outcomes that were not appended; deliver the other messages."""
         pending = list(self._pending)
         self._pending.clear()
         for deliver, done in pending:

@@ -440,7 +440,7 @@ class _Attempts:
         return next((each for each in answers if each.error is None), answers[0] if answers else None)
 
     def close(self) -> None:
-        """Wait for no more answers."""
+        """Wait for no further answers."""
         for each in self._waiting:
             if each.done():
                 each.exception()
