@@ -104,3 +104,16 @@ def test_a_token_revoked_on_one_node_ends_on_all(nats: NatsCluster, tmp_path: Pa
         command(cluster, "a", "token", "revoke", token)
         cluster.sessions["b"].headers["Authorization"] = f"Bearer {token}"
         wait_until(lambda: cluster.ask("b", "GET", "").status_code == 401, "b refuses the token")
+
+
+def test_a_rebuilt_project_goes_on_with_the_files_of_one_node(nats: NatsCluster, tmp_path: Path) -> None:
+    with running_cluster(nats, tmp_path, "ab") as cluster:
+        assert cluster.write("a", "one").status_code == 201
+        wait_until(lambda: equal_trees(cluster, "ab"), "the nodes agree")
+        epoch = cluster.head("a")[0]
+        assert "with the files of node b" in command(cluster, "b", "cluster", "rebuild", "web", "--yes")
+        assert cluster.write("a", "two").status_code == 201
+        assert cluster.write("b", "three").status_code == 201
+        wait_until(lambda: equal_trees(cluster, "ab"), "the nodes agree again")
+        assert cluster.head("a")[0] not in ("", epoch)
+        assert len(list((cluster.tree("a") / "tasks").glob("*.json"))) == 3

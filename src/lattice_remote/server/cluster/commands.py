@@ -241,12 +241,10 @@ def leave(data: DataDir, settings: ClusterSettings, *, keeps_projects: bool) -> 
         return sorted(projects)
 
     slugs = _run(settings, ask)
-    for slug in slugs:
-        if not data.has_project(slug):
-            continue
-        if keeps_projects:
+    for slug in data.slugs():
+        if keeps_projects:  # also of those that an interrupted attempt has taken out
             (data.project(slug).journal / CURSOR_FILE).unlink(missing_ok=True)
-        else:
+        elif slug in slugs:
             _set_aside(data, slug)
     settings_file(data.path).unlink()
     return slugs

@@ -292,6 +292,8 @@ class Member:
         self._is_closed = True
         held, self._held = self._held, None
         self._is_owner = False
+        if (storing := self._tasks.get("cursor")) is not None:
+            await asyncio.wait({storing})
         for name in tuple(self._tasks):
             self._stop(name)
         self._drop_pending()
@@ -435,8 +437,15 @@ class Member:
         if not now and time.monotonic() - self._cursor_at < _CURSOR_INTERVAL_S:
             return
         self._cursor_at = time.monotonic()
+        cursor = Cursor(self.epoch, self._seq, self._number, self.owner, self.term)
+        if now:
+            self._store_cursor(cursor)
+        elif "cursor" not in self._tasks:
+            self._start("cursor", asyncio.to_thread(self._store_cursor, cursor))
+
+    def _store_cursor(self, cursor: Cursor) -> None:
         with contextlib.suppress(OSError):  # a full disk: an older one is as good
-            save_cursor(self._paths.journal, Cursor(self.epoch, self._seq, self._number, self.owner, self.term))
+            save_cursor(self._paths.journal, cursor)
 
     # --- owning ---
 

@@ -86,6 +86,8 @@ class Node:
         self._lease = Lease(engine)
         self._entries: dict[str, ProjectEntry] = {}
         self._members: dict[str, Member] = {}
+        self._opening: dict[str, asyncio.Task[None]] = {}
+        self._refused: dict[str, str] = {}  # local projects that cannot enter the cluster, with the logged reason
         self._nodes: Mapping[str, NodeReport] = {}
         self._registry: Projects | None = None
         self._peers = PeerServer(access, self._project, self._is_owner)
@@ -116,10 +118,6 @@ class Node:
     def registry(self) -> Projects:
         assert self._registry is not None, "start() comes first"
         return self._registry
-
-    @property
-    def members(self) -> Mapping[str, Member]:
-        return self._members
 
     # --- what the registry asks ---
 
@@ -172,25 +170,31 @@ class Node:
     async def run(self) -> None:
         """Keep the members, the shared files and the reports up to date, for ever."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._shared.mirror(self._data))
-            group.create_task(self._keep_members())
+            group.create_task(self._keep(lambda: self._shared.mirror(self._data)))
+            group.create_task(self._keep(self._keep_members))
 
-    async def _keep_members(self) -> None:
-        opening: dict[str, asyncio.Task[None]] = {}
+    async def _keep(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do work again and again: without it a revoked token would stay valid here."""
         while True:
             try:
-                await self._report()
-                found = await self._directory.read()
-                await self._fulfil(found.wishes)
-                await self._follow_directory(found)
-                for slug in self._entries:
-                    if slug not in self.registry.projects and (slug not in opening or opening[slug].done()):
-                        opening[slug] = asyncio.create_task(self._open(slug), name=f"open {slug}")
+                await work()
             except EngineUnavailable:
                 pass
             except RemoteError as error:
                 _log.error("%s", error)
+            except Exception:  # noqa: BLE001 - the next attempt may succeed
+                _log.exception("the node's background work failed")
             await asyncio.sleep(_STEP_S)
+
+    async def _keep_members(self) -> None:
+        await self._report()
+        found = await self._directory.read()
+        await self._follow_directory(found)
+        await self._fulfil(found.wishes)  # changes the directory: last
+        for slug in self._entries:
+            opening = self._opening.get(slug)
+            if slug not in self.registry.projects and (opening is None or opening.done()):
+                self._opening[slug] = asyncio.create_task(self._open(slug), name=f"open {slug}")
 
     async def close(self) -> None:
         """End the connection to the engine, after the projects."""
@@ -206,7 +210,12 @@ class Node:
                 _log.warning("%s: the cluster has begun a new epoch", slug)
                 await self.registry.release(slug, "the project has started a new history; reconnect at once")
         for slug in set(self._data.slugs()) - self._entries.keys():
-            await self._enter(slug)
+            try:
+                await self._enter(slug)
+            except Misuse as error:  # the others go on
+                if self._refused.get(slug) != error.message:
+                    self._refused[slug] = error.message
+                    _log.error("%s: %s", slug, error.message)
 
     async def _enter(self, slug: str) -> None:
         """Put a local project into the cluster, unless it is there. Raises Misuse."""
@@ -294,10 +303,11 @@ class Node:
         finally:
             await project.drain(_STOP_S)
             await project.stop(_STOP_S)
-        epoch = project.history.epoch
+        epoch, former = project.history.epoch, self._entries[slug].epoch
         await JetStreamOrder(self._engine, slug, epoch).create()
         save_cursor(paths.journal, Cursor(epoch, 0, next_number(paths.journal), self._identity.name, 0))
         self._entries[slug] = ProjectEntry(epoch)
         await self._directory.set_project(slug, self._entries[slug])
         await self._directory.fulfilled(slug)
+        await JetStreamOrder(self._engine, slug, former).delete()
         _log.warning("%s: a new epoch begins with this node's files", slug)

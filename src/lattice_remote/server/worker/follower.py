@@ -86,7 +86,7 @@ class Follower:
                 self._owners.note(change.ops, record.token_id, change.token_actor or change.actor)
 
     def _place_contents(self, record: Record, contents: Mapping[str, str]) -> None:
-        """Move announced contents into place, durably, before the journal has their record."""
+        """Copy announced contents into place, durably, before the journal has their record."""
         placed = []
         for operation in change_of(record).ops:
             if isinstance(operation, AnnounceFile) and (source := contents.get(operation.digest.hex())):
