@@ -16,7 +16,7 @@ from lattice_remote.client.agent.service import Service
 from lattice_remote.client.cache.cache import LOCKS_TEXT, Cache
 from lattice_remote.client.cache.edits import Edits
 from lattice_remote.client.cache.safe_directory import Directory
-from lattice_remote.client.connection.requests import MAX_SENDS
+from lattice_remote.client.connection.connection import MAX_SENDS
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
 from lattice_remote.protocol.messages import (
     Applied,
@@ -189,7 +189,7 @@ async def test_a_command_that_was_never_sent_says_so(
     await ready(service)
     await server.stop()
     await until(lambda: not service._connection.is_open)
-    monkeypatch.setattr("lattice_remote.client.connection.requests.UNSENT_PATIENCE_S", 0.3)
+    monkeypatch.setattr("lattice_remote.client.connection.connection.UNSENT_PATIENCE_S", 0.3)
     with pytest.raises(
         ConnectionFailed, match=r"cannot reach server .*connection refused.*nothing was written"
     ) as error:
@@ -201,7 +201,7 @@ async def test_a_command_whose_answer_is_lost_may_have_taken_effect(
     server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await ready(service)
-    monkeypatch.setattr("lattice_remote.client.connection.requests.SENT_PATIENCE_S", 0.3)
+    monkeypatch.setattr("lattice_remote.client.connection.connection.SENT_PATIENCE_S", 0.3)
     running = asyncio.ensure_future(run(service, "slow"))
     await until(lambda: any(isinstance(frame, Run) for frame in server.frames))
     await server.stop()
@@ -454,7 +454,7 @@ async def test_what_is_saved_after_an_edit_whose_answer_was_lost_builds_on_it(
     server: FakeServer, service: Service, directory: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
 ) -> None:
     """I6: else both would be taken for edits of the same text, and the second be a conflict with the first."""
-    monkeypatch.setattr("lattice_remote.client.connection.requests.SENT_PATIENCE_S", 0.3)
+    monkeypatch.setattr("lattice_remote.client.connection.connection.SENT_PATIENCE_S", 0.3)
     plan = await edited(server, service, directory)
 
     async def lose_the_answer(connection: ServerConnection, frame: ClientFrame) -> bool:

@@ -12,9 +12,8 @@ from websockets.asyncio.server import ServerConnection
 from websockets.http11 import Request, Response
 
 from lattice_remote.client.agent.service import Service
-from lattice_remote.client.connection import connection, requests
-from lattice_remote.client.connection.connection import Connection
-from lattice_remote.client.connection.requests import PendingRequest, expect, refusal_of
+from lattice_remote.client.connection import connection
+from lattice_remote.client.connection.connection import Connection, PendingRequest, expect, refusal_of
 from lattice_remote.errors import ConnectionFailed, Rejected
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
@@ -52,8 +51,8 @@ async def test_a_connected_command_may_take_longer_than_a_lost_connection(
     server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await ready(service)
-    monkeypatch.setattr(requests, "SENT_PATIENCE_S", 0.01)
-    monkeypatch.setattr(requests, "UNSENT_PATIENCE_S", 0.01)
+    monkeypatch.setattr(connection, "SENT_PATIENCE_S", 0.01)
+    monkeypatch.setattr(connection, "UNSENT_PATIENCE_S", 0.01)
     looks = 0
     give_up = Connection._give_up
 
@@ -93,7 +92,7 @@ async def test_a_server_that_has_just_started_may_be_slow(
         if looks == 4:  # 0.1 s apart
             release.set()
         elif looks:
-            monkeypatch.setattr(requests, "UNSENT_PATIENCE_S", 0.01)
+            monkeypatch.setattr(connection, "UNSENT_PATIENCE_S", 0.01)
         give_up(link, pending, failed_before)
 
     if step == "upgrade":
@@ -243,12 +242,12 @@ def test_an_answer_of_another_kind_may_have_had_an_effect() -> None:
 async def test_a_resent_write_says_its_age_and_is_waited_for_longer() -> None:
     answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     write, read = PendingRequest(Run(ID, ["list"], []), answer), PendingRequest(Log(ID), answer)
-    assert (write.patience_s, write.sent, write.is_write) == (requests.UNSENT_PATIENCE_S, False, True)
-    assert write.to_send() is write.frame and write.sent and write.patience_s == requests.SENT_PATIENCE_S
+    assert (write.patience_s, write.sent, write.is_write) == (connection.UNSENT_PATIENCE_S, False, True)
+    assert write.to_send() is write.frame and write.sent and write.patience_s == connection.SENT_PATIENCE_S
     assert write.first_sent_at is not None
     write.first_sent_at -= 5
     again = write.to_send()
     assert isinstance(again, Run) and again.age_s >= 5 and write.sends == 2
     assert read.to_send() is read.frame is read.to_send()
-    assert (read.sent, read.is_write, read.patience_s) == (False, False, requests.UNSENT_PATIENCE_S)
+    assert (read.sent, read.is_write, read.patience_s) == (False, False, connection.UNSENT_PATIENCE_S)
     answer.cancel()

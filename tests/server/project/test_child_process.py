@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import msgspec
@@ -34,6 +34,17 @@ async def template() -> AsyncIterator[Template]:
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     return make_project(tmp_path / "web")
+
+
+@pytest.fixture
+def run_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Let each Python process run this code first."""
+
+    def place(code: str) -> None:
+        (tmp_path / "sitecustomize.py").write_text(code)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    return place
 
 
 async def is_ready(connection: socket.socket) -> None:
@@ -186,9 +197,9 @@ async def test_another_program_is_started_as_before(template: Template, project:
 
 
 async def test_a_failed_fork_is_the_callers_error_alone(
-    template: Template, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    template: Template, project: Path, tmp_path: Path, run_first: Callable[[str], None]
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
+    run_first(
         "import os\n"
         "fork = os.fork\n"
         "def refuse():\n"
@@ -197,7 +208,6 @@ async def test_a_failed_fork_is_the_callers_error_alone(
         "    return fork()\n"
         "os.fork = refuse\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "full").touch()
     with pytest.raises(OSError, match="temporarily unavailable"):
         await template.start_child(READER_COMMAND, project, "web")
@@ -209,14 +219,13 @@ async def test_a_failed_fork_is_the_callers_error_alone(
 
 
 async def test_beside_a_plugin_with_a_thread_nothing_is_forked(
-    template: Template, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    template: Template, project: Path, run_first: Callable[[str], None]
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
+    run_first(
         "import sys, threading, time\n"
         "if 'lattice_remote.server.worker.template' in sys.orig_argv:\n"
         "    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     child, connection = await template.start_child(READER_COMMAND, project, "web")
     assert template.pid is None
     connection.close()

@@ -25,7 +25,7 @@ from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.ipc import Read, ReadCommand, ReadPage, ReadResult
 from lattice_remote.server.project import reader_process
 from lattice_remote.server.project import reader_process as reader_module
-from lattice_remote.server.project.reader_process import ReaderProcess, Readers
+from lattice_remote.server.project.reader_process import ReaderProcess
 from lattice_remote.server.project_summary import Overviews
 from lattice_remote.server.tree.undo import Begin, UndoLog
 from sandbox import wait_for
@@ -481,7 +481,7 @@ def test_a_read_sees_what_was_acknowledged_and_a_stop_waits_for_none(tmp_path: P
 
 async def test_in_a_large_project_a_slow_view_delays_no_other(data: DataDir) -> None:
     state, files = State(), [0]
-    readers = Readers("web", data.project("web"), state, state.durable, lambda: files[0])
+    readers = ReaderProcess("web", data.project("web"), state, state.durable, count_files=lambda: files[0])
     try:
         assert (await readers.read(ReadPage("/api/activity"))).status == 200
         assert not readers._others, "a small project has one process"

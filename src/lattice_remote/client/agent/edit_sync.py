@@ -123,6 +123,8 @@ class EditSender:
                         pushed.sent.append({"path": path, "outcome": "unchanged"})
                         continue
                 edited.append(path)
+            if not edited:
+                return pushed
             judged = await self._judge(edited, confirm=confirm, is_asked=paths is None or again)
             await self._restore(judged, pushed)
             await self._push_judged(connection, judged, pushed)

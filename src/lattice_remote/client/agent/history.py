@@ -12,8 +12,7 @@ import msgspec
 
 from lattice_remote.client.agent_runtime import new_request_id
 from lattice_remote.client.cache.replicator import Replicator
-from lattice_remote.client.connection.connection import Connection
-from lattice_remote.client.connection.requests import expect
+from lattice_remote.client.connection.connection import Connection, expect
 from lattice_remote.client.tasks import read_object
 from lattice_remote.errors import Misuse, ProtocolError
 from lattice_remote.protocol.change_summary import summarize, summary_json

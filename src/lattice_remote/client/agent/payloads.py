@@ -28,9 +28,8 @@ from lattice_remote.client.attachments import identity
 from lattice_remote.client.cache.cache import CacheLock
 from lattice_remote.client.cache.replicator import Replicator
 from lattice_remote.client.config import PRIVATE_DIRECTORY
-from lattice_remote.client.connection.connection import Connection
+from lattice_remote.client.connection.connection import Connection, RequestSender, expect
 from lattice_remote.client.connection.pool import ConnectionPool
-from lattice_remote.client.connection.requests import RequestSender, expect
 from lattice_remote.client.connection.upload import Source, upload
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
 from lattice_remote.protocol.effects import Content

@@ -58,9 +58,8 @@ from lattice_remote.client.cache.first_fill import FirstFill
 from lattice_remote.client.cache.replicator import Replicator
 from lattice_remote.client.cache.verify import CacheComparison
 from lattice_remote.client.config import Remote, read_remote
-from lattice_remote.client.connection.connection import ALIVE_S, Connection
+from lattice_remote.client.connection.connection import ALIVE_S, Connection, expect
 from lattice_remote.client.connection.pool import ConnectionPool
-from lattice_remote.client.connection.requests import expect
 from lattice_remote.client.tasks import task_of
 from lattice_remote.client.trusted_servers import Server
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError, unknown_if_sent

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lattice_remote.client.agent_runtime import new_request_id
-from lattice_remote.client.connection.requests import RequestSender, expect
+from lattice_remote.client.connection.connection import RequestSender, expect
 from lattice_remote.errors import ConnectionFailed, Rejected, StorageError
 from lattice_remote.files import hash_descriptor
 from lattice_remote.protocol.messages import Refused, Upload, Uploaded

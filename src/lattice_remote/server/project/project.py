@@ -58,7 +58,7 @@ from lattice_remote.server.project.queue import (
     RequestQueue,
     refusal_to_join,
 )
-from lattice_remote.server.project.reader_process import Readers
+from lattice_remote.server.project.reader_process import ReaderProcess
 from lattice_remote.server.project.uploads import Pushes, Uploads
 from lattice_remote.server.project.worker_process import WORKER_COMMAND, WorkerProcess, WriterLock
 
@@ -116,12 +116,12 @@ class Project:
         config = config or Config()
         self.uploads = Uploads(paths, config.limits, self.request_log.refused_other)
         self.pushes = Pushes(paths, config, self.uploads, self.submit, self.request_log.refused_other)
-        self.reader = Readers(
+        self.reader = ReaderProcess(
             slug,
             paths,
             self._settled_state,
             self._durable,
-            lambda: len(self.history.files),
+            count_files=lambda: len(self.history.files),
             idle_s=config.idle_seconds,
             start_child=start_child,
         )

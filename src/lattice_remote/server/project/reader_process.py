@@ -10,7 +10,6 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import msgspec
 from msgspec import structs
@@ -30,7 +29,7 @@ from lattice_remote.server.project.child_process import PYTHON, ChildProcess, St
 from lattice_remote.server.project.queue import FairLock
 from lattice_remote.server.transport.response_budget import ResponseShare
 
-__all__ = ["ReadCache", "ReaderProcess", "Readers"]
+__all__ = ["ReadCache", "ReaderProcess"]
 
 _MAX_AGE_S = 5.0
 """Maximum age of a cached result; some contain relative times."""
@@ -101,6 +100,10 @@ _COMMIT_S, _COMMIT_POLL_S = 10.0, 0.001
 """How long a read waits for an overlapping transaction, and the polling interval."""
 _TRIES_TOGETHER = 4
 _SETTLE_POLLS, _SETTLE_POLL_S = 25, 0.002
+_SEPARATE_FILES = 5000
+"""Number of files from which a project is large."""
+_ALL_TASKS = {"activity", "stats", "archived", "git"}
+"""Views whose reads take seconds in a large project."""
 
 _decoder = msgspec.msgpack.Decoder(ReadResult)
 _log = logging.getLogger(__name__)
@@ -109,10 +112,13 @@ _log = logging.getLogger(__name__)
 class ReaderProcess:
     """Client of a project's reader process; ``close()`` it. Belongs to the event loop's thread.
 
+    In a large project each kind of slow read has a process of its own, so that it delays no other view.
+
     Args:
         state: returns a name of the tree's state; None while a request is with the worker. While the name is the same,
             no file changes.
         durable: returns the epoch and the number of its newest durable change.
+        count_files: returns the number of the project's files.
         idle_s: time after the last read when the process ends.
     """
 
@@ -123,6 +129,7 @@ class ReaderProcess:
         state: Callable[[], object | None],
         durable: Callable[[], tuple[str, int]],
         *,
+        count_files: Callable[[], int] = lambda: 0,
         idle_s: float = 300.0,
         start_child: StartChild = spawn_child,
     ) -> None:
@@ -130,6 +137,8 @@ class ReaderProcess:
         self._paths = paths
         self._state = state
         self._durable = durable
+        self._count_files = count_files
+        self._others: dict[str, ReaderProcess] = {}  # by kind of slow read
         self._idle_s = idle_s
         self._start_child = start_child
         self._lock = FairLock()
@@ -152,6 +161,15 @@ class ReaderProcess:
                 writes kept being undone.
             StorageError: the process cannot be started or timed out.
         """
+        kind = _kind_of(request)
+        if kind and not self._closed and self._count_files() >= _SEPARATE_FILES:
+            if kind not in self._others:
+                self._others[kind] = ReaderProcess(
+                    *(self._slug, self._paths, self._state, self._durable),
+                    idle_s=self._idle_s,
+                    start_child=self._start_child,
+                )
+            return await self._others[kind].read(request, share)
         cached = self._cache.get(request, self._state())
         if cached is not None and (share is None or share.may_hold(cached.body)):
             return _reserve(cached, share)
@@ -235,12 +253,14 @@ class ReaderProcess:
 
     @property
     def waiting(self) -> int:
-        return self._waiting.total()
+        return self._waiting.total() + sum(other.waiting for other in self._others.values())
 
     def close(self) -> None:
-        """End the process; waiting reads fail. Idempotent."""
+        """End the processes; waiting reads fail. Idempotent."""
         self._closed = True
         self._end()
+        for other in self._others.values():
+            other.close()
 
     async def _read(self, request: Read) -> ReadResult:
         before = self._state()
@@ -325,55 +345,9 @@ def _reserve(found: ReadResult, share: ResponseShare | None) -> ReadResult:
     return found
 
 
-_SEPARATE_FILES = 5000
-"""Number of files from which a project is large."""
-_ALL_TASKS = {"activity", "stats", "archived", "git"}
-"""Views whose reads take seconds in a large project."""
-
-
-class Readers(ReaderProcess):
-    """The reader process of a project; in a large one, with further processes for slow reads.
-
-    Requests of different views do not wait for each other then: each kind of slow read has a process of its own.
-    ``count_files`` returns the number of the project's files; for the others see ``ReaderProcess``.
-    """
-
-    def __init__(
-        self,
-        slug: str,
-        paths: ProjectPaths,
-        state: Callable[[], object | None],
-        durable: Callable[[], tuple[str, int]],
-        count_files: Callable[[], int],
-        *,
-        idle_s: float = 300.0,
-        start_child: StartChild = spawn_child,
-    ) -> None:
-        super().__init__(slug, paths, state, durable, idle_s=idle_s, start_child=start_child)
-        self._count_files = count_files
-        self._make = partial(ReaderProcess, slug, paths, state, durable, idle_s=idle_s, start_child=start_child)
-        self._others: dict[str, ReaderProcess] = {}  # by kind of read
-
-    async def read(self, request: Read, share: ResponseShare | None = None) -> ReadResult:
-        kind = self._kind_of(request)
-        if not kind or self._closed or self._count_files() < _SEPARATE_FILES:
-            return await super().read(request, share)
-        if kind not in self._others:
-            self._others[kind] = self._make()
-        return await self._others[kind].read(request, share)
-
-    def _kind_of(self, request: Read) -> str:
-        """Return the kind of a slow read; "" for another."""
-        if isinstance(request, ReadCommand):
-            return "command"
-        name = request.path.partition("?")[0].removeprefix("/api/").partition("/")[0]
-        return name if name in _ALL_TASKS else ""
-
-    @property
-    def waiting(self) -> int:
-        return super().waiting + sum(other.waiting for other in self._others.values())
-
-    def close(self) -> None:
-        super().close()
-        for other in self._others.values():
-            other.close()
+def _kind_of(request: Read) -> str:
+    """Return the kind of a slow read; "" for another."""
+    if isinstance(request, ReadCommand):
+        return "command"
+    name = request.path.partition("?")[0].removeprefix("/api/").partition("/")[0]
+    return name if name in _ALL_TASKS else ""

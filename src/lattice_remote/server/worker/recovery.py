@@ -30,7 +30,6 @@ from lattice_remote.server.tree.capture import Capture
 from lattice_remote.server.tree.tree import FileState, ManifestFile, ProjectTree, TreeDiff, load_manifest
 from lattice_remote.server.tree.undo import UndoLog
 from lattice_remote.server.worker.follower import CopyNeeded, restore_all
-from lattice_remote.server.worker.patches import LockTable
 from lattice_remote.server.worker.project_import import answer_to, cause_of, finish, first_difference, put_in_place
 from lattice_remote.server.worker.store import Store, server_origin, start_new_epoch
 
@@ -117,16 +116,7 @@ def open_store(
     if was_cache:
         notes.append("locks was a file, as in a copied cache; it is a directory again")
     capture = Capture(str(tree.root), str(scratch), undo, tuple(code))
-    store = Store(
-        journal=journal,
-        tree=tree,
-        undo=undo,
-        capture=capture,
-        committer=committer,
-        locks=LockTable(tree.root / "locks"),
-        boot_id=boot_id,
-        unsynced=history.unsynced,
-    )
+    store = Store(journal, tree, undo, capture, committer, boot_id=boot_id, unsynced=history.unsynced)
     if history.journal is None:
         store.adopt(tree.reconcile(trust_signatures=False, limit=None))
         if adopted is not None and is_new:
@@ -203,18 +193,9 @@ def open_member(
         undo.clear()
     else:
         notes += _undo_interrupted_command(undo, journal, boot_id, tree)
+    unsynced = history.unsynced if history is not None else tree.files
     capture = Capture(str(tree.root), str(scratch), undo, tuple(code))
-    store = Store(
-        journal=journal,
-        tree=tree,
-        undo=undo,
-        capture=capture,
-        committer=committer,
-        locks=LockTable(tree.root / "locks"),
-        boot_id=boot_id,
-        unsynced=tree.files if history is None else history.unsynced,
-        is_member=True,
-    )
+    store = Store(journal, tree, undo, capture, committer, boot_id=boot_id, unsynced=unsynced, is_member=True)
     if not keeps_edits:
         notes += restore_all(store, trust_signatures=bool(boot_id) and history is not None and not history.is_in_doubt)
     committer.wait()

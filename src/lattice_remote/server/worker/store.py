@@ -125,20 +125,19 @@ class Store:
 
     def __init__(
         self,
-        *,
         journal: Journal,
         tree: ProjectTree,
         undo: UndoLog,
         capture: Capture,
         committer: Committer,
-        locks: LockTable,
+        *,
         boot_id: str,
         unsynced: Iterable[str] = (),
         is_member: bool = False,
     ) -> None:
         self.journal = journal
         self.tree = tree
-        self.locks = locks
+        self.locks = LockTable(tree.root / "locks")
         self._undo = undo
         self._undo.before_first_changes = self._require_known
         self._undo.before_overwrite = self.write_ahead
