@@ -378,6 +378,16 @@ async def test_a_login_says_which_tokens_go_before_it(server: FakeServer, tmp_pa
     assert done.code == 0 and f"replace it: lattice remote login {server.url}/web" in done.err
 
 
+async def test_a_login_that_replaces_a_token_of_the_server_names_the_login_for_a_project(
+    server: FakeServer, root: Path
+) -> None:
+    for previous, said in ((None, ""), (TOKEN, ""), ("ltr_other", f"lattice remote login {server.url}/PROJECT")):
+        if previous is not None:
+            credentials.store(server.url, credentials.ANY_PROJECT, previous)
+        done = await lattice(root, "remote", "login", server.url, stdin=TOKEN + "\n")
+        assert done.code == 0 and said in done.err and bool(said) == bool(done.err)
+
+
 @pytest.mark.parametrize("words", [("login",), ("trust",), ("add", "origin")])
 async def test_plain_http_beyond_this_machine_takes_a_word(root: Path, words: tuple[str, ...]) -> None:
     url = "http://board.example"

@@ -345,7 +345,7 @@ def test_a_reason_of_the_server_says_whether_to_try_again(
 ) -> None:
     error = error_of(code, "why", Remote("origin", "https://board.example", "web"), retry_after_s)
     assert type(error) is kind and error.code == found and error.message.startswith("why")
-    assert ("lattice remote login https://board.example/web" in error.message) == (code == "REMOTE_UNAUTHORIZED")
+    assert ("lattice remote login https://board.example/web" in error.message) == (kind is Rejected)
     assert getattr(error, "retry_after_s", None) == (retry_after_s if kind is RetryLater else None)
 
 

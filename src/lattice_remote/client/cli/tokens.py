@@ -33,7 +33,7 @@ app = typer.Typer()
 
 @app.command()
 def login(url: Url = "", ca_file: CaFile = None, insecure: Insecure = False) -> None:
-    """Store a token for this user; it replaces the previous one.
+    """Store a token for this user, for a server or for one of its projects; it replaces the previous one.
 
     It is typed without echo, or read from stdin.
 
@@ -54,11 +54,15 @@ def login(url: Url = "", ca_file: CaFile = None, insecure: Insecure = False) -> 
             code=error.code,
         ) from error
     trusted_servers.record(server)
+    replaced = credentials.stored(server_url, credentials.ANY_PROJECT) if slug is None else None
     credentials.store(server_url, slug or credentials.ANY_PROJECT, token)
     place = below(server_url, slug) if slug else server_url
     typer.echo(f"Token for {place} is stored in {credentials.tokens_path()} ({one_line(checked)}).")
     if credentials.from_environment() is not None:
         notify("LATTICE_TOKEN is set and precedes any stored token")
+    if replaced not in (None, token):
+        advice = f"to store a token for one project beside another: lattice remote login {below(server_url, 'PROJECT')}"
+        notify(f"the previous token for {server_url} is replaced; {advice}")
     for project in credentials.projects(server_url) if slug is None else ():
         advice = f"replace it: lattice remote login {below(server_url, project)}"
         notify(f"{project} has its own token, which precedes this one; {advice}")

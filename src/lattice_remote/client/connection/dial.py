@@ -394,7 +394,7 @@ def _authenticate(remote: Remote) -> str:
 
 
 def error_of(code: str, message: str, remote: Remote, retry_after_s: float | None = None) -> RemoteError:
-    if code == "REMOTE_UNAUTHORIZED":
+    if code in ("REMOTE_UNAUTHORIZED", "REMOTE_FORBIDDEN"):
         message += f"; log in with: lattice remote login {remote.place}"
     if code in REFUSALS:
         return Rejected(message, code=code)
