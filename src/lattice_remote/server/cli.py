@@ -27,6 +27,7 @@ from lattice_remote.server.logging import FORMAT_VARIABLE, LEVEL_VARIABLE, log_t
 from lattice_remote.server.tokens import Token, TokenFile, duration, expiry, read_last_uses, shown
 
 if TYPE_CHECKING:
+    from lattice_remote.server.cluster.shared_projects import SharedProjects
     from lattice_remote.server.maintenance.project_commands import Exported
     from lattice_remote.server.project.bundle_check import ImportReport
 
@@ -117,13 +118,16 @@ def _tokens_of(data: DataDir) -> TokenFile:
     return TokenFile(data.tokens, partial(shared_tokens, settings))
 
 
-def _alone(data: DataDir, action: str) -> DataDir:
-    """Return a data directory of no cluster; raise Misuse if it belongs to one."""
+def _shared(data: DataDir) -> "SharedProjects | None":
+    """Return the commands for the projects of a directory's cluster; None if it belongs to none."""
     from lattice_remote.server.cluster.settings import load_settings
 
-    if load_settings(data.path) is not None:
-        raise Misuse(f"{data.path} belongs to a cluster, whose projects cannot be {action} yet; nothing was changed")
-    return data
+    if (settings := load_settings(data.path)) is None:
+        return None
+    from lattice_remote.server.cluster.shared_projects import SharedProjects
+    from lattice_remote.server.status import ask
+
+    return SharedProjects(data, settings, lambda: ask(data.path) is not None)
 
 
 def _print_json(content: object) -> None:
@@ -326,7 +330,8 @@ def create_project(  # noqa: PLR0917 - Typer calls it
     Example: lattice-remote project create web --code WEB --name "The web site"
     """
     target = _data(context, data)
-    code = target.create_project(slug, code=code, name=name, actor=actor)
+    create = target.create_project if (shared := _shared(target)) is None else shared.create
+    code = create(slug, code=code, name=name, actor=actor)
     target.admin_log.record("project create", slug, code=code)
     if as_json:
         _print_json(target.summary(slug))
@@ -363,8 +368,9 @@ def rename_project(
     """
     from lattice_remote.server.maintenance import project_commands
 
-    target = _alone(_data(context, data), "renamed")
-    tokens = project_commands.rename_project(target, slug, name)
+    target = _data(context, data)
+    rename = partial(project_commands.rename_project, target) if (shared := _shared(target)) is None else shared.rename
+    tokens = rename(slug, name)
     target.admin_log.record("project rename", slug, name=name)
     typer.echo(f"{slug} is now called {name}; {counted(tokens, 'token')} updated.")
     typer.echo(f"On each client, run: lattice remote set-url origin URL --project {name}", err=True)
@@ -378,8 +384,11 @@ def archive_project(context: typer.Context, slug: Slug, data: DataOption = None)
     """
     from lattice_remote.server.maintenance import project_commands
 
-    target = _alone(_data(context, data), "archived")
-    project_commands.archive_project(target, slug)
+    target = _data(context, data)
+    archive = (
+        partial(project_commands.archive_project, target) if (shared := _shared(target)) is None else shared.archive
+    )
+    archive(slug)
     target.admin_log.record("project archive", slug)
     typer.echo(f"Archived {slug}; restore it with: lattice-remote project unarchive {slug}")
 
@@ -392,8 +401,11 @@ def unarchive_project(context: typer.Context, slug: Slug, data: DataOption = Non
     """
     from lattice_remote.server.maintenance import project_commands
 
-    target = _alone(_data(context, data), "unarchived")
-    project_commands.unarchive_project(target, slug)
+    target = _data(context, data)
+    unarchive = (
+        partial(project_commands.unarchive_project, target) if (shared := _shared(target)) is None else shared.unarchive
+    )
+    unarchive(slug)
     target.admin_log.record("project unarchive", slug)
     typer.echo(f"{slug} is back.")
 
@@ -417,8 +429,9 @@ def delete_project(
         confirm = typer.prompt(f"This deletes {slug} for all users. Type its name")
     if confirm != slug:
         raise Misuse("nothing was deleted: name the project a second time, with --confirm SLUG")
-    target = _alone(_data(context, data), "deleted")
-    place, tokens = project_commands.delete_project(target, slug)
+    target = _data(context, data)
+    delete = partial(project_commands.delete_project, target) if (shared := _shared(target)) is None else shared.delete
+    place, tokens = delete(slug)
     target.admin_log.record("project delete", slug, moved_to=str(place))
     typer.echo(f"Deleted {slug}; {counted(tokens, 'token')} lost it. Its files are in {place} until you remove them.")
 
@@ -492,8 +505,13 @@ def import_project(  # noqa: PLR0917 - Typer calls it
     """
     from lattice_remote.server.maintenance import project_commands
 
-    target = _alone(_data(context, data), "imported")
-    report = project_commands.import_project(target, project, source, keep_hooks=keep_hooks, dry_run=dry_run)
+    target = _data(context, data)
+    take = (
+        partial(project_commands.import_project, target)
+        if (shared := _shared(target)) is None
+        else shared.import_project
+    )
+    report = take(project, source, keep_hooks=keep_hooks, dry_run=dry_run)
     if not dry_run:
         target.admin_log.record("import", project, source=str(source.absolute()))
     if as_json:

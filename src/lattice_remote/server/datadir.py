@@ -13,6 +13,9 @@
     projects/<slug>/adopting/       a pushed project being put in place, see ``worker/project_import.py``
     projects/<slug>/copying/        a copy from another node that is not complete, see ``cluster/peer_copy.py``
     projects/<slug>/copied/         a complete one being put in place
+    projects/.moving-<id>/          a project of a cluster between two names, see ``cluster/places.py``
+    cluster.json                    the directory's cluster, mode 0600, see ``cluster/settings.py``
+    left/<slug>/                    projects of a cluster that this node has left
     archived/<slug>/                projects that are not served
     trash/<slug>-<time>/            deleted projects
     admin.log                       changes made by the command line
@@ -184,15 +187,21 @@ class DataDir:
         """
         self.config()
         self.require_free(slug)
-        code = code or self._free_code(slug)
         scratch = self.projects / f".new-{secrets.token_hex(8)}"
-        with _storage_errors(f"cannot create project {slug!r}"):
-            scratch.mkdir(parents=True)
-            try:
-                _run_lattice_init(scratch, code=code, name=name or slug, actor=actor)
+        try:
+            code = self.init_project(scratch, slug, code=code, name=name, actor=actor)
+            with _storage_errors(f"cannot create project {slug!r}"):
                 os.rename(scratch, self.projects / slug)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return code
+
+    def init_project(self, place: Path, slug: str, *, code: str | None, name: str | None, actor: str | None) -> str:
+        """Create a project at a new path; return its code. Arguments and errors as for ``create_project``."""
+        code = code or self._free_code(slug)
+        with _storage_errors(f"cannot create project {slug!r}"):
+            place.mkdir(parents=True)
+            _run_lattice_init(place, code=code, name=name or slug, actor=actor)
         return code.upper()
 
     def _free_code(self, slug: str) -> str:
@@ -205,12 +214,17 @@ class DataDir:
 
     def require_free(self, slug: str) -> None:
         """Raise Misuse if the name is invalid or taken."""
-        if _SLUG.fullmatch(slug) is None:
-            raise Misuse(f"bad project name {slug!r}: use lower case letters, digits and dashes, at most 63")
+        self.require_name(slug)
         if (self.projects / slug).exists():
             raise Misuse(f"project {slug!r} already exists")
         if (self.archived / slug).exists():
             raise Misuse(f"project {slug!r} is archived; choose another name, or unarchive and rename that one")
+
+    @staticmethod
+    def require_name(slug: str) -> None:
+        """Raise Misuse if the name is invalid."""
+        if _SLUG.fullmatch(slug) is None:
+            raise Misuse(f"bad project name {slug!r}: use lower case letters, digits and dashes, at most 63")
 
     def summary(self, slug: str) -> ProjectSummary:
         is_archived = self.is_archived(slug) and not self.has_project(slug)

@@ -75,6 +75,9 @@ class ClusterNode(Protocol):
     def admit(self, connection: Handoff, request: Request) -> Callable[[], Awaitable[None]] | ApiError:
         """Return the function that serves another node's connection, or its refusal."""
 
+    def refusal_of(self, slug: str) -> ApiError | None:
+        """Return the refusal of a project that the cluster does not have here; None if it is served."""
+
     def order_of(self, slug: str) -> Order:
         """Return the order of a project, for one start of it."""
 
@@ -222,6 +225,8 @@ class ProjectRegistry:
                 return ApiError(*missing, why)
             why = f"this token is for {', '.join(login.token.projects) or 'metrics'}, not for {slug!r}"
             return ApiError(HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN", why)
+        if self.cluster is not None and (refusal := self.cluster.refusal_of(slug)) is not None:
+            return refusal
         if not self.data.has_project(slug):
             if self.data.is_archived(slug):
                 return ApiError(*missing, f"project {slug!r} is archived; ask its administrator")

@@ -115,7 +115,7 @@ async def _join(data: DataDir, settings: ClusterSettings, registry: ProjectRegis
     node = await Node.join(data, settings)
     registry.cluster = node
     await node.start(registry)
-    save_settings(data.path, settings)
+    save_settings(data.path, node.settings)
     return node
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "locked",
     "read_last_uses",
     "shown",
+    "with_projects",
 ]
 
 _ACTOR = re.compile(r"[^\s:*]+:[^\s*]{1,100}")
@@ -271,7 +272,7 @@ class TokenFile:
         changed: list[Token] = []
 
         def edit(tokens: list[Token]) -> list[Token]:
-            after = [_for_projects(token, {renamed.get(slug, slug) for slug in token.projects}) for token in tokens]
+            after = [with_projects(token, {renamed.get(slug, slug) for slug in token.projects}) for token in tokens]
             changed[:] = (new for old, new in zip(tokens, after, strict=True) if new is not old)
             return after
 
@@ -283,7 +284,7 @@ class TokenFile:
         changed: list[Token] = []
 
         def edit(tokens: list[Token]) -> list[Token]:
-            after = [_for_projects(token, set(token.projects) - {slug}) for token in tokens]
+            after = [with_projects(token, set(token.projects) - {slug}) for token in tokens]
             changed[:] = (new for old, new in zip(tokens, after, strict=True) if new is not old)
             now = datetime.now(UTC).replace(microsecond=0)
             return [
@@ -315,7 +316,8 @@ def _change_shared(
                 return tokens
 
 
-def _for_projects(token: Token, projects: set[str]) -> Token:
+def with_projects(token: Token, projects: set[str]) -> Token:
+    """Return the token for these projects; the same one if nothing changes."""
     return token if projects == set(token.projects) else msgspec.structs.replace(token, projects=sorted(projects))
 
 

@@ -1,5 +1,6 @@
 """Nodes of a cluster as processes of their own."""
 
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,9 +8,12 @@ from pathlib import Path
 
 import requests
 from nats_servers import NatsCluster
-from server_process import Process
+from server_process import COMMAND, Process
 from test_server import make_data, make_token
+from typer.testing import CliRunner
 
+from lattice_remote.errors import RemoteError
+from lattice_remote.server.cli import app
 from lattice_remote.server.datadir import DataDir
 
 __all__ = ["RunningCluster", "running_cluster", "wait_until"]
@@ -85,6 +89,22 @@ class RunningCluster:
             return self.ask(name, "GET", "").status_code == 200
         except requests.ConnectionError:
             return False
+
+    def command(self, name: str, *argv: str | Path, code: int = 0) -> str:
+        """Run an administrator's command on a node's data directory, in this process; return its output."""
+        data = self._directory / name / "data"
+        done = CliRunner().invoke(app, ["--data", str(data), *map(str, argv)])
+        error = done.exception
+        output = f"{done.output}Error: {error.message}" if isinstance(error, RemoteError) else done.output
+        assert done.exit_code == code, (output, error)
+        return output
+
+    def refused_start(self, name: str) -> str:
+        """Start a node that must refuse; return its last line."""
+        argv = [*COMMAND, "--data", self._directory / name / "data", "start", "--port", "0"]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 1, done.stderr
+        return done.stderr.splitlines()[-1]
 
     def kill(self, name: str) -> None:
         self.nodes[name].end(9)

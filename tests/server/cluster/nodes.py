@@ -27,6 +27,7 @@ from lattice_remote.server.project.project import Project
 from lattice_remote.server.project.queue import QueueLimits
 from lattice_remote.server.registry import ProjectRegistry
 from lattice_remote.server.server import bind, make_server
+from lattice_remote.server.transport.api_error import ApiError
 from lattice_remote.server.transport.websocket import payload_of
 
 SECRET = b"s" * 32
@@ -70,6 +71,10 @@ class OwningNode:
 
     def __init__(self, peers: PeerServer) -> None:
         self.admit = peers.admit
+
+    def refusal_of(self, slug: str) -> ApiError | None:
+        del slug
+        return None
 
     def order_of(self, slug: str) -> Order:
         del slug

@@ -155,25 +155,3 @@ def test_without_the_engine_a_command_changes_nothing(tmp_path: Path, monkeypatc
     with pytest.raises(StorageError, match="nothing was changed"):
         file.create(projects=["web"], actor="human:cy", act_as=[])
     assert data.tokens.read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ("project", "rename", "web", "site"),
-        ("project", "archive", "web"),
-        ("project", "delete", "web", "--confirm", "web"),
-        ("import", "--from", ".", "--project", "new"),
-    ],
-)
-def test_projects_of_a_cluster_are_not_moved_yet(tmp_path: Path, argv: tuple[str, ...]) -> None:
-    from typer.testing import CliRunner
-
-    from lattice_remote.server.cli import app
-
-    data, _ = make_data(tmp_path / "a")
-    save_settings(data.path, _settings(["nats://127.0.0.1:1"]))
-    done = CliRunner().invoke(app, ["--data", str(data.path), *argv])
-    assert isinstance(done.exception, Misuse)
-    assert "belongs to a cluster" in done.exception.message
-    assert data.has_project("web")

@@ -8,17 +8,36 @@ from pathlib import Path
 import msgspec
 
 from lattice_remote.errors import Misuse, StorageError
-from lattice_remote.server.cluster.directory import ClusterDirectory, NodeReport, Wish
+from lattice_remote.server.cluster.directory import (
+    Catalogue,
+    ClusterDirectory,
+    NodeReport,
+    ProjectEntry,
+    Wish,
+    identity_of,
+)
 from lattice_remote.server.cluster.engine import Engine
 from lattice_remote.server.cluster.lease import Lease
-from lattice_remote.server.cluster.member import CURSOR_FILE, load_cursors
+from lattice_remote.server.cluster.member import CURSOR_FILE, id_of, load_cursors
 from lattice_remote.server.cluster.order import JetStreamOrder, StreamLost
+from lattice_remote.server.cluster.places import Place, local_ids, root_of
 from lattice_remote.server.cluster.settings import ClusterSettings, load_settings, settings_file
 from lattice_remote.server.cluster.shared_state import connect
-from lattice_remote.server.datadir import DataDir
+from lattice_remote.server.datadir import DataDir, ProjectPaths
 from lattice_remote.server.journal.segment import JournalReader
 
-__all__ = ["ClusterStatus", "cluster_status", "leave", "move", "rebuild", "settings_of", "status_lines"]
+__all__ = [
+    "ClusterStatus",
+    "cluster_status",
+    "leave",
+    "move",
+    "rebuild",
+    "require_newest",
+    "run_in_cluster",
+    "settings_of",
+    "status_lines",
+    "until",
+]
 
 _WAIT_S = 60.0
 _CHECK_S = 0.25
@@ -86,7 +105,9 @@ def settings_of(data: DataDir) -> ClusterSettings:
     return settings
 
 
-def _run[T](settings: ClusterSettings, work: Callable[[Engine, ClusterDirectory], Awaitable[T]]) -> T:
+def run_in_cluster[T](settings: ClusterSettings, work: Callable[[Engine, ClusterDirectory], Awaitable[T]]) -> T:
+    """Run a command's work with a connection to the engine. Raises EngineUnavailable, Misuse, and as ``work``."""
+
     async def run() -> T:
         engine = await connect(settings)
         try:
@@ -107,10 +128,12 @@ def cluster_status(settings: ClusterSettings) -> ClusterStatus:
             warnings = [error.message]
         reports, lease = await directory.nodes(), Lease(engine)
         projects = []
-        for slug, entry in sorted((await directory.projects()).items()):
-            holder = await lease.holder(slug)
-            owner = holder.node if holder is not None and holder.node else None
-            projects.append(await _project(engine, slug, entry.epoch, owner, reports))
+        catalogue = await directory.catalogue()
+        for slug, entry in sorted(catalogue.projects.items()):
+            if not entry.is_archived:
+                holder = await lease.holder(slug)
+                owner = holder.node if holder is not None and holder.node else None
+                projects.append(await _project(engine, slug, entry, owner, reports))
         nodes = [
             ClusterNodeStatus(
                 *(report.name, report.url, report.version, round(time.time() - report.at, 1), not report.is_silent),
@@ -120,14 +143,14 @@ def cluster_status(settings: ClusterSettings) -> ClusterStatus:
         ]
         return ClusterStatus(settings.node, settings.servers, settings.replicas, nodes, projects, warnings)
 
-    return _run(settings, read)
+    return run_in_cluster(settings, read)
 
 
 async def _project(
-    engine: Engine, slug: str, epoch: str, owner: str | None, nodes: dict[str, NodeReport]
+    engine: Engine, slug: str, entry: ProjectEntry, owner: str | None, nodes: dict[str, NodeReport]
 ) -> ClusterProjectStatus:
     try:
-        order = JetStreamOrder(engine, slug, epoch, lost_s=1.0)
+        order = JetStreamOrder(engine, entry.stream, entry.epoch, lost_s=1.0)
         await order.open()
         last: int | None = (await order.bounds())[1]
     except StreamLost:
@@ -136,7 +159,7 @@ async def _project(
     of_owner = reports.get(owner or "")
     return ClusterProjectStatus(
         slug,
-        epoch,
+        entry.epoch,
         owner,
         max((report.term for report in reports.values()), default=0),
         max((report.head for report in reports.values()), default=0),
@@ -171,7 +194,7 @@ def move(settings: ClusterSettings, slug: str, node: str) -> None:
     """
 
     async def ask(engine: Engine, directory: ClusterDirectory) -> None:
-        await _require_project(directory, slug)
+        _require_active(await directory.catalogue(), slug)
         nodes = await directory.nodes()
         if node not in nodes or nodes[node].is_silent:
             running = ", ".join(name for name, report in sorted(nodes.items()) if not report.is_silent)
@@ -182,9 +205,9 @@ def move(settings: ClusterSettings, slug: str, node: str) -> None:
             holder = await Lease(engine).holder(slug)
             return holder is not None and holder.node == node
 
-        await _until(is_done, f"node {node} does not own {slug} yet; see: lattice-remote cluster status")
+        await until(is_done, f"node {node} does not own {slug} yet; see: lattice-remote cluster status")
 
-    _run(settings, ask)
+    run_in_cluster(settings, ask)
 
 
 def rebuild(settings: ClusterSettings, slug: str) -> str:
@@ -195,19 +218,19 @@ def rebuild(settings: ClusterSettings, slug: str) -> str:
 
     async def ask(engine: Engine, directory: ClusterDirectory) -> str:
         del engine
-        before = await _require_project(directory, slug)
+        before = _require_active(await directory.catalogue(), slug).epoch
         reports = await directory.nodes()
         if settings.node not in reports or reports[settings.node].is_silent:
             raise Misuse(f"node {settings.node} does not run; start it: it rebuilds the project from its files")
         await directory.wish(slug, Wish("rebuild", settings.node))
 
         async def is_done() -> bool:
-            return (await directory.projects())[slug].epoch != before
+            return (await directory.catalogue()).require(slug).epoch != before
 
-        await _until(is_done, f"{slug} is not rebuilt yet; see the log of node {settings.node}")
-        return (await directory.projects())[slug].epoch
+        await until(is_done, f"{slug} is not rebuilt yet; see the log of node {settings.node}")
+        return (await directory.catalogue()).require(slug).epoch
 
-    return _run(settings, ask)
+    return run_in_cluster(settings, ask)
 
 
 def leave(data: DataDir, settings: ClusterSettings, *, keeps_projects: bool) -> list[str]:
@@ -223,66 +246,79 @@ def leave(data: DataDir, settings: ClusterSettings, *, keeps_projects: bool) -> 
     """
 
     async def ask(engine: Engine, directory: ClusterDirectory) -> list[str]:
+        if settings.cluster not in ("", identity_of(await directory.secret())):
+            return data.slugs()  # the cluster that it belonged to is lost
         nodes = await directory.nodes()
         others = sorted(name for name, node in nodes.items() if name != settings.node and not node.is_silent)
-        projects = await directory.projects()
+        catalogue = await directory.catalogue()
         if keeps_projects and others:
             raise Misuse(
                 f"other nodes run: {', '.join(others)}; stop them to take the projects out of the cluster, "
                 "or use --without-projects to leave the projects with them"
             )
         if keeps_projects:
-            for slug, entry in projects.items():
-                await _require_newest(engine, data, slug, entry.epoch)
-            for slug, entry in projects.items():
-                await JetStreamOrder(engine, slug, entry.epoch).delete()
-                await directory.remove_project(slug)
+            for slug, entry in catalogue.projects.items():
+                await require_newest(engine, _paths_of(data, slug, entry), slug, entry)
+            # First, so that a crash leaves streams without a project, which the next attempt deletes.
+            await directory.change(lambda former: msgspec.structs.replace(former, projects={}))
+            streams = {(entry.stream, entry.epoch) for entry in catalogue.projects.values()}
+            local = {
+                (slug, cursor.epoch) for slug in data.slugs() for cursor in load_cursors(data.project(slug).journal)
+            }
+            for stream, epoch in streams | local:
+                await JetStreamOrder(engine, stream, epoch).delete()
         await directory.remove_node(settings.node)
-        return sorted(projects)
+        return sorted(catalogue.projects)
 
-    slugs = _run(settings, ask)
-    for slug in data.slugs():
+    slugs = run_in_cluster(settings, ask)
+    roots = {place.slug: root_of(data, place) for place, id_ in local_ids(data).items() if id_}
+    for slug, root in roots.items():
         if keeps_projects:  # also of those that an interrupted attempt has taken out
-            (data.project(slug).journal / CURSOR_FILE).unlink(missing_ok=True)
+            (root / "journal" / CURSOR_FILE).unlink(missing_ok=True)
         elif slug in slugs:
-            _set_aside(data, slug)
+            _set_aside(data, slug, root)
     settings_file(data.path).unlink()
     return slugs
 
 
-def _set_aside(data: DataDir, slug: str) -> Path:
+def _set_aside(data: DataDir, slug: str, root: Path) -> None:
     target = data.path / "left" / slug
     target.parent.mkdir(mode=0o700, exist_ok=True)
     number = 1
     while target.exists():
         number += 1
         target = target.with_name(f"{slug}-{number}")
-    data.project(slug).root.rename(target)
-    return target
+    root.rename(target)
 
 
-async def _require_project(directory: ClusterDirectory, slug: str) -> str:
-    projects = await directory.projects()
-    if slug not in projects:
-        raise Misuse(f"the cluster has no project {slug!r}; it has: {', '.join(sorted(projects)) or 'none'}")
-    return projects[slug].epoch
+def _paths_of(data: DataDir, slug: str, entry: ProjectEntry) -> ProjectPaths:
+    return ProjectPaths(root_of(data, Place(slug, entry.is_archived)))
 
 
-async def _require_newest(engine: Engine, data: DataDir, slug: str, epoch: str) -> None:
-    """Raise Misuse unless the stopped node has a project up to the end of its stream, and nothing behind it."""
+def _require_active(catalogue: Catalogue, slug: str) -> ProjectEntry:
+    entry = catalogue.require(slug)
+    if entry.is_archived:
+        raise Misuse(f"project {slug!r} is archived; restore it with: lattice-remote project unarchive {slug}")
+    return entry
+
+
+async def require_newest(engine: Engine, paths: ProjectPaths, slug: str, entry: ProjectEntry) -> None:
+    """Raise Misuse unless this node's files of a closed project reach the end of its stream, and not further."""
     advice = "start this node until it has caught up, and stop it"
-    if not data.has_project(slug):
+    if entry.is_archived:
+        advice = "unarchive it, wait until 'cluster status' shows no node behind, archive it again; or use another node"
+    if id_of(paths.journal) != entry.id:
         raise Misuse(f"this node does not have project {slug!r}; {advice}")
-    order = JetStreamOrder(engine, slug, epoch)
+    order = JetStreamOrder(engine, entry.stream, entry.epoch)
     await order.open()
     last = (await order.bounds())[1]
-    journal = data.project(slug).journal
-    cursors = [cursor for cursor in load_cursors(journal) if cursor.epoch == epoch]
-    if not cursors or cursors[-1].seq != last or list(JournalReader(journal).payloads(cursors[-1].number)):
+    cursors = [cursor for cursor in load_cursors(paths.journal) if cursor.epoch == entry.epoch]
+    if not cursors or cursors[-1].seq != last or list(JournalReader(paths.journal).payloads(cursors[-1].number)):
         raise Misuse(f"this node does not have the last changes of project {slug!r}; {advice}")
 
 
-async def _until(condition: Callable[[], Awaitable[bool]], otherwise: str) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], otherwise: str) -> None:
+    """Wait for a node to do something. Raises StorageError: it did not happen in time."""
     try:
         async with asyncio.timeout(_WAIT_S):
             while not await condition():  # noqa: ASYNC110 - another process makes it true

@@ -1,25 +1,77 @@
-"""Directory of a cluster, in the engine: its projects, the reports of its nodes, and the wishes of administrators."""
+"""Directory of a cluster, in the engine: its projects, the reports of its nodes, and the wishes of administrators.
 
+The catalogue of the projects is one value. A project is created, renamed, archived or deleted by one write of it, so
+a crash leaves the old state or the new one, and two nodes never give one name to two projects.
+"""
+
+import hashlib
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import msgspec
 
+from lattice_remote.errors import Misuse
 from lattice_remote.server.cluster.engine import Bucket, BucketEntry, Engine
 
-__all__ = ["ClusterDirectory", "DirectoryContent", "NodeReport", "ProjectEntry", "ProjectReport", "Wish"]
+__all__ = [
+    "Catalogue",
+    "ClusterDirectory",
+    "DirectoryContent",
+    "NodeReport",
+    "ProjectEntry",
+    "ProjectReport",
+    "Wish",
+    "identity_of",
+]
 
 _BUCKET = "lattice-directory"
+_CATALOGUE = "catalogue"
 _SILENT_S = 5.0
 _FORGOTTEN_S = 24 * 3600.0
 
 
 class ProjectEntry(msgspec.Struct, frozen=True):
-    """A project of the cluster; ``epoch`` names its stream."""
+    """A project of the cluster.
 
+    Attributes:
+        id: never changes; each node has it beside its journal.
+        epoch, stream: name the stream of its changes. ``stream`` is the project's name at the start of the epoch.
+        is_archived: no node serves it.
+    """
+
+    id: str
     epoch: str
+    stream: str
+    is_archived: bool = False
+
+
+class Catalogue(msgspec.Struct, frozen=True):
+    """All projects.
+
+    Attributes:
+        projects: by name.
+        renamed: current names by former ones.
+        deleted: last names of deleted projects by id, for nodes that were away.
+    """
+
+    projects: dict[str, ProjectEntry] = {}
+    renamed: dict[str, str] = {}
+    deleted: dict[str, str] = {}
+
+    def require(self, slug: str) -> ProjectEntry:
+        """Return a project. Raises Misuse if there is none."""
+        if slug not in self.projects:
+            names = ", ".join(sorted(self.projects)) or "none"
+            raise Misuse(f"the cluster has no project {slug!r}; it has: {names}")
+        return self.projects[slug]
+
+    def name_of(self, id_: str) -> str | None:
+        return next((slug for slug, entry in self.projects.items() if entry.id == id_), None)
+
+    def with_entry(self, slug: str, entry: ProjectEntry) -> "Catalogue":
+        return msgspec.structs.replace(self, projects={**self.projects, slug: entry})
 
 
 class ProjectReport(msgspec.Struct, frozen=True):
@@ -42,13 +94,14 @@ class ProjectReport(msgspec.Struct, frozen=True):
 
 
 class NodeReport(msgspec.Struct, frozen=True):
-    """A node's own report; ``at`` is in seconds since the epoch."""
+    """A node's own report; ``at`` is in seconds since the epoch, ``directory`` the identity of its data directory."""
 
     name: str
     url: str
     version: str
     at: float
     projects: dict[str, ProjectReport] = {}
+    directory: str = ""
 
     @property
     def is_silent(self) -> bool:
@@ -65,7 +118,7 @@ class Wish(msgspec.Struct, frozen=True):
 class DirectoryContent(NamedTuple):
     """The directory at about one moment: projects, nodes seen within a day, and wishes for projects."""
 
-    projects: dict[str, ProjectEntry]
+    catalogue: Catalogue
     nodes: dict[str, NodeReport]
     wishes: dict[str, Wish]
 
@@ -73,12 +126,13 @@ class DirectoryContent(NamedTuple):
 class ClusterDirectory:
     """The directory. All methods raise EngineUnavailable."""
 
-    def __init__(self, bucket: Bucket) -> None:
+    def __init__(self, bucket: Bucket, max_bytes: int) -> None:
         self._bucket = bucket
+        self._max_bytes = max_bytes
 
     @classmethod
     async def open(cls, engine: Engine) -> "ClusterDirectory":
-        return cls(await engine.kv(_BUCKET))
+        return cls(await engine.kv(_BUCKET), engine.max_message_bytes)
 
     async def secret(self) -> bytes:
         """Return the secret of all nodes, made once."""
@@ -93,20 +147,31 @@ class ClusterDirectory:
         entries = await self._bucket.entries()
         nodes = _of_kind(entries, "node", NodeReport)
         recent = {name: node for name, node in nodes.items() if time.time() - node.at < _FORGOTTEN_S}
-        return DirectoryContent(_of_kind(entries, "project", ProjectEntry), recent, _of_kind(entries, "wish", Wish))
+        return DirectoryContent(_catalogue_in(entries.get(_CATALOGUE)), recent, _of_kind(entries, "wish", Wish))
 
-    async def projects(self) -> dict[str, ProjectEntry]:
-        return (await self.read()).projects
+    async def catalogue(self) -> Catalogue:
+        return _catalogue_in(await self._bucket.get(_CATALOGUE))
 
-    async def add_project(self, slug: str, entry: ProjectEntry) -> bool:
-        """Add a project; return False if there is one of this name."""
-        return await self._bucket.create(f"project.{slug}", msgspec.json.encode(entry)) is not None
+    async def change(self, edit: Callable[[Catalogue], Catalogue]) -> Catalogue:
+        """Replace the catalogue by ``edit`` of it, which may be called again; return the new one.
 
-    async def set_project(self, slug: str, entry: ProjectEntry) -> None:
-        await self._bucket.put(f"project.{slug}", msgspec.json.encode(entry))
-
-    async def remove_project(self, slug: str) -> None:
-        await self._bucket.delete(f"project.{slug}")
+        After EngineUnavailable it is unknown whether it was replaced. Raises Misuse if it is too large for the engine.
+        """
+        while True:
+            entry = await self._bucket.get(_CATALOGUE)
+            before = _catalogue_in(entry)
+            after = edit(before)
+            if after == before:
+                return before
+            content = msgspec.json.encode(after)
+            if len(content) > self._max_bytes:
+                raise Misuse("the cluster has too many projects for one message of its engine; nothing was changed")
+            if entry is None:
+                revision = await self._bucket.create(_CATALOGUE, content)
+            else:
+                revision = await self._bucket.update(_CATALOGUE, content, entry.revision)
+            if revision is not None:
+                return after
 
     async def nodes(self) -> dict[str, NodeReport]:
         return (await self.read()).nodes
@@ -122,6 +187,15 @@ class ClusterDirectory:
 
     async def fulfilled(self, slug: str) -> None:
         await self._bucket.delete(f"wish.{slug}")
+
+
+def identity_of(secret: bytes) -> str:
+    """Return a name of the cluster that does not reveal its secret."""
+    return hashlib.sha256(b"lattice-remote cluster " + secret).hexdigest()[:16]
+
+
+def _catalogue_in(entry: BucketEntry | None) -> Catalogue:
+    return Catalogue() if entry is None else msgspec.json.decode(entry.value, type=Catalogue)
 
 
 def _of_kind[T](entries: Mapping[str, BucketEntry], kind: str, type_: type[T]) -> dict[str, T]:

@@ -23,6 +23,7 @@ from lattice_remote.errors import RemoteError, StorageError
 from lattice_remote.files import write_atomically
 from lattice_remote.protocol.messages import Bye
 from lattice_remote.protocol.operations import AnnounceFile
+from lattice_remote.server.cluster.directory import ProjectEntry
 from lattice_remote.server.cluster.engine import Engine, EngineUnavailable
 from lattice_remote.server.cluster.forward import Forwarder
 from lattice_remote.server.cluster.lease import Held, Lease
@@ -48,7 +49,7 @@ from lattice_remote.server.project.project import Project
 from lattice_remote.server.project.queue import Requester
 from lattice_remote.server.worker.recovery import Membership
 
-__all__ = ["CURSOR_FILE", "Cursor", "Member", "NodeIdentity", "load_cursors", "save_cursor"]
+__all__ = ["CURSOR_FILE", "Cursor", "Member", "NodeIdentity", "id_of", "load_cursors", "save_cursor"]
 
 CURSOR_FILE = "cluster-cursor"
 """Beside the journal's segments."""
@@ -64,6 +65,8 @@ _MAX_OUTSTANDING = 64
 _LEASE_S = 5.0
 _TAKE_OVER_S = 60.0
 """For the worker to apply what it has, before a new owner serves."""
+_RETIRE_S = 7.0
+"""Longer than a lease of an owner that has died."""
 _KEPT_MESSAGES = 10_000
 """In the stream, for nodes that were away; a node away for longer copies the project."""
 _PURGE_INTERVAL_S = 60.0
@@ -82,7 +85,7 @@ class NodeIdentity:
 class Cursor(msgspec.Struct, frozen=True):
     """The journal up to record ``number`` (exclusive) equals the stream up to message ``seq``.
 
-    ``node`` and ``term`` are of the last owner there.
+    ``node`` and ``term`` are of the last owner there, ``project`` is the project's id in the cluster.
     """
 
     epoch: str
@@ -90,6 +93,7 @@ class Cursor(msgspec.Struct, frozen=True):
     number: int
     node: str = ""
     term: int = 0
+    project: str = ""
 
 
 def load_cursors(journal: Path) -> list[Cursor]:
@@ -104,6 +108,12 @@ def save_cursor(journal: Path, cursor: Cursor) -> None:
     kept = [known for known in load_cursors(journal) if known.epoch == cursor.epoch and known.seq < cursor.seq]
     data = msgspec.json.encode([*kept[1 - _MAX_CURSORS :], cursor])
     write_atomically(journal / CURSOR_FILE, data, mode=0o600)
+
+
+def id_of(journal: Path) -> str:
+    """Return the id of the project with this journal; "" if it belongs to no cluster."""
+    cursors = load_cursors(journal)
+    return cursors[-1].project if cursors else ""
 
 
 class _CopyNeeded(Exception):
@@ -123,7 +133,7 @@ class Member:
 
     Args:
         slug, paths: of the project.
-        epoch: of its history in this cluster.
+        entry: of the project in the catalogue.
         others: returns the addresses of the other nodes.
     """
 
@@ -134,7 +144,7 @@ class Member:
         slug: str,
         paths: ProjectPaths,
         *,
-        epoch: str,
+        entry: ProjectEntry,
         engine: Engine,
         lease: Lease,
         access: PeerAccess,
@@ -142,14 +152,15 @@ class Member:
         others: Callable[[], Sequence[str]],
     ) -> None:
         self.slug = slug
-        self.epoch = epoch
+        self.epoch = entry.epoch
+        self._id = entry.id
         self._paths = paths
         self._engine = engine
         self._lease = lease
         self._access = access
         self._identity = identity
         self._others = others
-        self._order = JetStreamOrder(engine, slug, epoch)
+        self._order = JetStreamOrder(engine, entry.stream, entry.epoch)
         self._project: Project | None = None
         self._forwarder: Forwarder | None = None
         self._held: Held | None = None
@@ -174,6 +185,7 @@ class Member:
         self._is_cut_off = False
         self._is_closed = False
         self._wanted = ""
+        self._is_retiring = False
 
     def attach(self, project: Project) -> None:
         self._project = project
@@ -437,7 +449,7 @@ class Member:
         if not now and time.monotonic() - self._cursor_at < _CURSOR_INTERVAL_S:
             return
         self._cursor_at = time.monotonic()
-        cursor = Cursor(self.epoch, self._seq, self._number, self.owner, self.term)
+        cursor = Cursor(self.epoch, self._seq, self._number, self.owner, self.term, self._id)
         if now:
             self._store_cursor(cursor)
         elif "cursor" not in self._tasks:
@@ -480,7 +492,7 @@ class Member:
         self._owner_url = None
         self._forward.owner_is(None)
         may_take = holder is None or holder.wanted in ("", self._identity.name)
-        if not may_take or not self._is_ready or self.project.stopping:
+        if not may_take or not self._is_ready or self._is_retiring or self.project.stopping:
             return
         held = await self._lease.acquire(self.slug, node=self._identity.name, url=self._identity.url, after=self.term)
         if held is not None:
@@ -537,6 +549,18 @@ class Member:
     def move_to(self, node: str) -> None:
         """Hand the project to this node, soon."""
         self._wanted = node
+
+    async def retire(self) -> None:
+        """Apply what the owner has appended, if this node is not it, before the project is archived; some seconds."""
+        self._is_retiring = True
+        with contextlib.suppress(TimeoutError, EngineUnavailable, StorageError):
+            async with asyncio.timeout(_RETIRE_S):
+                while not self._is_owner:
+                    holder = await self._lease.holder(self.slug)
+                    last = (await self._order.bounds())[1]
+                    if (holder is None or not holder.node) and self.position >= last:
+                        return
+                    await asyncio.sleep(_POLL_S / 5)
 
     async def _hand_over(self, node: str) -> None:
         held, self._held, self._wanted = self._held, None, ""

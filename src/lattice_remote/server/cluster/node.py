@@ -6,29 +6,36 @@ it.
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from http import HTTPStatus
 from pathlib import Path
 from typing import Protocol, Self
+
+import msgspec
 
 import lattice_remote
 from lattice_remote.errors import Misuse, RemoteError
 from lattice_remote.server.cluster.directory import (
+    Catalogue,
     ClusterDirectory,
-    DirectoryContent,
     NodeReport,
     ProjectEntry,
     ProjectReport,
     Wish,
+    identity_of,
 )
 from lattice_remote.server.cluster.engine import Engine, EngineUnavailable
+from lattice_remote.server.cluster.entry import enter
 from lattice_remote.server.cluster.lease import Lease
-from lattice_remote.server.cluster.member import Cursor, Member, NodeIdentity, load_cursors, save_cursor
+from lattice_remote.server.cluster.member import Cursor, Member, NodeIdentity, id_of, load_cursors, save_cursor
 from lattice_remote.server.cluster.order import JetStreamOrder
 from lattice_remote.server.cluster.peer_access import PeerAccess
 from lattice_remote.server.cluster.peer_copy import copy_from, finish_copies
 from lattice_remote.server.cluster.peer_server import PeerServer
-from lattice_remote.server.cluster.settings import ClusterSettings
+from lattice_remote.server.cluster.places import Place, local_ids, moves_of, park, place_parked
+from lattice_remote.server.cluster.settings import ClusterSettings, load_settings
 from lattice_remote.server.cluster.shared_state import SharedState, connect
 from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.journal.segment import next_number
@@ -64,7 +71,8 @@ class Node:
 
     Args:
         data: of this server.
-        engine, directory, shared, access, identity: of the cluster and this node.
+        engine, directory, shared, access, settings: of the cluster and this node.
+        is_new: the data directory joins the cluster now.
     """
 
     def __init__(
@@ -75,16 +83,22 @@ class Node:
         directory: ClusterDirectory,
         shared: SharedState,
         access: PeerAccess,
-        identity: NodeIdentity,
+        settings: ClusterSettings,
+        is_new: bool,
     ) -> None:
+        self.settings = settings
+        """To be stored in the data directory after ``start()``."""
+        self._is_new = is_new
         self._shared = shared
         self._data = data
         self._directory = directory
         self._engine = engine
         self._access = access
-        self._identity = identity
+        self._identity = NodeIdentity(settings.node, settings.advertise)
         self._lease = Lease(engine)
-        self._entries: dict[str, ProjectEntry] = {}
+        self._catalogue = Catalogue()
+        self._local: dict[Place, str] = {}  # ids of the projects here
+        self._renamed: dict[str, str] | None = None  # former names that all tokens follow
         self._members: dict[str, Member] = {}
         self._opening: dict[str, asyncio.Task[None]] = {}
         self._refused: dict[str, str] = {}  # local projects that cannot enter the cluster, with the logged reason
@@ -101,18 +115,25 @@ class Node:
             EngineUnavailable: no server of the engine answers.
         """
         settings.check()
+        known = load_settings(data.path)
+        directory_id = known.directory if known is not None else ""
+        settings = msgspec.structs.replace(settings, directory=directory_id or secrets.token_hex(8))
         engine = await connect(settings)
         try:
             for warning in await engine.check_durability(settings.monitors):
                 _log.warning("%s", warning)
             directory, shared = await ClusterDirectory.open(engine), await SharedState.open(engine)
+            secret = await directory.secret()
+            settings = msgspec.structs.replace(settings, cluster=identity_of(secret))
+            _require_membership(known, settings, await directory.nodes(), data.path)
             authorities = Path(settings.ca) if settings.ca else None
-            access = PeerAccess(settings.node, await directory.secret(), authorities=authorities)
+            access = PeerAccess(settings.node, secret, authorities=authorities)
         except BaseException:
             await engine.close()
             raise
-        identity = NodeIdentity(settings.node, settings.advertise)
-        return cls(data, engine, directory=directory, shared=shared, access=access, identity=identity)
+        return cls(
+            data, engine, directory=directory, shared=shared, access=access, settings=settings, is_new=known is None
+        )
 
     @property
     def registry(self) -> Projects:
@@ -124,11 +145,30 @@ class Node:
     def admit(self, connection: Handoff, request: Request) -> Callable[[], Awaitable[None]] | ApiError:
         return self._peers.admit(connection, request)
 
+    def refusal_of(self, slug: str) -> ApiError | None:
+        """Return the refusal of a project that the catalogue does not have here; None if it is served."""
+        entry = self._catalogue.projects.get(slug)
+        busy = HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_BUSY"
+        missing = HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND"
+        if entry is None:
+            if (now := self._catalogue.renamed.get(slug)) in self._catalogue.projects:
+                why = f"project {slug!r} is now called {now!r}: lattice remote set-url origin URL --project {now}"
+                return ApiError(*missing, why)
+            if Place(slug, False) not in self._local:
+                return ApiError(*missing, f"there is no project {slug!r} on this server")
+            why = self._refused.get(slug) or f"project {slug!r} is entering the cluster; try again in a moment"
+            return ApiError(*busy, why, retry_after_s=1)
+        if entry.is_archived:
+            return ApiError(*missing, f"project {slug!r} is archived; ask its administrator")
+        if self._local.get(Place(slug, False)) != entry.id:
+            return ApiError(*busy, "this node does not have the project yet; try again in a moment", retry_after_s=1)
+        return None
+
     def order_of(self, slug: str) -> Order:
         member = Member(
             slug,
             self._data.project(slug),
-            epoch=self._entries[slug].epoch,
+            entry=self._catalogue.projects[slug],
             engine=self._engine,
             lease=self._lease,
             access=self._access,
@@ -139,8 +179,7 @@ class Node:
         return member
 
     def _project(self, slug: str) -> Project | None:
-        is_here = slug in self._entries and self._data.has_project(slug)
-        return self.registry.project(slug) if is_here else None
+        return self.registry.project(slug) if self.refusal_of(slug) is None else None
 
     def _is_owner(self, slug: str) -> bool:
         member = self._members.get(slug)
@@ -161,9 +200,12 @@ class Node:
         """
         self._registry = registry
         await self._shared.enter(self._data)
-        finish_copies(self._data.projects)
-        self._entries, self._nodes, _ = await self._directory.read()
-        for slug in self._data.slugs():
+        await asyncio.to_thread(finish_copies, self._data.projects)
+        if self._is_new:
+            await self._bring_former_names()
+        self._catalogue, self._nodes, _ = await self._directory.read()
+        await self._arrange()
+        for slug in self._strangers():
             await self._enter(slug)
         await self._report()
 
@@ -189,27 +231,28 @@ class Node:
     async def _keep_members(self) -> None:
         await self._report()
         found = await self._directory.read()
-        await self._follow_directory(found)
+        self._nodes = found.nodes
+        await self._follow_catalogue(found.catalogue)
         await self._fulfil(found.wishes)  # changes the directory: last
-        for slug in self._entries:
+        for slug, entry in self._catalogue.projects.items():
             opening = self._opening.get(slug)
-            if slug not in self.registry.projects and (opening is None or opening.done()):
-                self._opening[slug] = asyncio.create_task(self._open(slug), name=f"open {slug}")
+            if slug not in self.registry.projects and not entry.is_archived and (opening is None or opening.done()):
+                self._opening[slug] = asyncio.create_task(self._open(slug, entry), name=f"open {slug}")
 
     async def close(self) -> None:
         """End the connection to the engine, after the projects."""
         await self._engine.close()
 
-    async def _follow_directory(self, found: DirectoryContent) -> None:
-        """Take over what other nodes have added, and new epochs."""
-        self._nodes = found.nodes
-        for slug, entry in found.projects.items():
-            known = self._entries.get(slug)
-            self._entries[slug] = entry
-            if known is not None and known != entry:
+    async def _follow_catalogue(self, catalogue: Catalogue) -> None:
+        """Take over what commands and other nodes have changed: names, archived and new projects, new epochs."""
+        former, self._catalogue = self._catalogue, catalogue
+        for slug, entry in catalogue.projects.items():
+            known = former.projects.get(slug)
+            if known is not None and known.id == entry.id and known.epoch != entry.epoch:
                 _log.warning("%s: the cluster has begun a new epoch", slug)
                 await self.registry.release(slug, "the project has started a new history; reconnect at once")
-        for slug in set(self._data.slugs()) - self._entries.keys():
+        await self._arrange()
+        for slug in self._strangers():
             try:
                 await self._enter(slug)
             except Misuse as error:  # the others go on
@@ -217,28 +260,72 @@ class Node:
                     self._refused[slug] = error.message
                     _log.error("%s: %s", slug, error.message)
 
+    async def _arrange(self) -> None:
+        """Move this node's projects where the catalogue has them, and take over their former names."""
+        data, catalogue = self._data, self._catalogue
+        self._local = await asyncio.to_thread(local_ids, data)
+        for place, wanted in moves_of(self._local, catalogue).items():
+            if not place.is_archived:
+                await self._let_go(place.slug, wanted)
+            await asyncio.to_thread(park, data, place, self._local[place])
+        for place in await asyncio.to_thread(place_parked, data, catalogue):
+            _log.info("%s: %s", place.slug or "a deleted project", "is archived" if place.is_archived else "is here")
+        self._local = await asyncio.to_thread(local_ids, data)
+        if self._renamed != catalogue.renamed:
+            names = catalogue.renamed.items()
+            await asyncio.to_thread(data.save_renamed, dict(names))
+            await self._shared.rename_projects(
+                {old: new for old, new in names if new in catalogue.projects and old not in catalogue.projects}
+            )
+            self._renamed = catalogue.renamed
+
+    async def _let_go(self, slug: str, wanted: Place) -> None:
+        """Close a project that moves from its active place."""
+        if not wanted.slug:
+            why = f"project {slug!r} was deleted"
+        elif wanted.is_archived:
+            why = f"project {slug!r} is archived; ask its administrator"
+            if slug in self.registry.projects and slug in self._members:
+                await self._members[slug].retire()
+        else:
+            why = f"project {slug!r} is now called {wanted.slug!r}"
+        await self.registry.release(slug, why)
+
+    def _strangers(self) -> list[str]:
+        """Return the active projects here that are not the cluster's."""
+        projects = self._catalogue.projects
+        return [
+            place.slug
+            for place, id_ in self._local.items()
+            if not place.is_archived and (place.slug not in projects or projects[place.slug].id != id_)
+        ]
+
+    async def _bring_former_names(self) -> None:
+        """Add the former names of a data directory that joins the cluster."""
+        own = {old: new for old, new in self._data.renamed().items() if self._data.has_project(new)}
+
+        def add(catalogue: Catalogue) -> Catalogue:
+            return msgspec.structs.replace(catalogue, renamed=own | catalogue.renamed)
+
+        await self._directory.change(add)
+
     async def _enter(self, slug: str) -> None:
-        """Put a local project into the cluster, unless it is there. Raises Misuse."""
-        paths = self._data.project(slug)
-        if slug in self._entries:
-            if not load_cursors(paths.journal):
-                raise Misuse(
-                    f"the cluster has another project {slug!r}; rename this one first: lattice-remote project rename"
-                )
-            return
-        if any(cursor.seq for cursor in load_cursors(paths.journal)):
+        """Put a local project into the cluster. Raises Misuse."""
+        root = self._data.project(slug).root
+        if slug in self._catalogue.projects:
             raise Misuse(
-                f"another node has taken project {slug!r} out of the cluster, and this copy may lack changes; "
-                f"move {paths.root} away"
+                f"the cluster has another project {slug!r}; move {root} away, or give the directory another name"
+            )
+        if any(cursor.seq for cursor in load_cursors(root / "journal")):
+            raise Misuse(
+                f"another node has taken project {slug!r} out of the cluster, or this is another cluster, and this "
+                f"copy may lack changes; move {root} away"
             )
         epoch = await self._open_alone(slug)
-        order = JetStreamOrder(self._engine, slug, epoch)
-        await order.create()
-        save_cursor(paths.journal, Cursor(epoch, 0, next_number(paths.journal), self._identity.name, 0))
-        entry = ProjectEntry(epoch)
-        if not await self._directory.add_project(slug, entry):
-            raise Misuse(f"another node has just added a project {slug!r}")
-        self._entries[slug] = entry
+        self._catalogue = await enter(
+            self._engine, self._directory, slug, root / "journal", epoch=epoch, node=self._identity.name
+        )
+        self._local[Place(slug, False)] = id_of(root / "journal")
         _log.info("%s: entered the cluster", slug)
 
     async def _open_alone(self, slug: str) -> str:
@@ -252,9 +339,12 @@ class Node:
             await project.stop(_STOP_S)
         return project.history.epoch
 
-    async def _open(self, slug: str) -> None:
+    async def _open(self, slug: str, entry: ProjectEntry) -> None:
         """Open a project of the cluster, copied from another node if it is not here."""
+        place = Place(slug, False)
         while not self._data.has_project(slug):
+            if self._catalogue.projects.get(slug) != entry:
+                return
             for url in self._other_urls():
                 try:
                     await copy_from(url, slug, self._data.project(slug), self._access)
@@ -263,7 +353,10 @@ class Node:
                     _log.warning("%s: no copy from %s: %s", slug, url, error)
             else:
                 await asyncio.sleep(_STEP_S)
-        self.registry.project(slug)
+        if place not in self._local:
+            self._local[place] = id_of(self._data.project(slug).journal)
+        if self.refusal_of(slug) is None:
+            self.registry.project(slug)
 
     async def _report(self) -> None:
         projects = {
@@ -275,7 +368,8 @@ class Node:
             for problem in [member.project.failure.message if member.project.failure else member.unavailable]
         }
         version = lattice_remote.__version__
-        report = NodeReport(self._identity.name, self._identity.url, version, time.time(), projects)
+        name, url = self._identity.name, self._identity.url
+        report = NodeReport(name, url, version, time.time(), projects, self.settings.directory)
         await self._directory.report(report)
 
     # --- wishes ---
@@ -288,7 +382,7 @@ class Node:
                     await self._directory.fulfilled(slug)
                 else:
                     member.move_to(wish.node)
-            elif wish.action == "rebuild" and wish.node == self._identity.name and self._data.has_project(slug):
+            elif wish.action == "rebuild" and wish.node == self._identity.name and self.refusal_of(slug) is None:
                 await self._rebuild(slug)
 
     async def _rebuild(self, slug: str) -> None:
@@ -303,11 +397,31 @@ class Node:
         finally:
             await project.drain(_STOP_S)
             await project.stop(_STOP_S)
-        epoch, former = project.history.epoch, self._entries[slug].epoch
+        epoch, former = project.history.epoch, self._catalogue.projects[slug]
+        entry = ProjectEntry(former.id, epoch, slug)
         await JetStreamOrder(self._engine, slug, epoch).create()
-        save_cursor(paths.journal, Cursor(epoch, 0, next_number(paths.journal), self._identity.name, 0))
-        self._entries[slug] = ProjectEntry(epoch)
-        await self._directory.set_project(slug, self._entries[slug])
+        save_cursor(paths.journal, Cursor(epoch, 0, next_number(paths.journal), self._identity.name, 0, former.id))
+
+        def replace(catalogue: Catalogue) -> Catalogue:
+            if catalogue.require(slug).epoch != former.epoch:
+                raise Misuse(f"project {slug!r} was rebuilt by another node at the same time")
+            return catalogue.with_entry(slug, entry)
+
+        self._catalogue = await self._directory.change(replace)
         await self._directory.fulfilled(slug)
-        await JetStreamOrder(self._engine, slug, former).delete()
+        await JetStreamOrder(self._engine, former.stream, former.epoch).delete()
         _log.warning("%s: a new epoch begins with this node's files", slug)
+
+
+def _require_membership(
+    known: ClusterSettings | None, settings: ClusterSettings, nodes: Mapping[str, NodeReport], data: Path
+) -> None:
+    """Raise Misuse if the data directory is of another cluster, or another server runs under this node's name."""
+    if known is not None and known.cluster not in ("", settings.cluster):
+        raise Misuse(
+            f"{data} belongs to another cluster than these NATS servers have, or they have lost it; to take its "
+            "projects out: lattice-remote cluster leave"
+        )
+    found = nodes.get(settings.node)
+    if found is not None and not found.is_silent and found.directory != settings.directory:
+        raise Misuse(f"node {settings.node!r} runs already, at {found.url}; choose another name with --node")

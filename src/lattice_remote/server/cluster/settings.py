@@ -25,6 +25,8 @@ class ClusterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, o
         ca: PEM file of the authorities of the engine's and the nodes' certificates; "": the system's.
         monitors: URLs of the engine's monitoring ports, where its sync setting is read.
         replicas: copies of each stream in the engine.
+        cluster: identity of the cluster; "": the directory has not joined one yet.
+        directory: identity of this data directory.
     """
 
     servers: list[str]
@@ -34,6 +36,8 @@ class ClusterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, o
     ca: str = ""
     monitors: list[str] = []
     replicas: int = 3
+    cluster: str = ""
+    directory: str = ""
 
     def check(self) -> None:
         """Raise Misuse if an address is malformed."""

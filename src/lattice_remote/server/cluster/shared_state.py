@@ -1,4 +1,4 @@
-"""State that all nodes of a cluster share: tokens, the key of browsers' cookies, former names of projects.
+"""State that all nodes of a cluster share: tokens and the key of browsers' cookies.
 
 The engine has the valid copy. Every node mirrors it into its own files, which a running server reads as before. An
 administrator's command changes the engine first and its own node's file then, under the lock of the file. The other
@@ -9,11 +9,9 @@ import asyncio
 import contextlib
 import logging
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
-
-import msgspec
 
 from lattice_remote.errors import Misuse, StorageError
 from lattice_remote.files import write_atomically
@@ -21,12 +19,12 @@ from lattice_remote.server.auth import signing_key
 from lattice_remote.server.cluster.engine import Bucket, Engine, EngineUnavailable
 from lattice_remote.server.cluster.settings import ClusterSettings
 from lattice_remote.server.datadir import DataDir
-from lattice_remote.server.tokens import SharedTokens, Token, decode_tokens, encode_tokens, locked
+from lattice_remote.server.tokens import SharedTokens, Token, decode_tokens, encode_tokens, locked, with_projects
 
 __all__ = ["SharedState", "connect", "shared_tokens"]
 
 _BUCKET = "lattice-shared"
-_TOKENS, _KEY, _RENAMED = "tokens", "signing-key", "renamed"
+_TOKENS, _KEY = "tokens", "signing-key"
 _CHECK_S = 0.25
 _FULL_CHECK_S = 5.0
 """Interval of checks that do not rely on the engine's report of a change."""
@@ -86,10 +84,18 @@ class SharedState:
             return await self._bucket.create(_TOKENS, content) is not None
         return await self._bucket.update(_TOKENS, content, revision) is not None
 
+    async def rename_projects(self, former: Mapping[str, str]) -> None:
+        """Replace former names of projects, by current names, in all tokens. Repeatable."""
+        while True:
+            tokens, revision = await self.tokens()
+            renamed = [with_projects(each, {former.get(slug, slug) for slug in each.projects}) for each in tokens]
+            if renamed == tokens or await self.store_tokens(renamed, revision):
+                return
+
     # --- this node's files ---
 
     async def enter(self, data: DataDir) -> None:
-        """Add this node's tokens and former names of projects, then take over the state of the cluster.
+        """Add this node's tokens, then take over the state of the cluster.
 
         The cluster's version of a token wins: a node that was away does not restore a revoked one. Repeatable.
         """
@@ -102,19 +108,6 @@ class SharedState:
             if revision and not added:
                 break
             if await self.store_tokens([*shared, *added], revision):
-                break
-        while True:
-            entry = await self._bucket.get(_RENAMED)
-            shared_names = {} if entry is None else msgspec.json.decode(entry.value, type=dict[str, str])
-            names = data.renamed() | shared_names
-            if names == shared_names:
-                break
-            content = msgspec.json.encode(names)
-            written = self._bucket.create(_RENAMED, content) if entry is None else None
-            if entry is not None:
-                written = self._bucket.update(_RENAMED, content, entry.revision)
-            assert written is not None, "one of the two"
-            if await written is not None:
                 break
         await self._take_over(data)
 
@@ -142,15 +135,11 @@ class SharedState:
         lock = await asyncio.to_thread(locked, data.tokens)
         try:
             tokens, revision = await self.tokens()
-            key, renamed = await self._bucket.get(_KEY), await self._bucket.get(_RENAMED)
+            key = await self._bucket.get(_KEY)
             if revision:
                 await asyncio.to_thread(_write, data.tokens, encode_tokens(tokens))
             if key is not None:
                 await asyncio.to_thread(_write, data.signing_key, key.value)
-            if renamed is not None:
-                names = msgspec.json.decode(renamed.value, type=dict[str, str])
-                if names != data.renamed():
-                    data.save_renamed(names)
         finally:
             lock.release()
 

@@ -66,7 +66,8 @@ def check_server(data: DataDir) -> Iterator[Finding]:
 
 def server_leftovers(data: DataDir) -> list[Path]:
     scratch = [path for path in data.path.glob(".*") if _SCRATCH.fullmatch(path.name)]
-    return sorted([*scratch, *(data.path / "projects").glob(".new-*")])
+    unplaced = [path for kind in ("new", "moving") for path in data.projects.glob(f".{kind}-*")]
+    return sorted([*scratch, *unplaced])
 
 
 def _tokens(data: DataDir) -> Iterator[Finding]:

@@ -28,6 +28,7 @@ from lattice_remote.server.worker.project_import import decide, require_empty
 __all__ = [
     "Exported",
     "archive_project",
+    "check_candidate",
     "delete_project",
     "export_project",
     "finish_renames",
@@ -142,7 +143,6 @@ def import_project(data: DataDir, slug: str, source: Path, *, keep_hooks: bool, 
     Raises Misuse: there is no project in ``source``, or it is refused, or ``slug`` is in use; StorageError.
     """
     data.config()
-    lattice = _lattice_in(source)
     is_new = not data.has_project(slug)
     if is_new:
         data.require_free(slug)
@@ -151,17 +151,25 @@ def import_project(data: DataDir, slug: str, source: Path, *, keep_hooks: bool, 
     place = data.projects / f".new-{secrets.token_hex(8)}"
     hooks_of = None if is_new else data.project(slug).lattice / "config.json"
     try:
-        report = asyncio.run(
-            quarantine(place, ["--from", lattice], max_bytes=_MAX_BYTES, keep_hooks=keep_hooks, hooks_of=hooks_of)
-        )
-        if report.refused:
-            raise Misuse(f"project refused: {report.refused}")
+        report = check_candidate(place, source, keep_hooks=keep_hooks, hooks_of=hooks_of)
         if not dry_run:
             _put_in_place(data, slug, place, report, is_new=is_new)
     except OSError as error:
         raise StorageError(f"cannot import into {slug!r}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
+    return report
+
+
+def check_candidate(place: Path, source: Path, *, keep_hooks: bool, hooks_of: Path | None = None) -> ImportReport:
+    """Copy the lattice project in ``source`` to ``place`` and have lattice check it there.
+
+    Raises Misuse: there is no project, or it is refused; OSError.
+    """
+    arguments: list[str | Path] = ["--from", _lattice_in(source)]
+    report = asyncio.run(quarantine(place, arguments, max_bytes=_MAX_BYTES, keep_hooks=keep_hooks, hooks_of=hooks_of))
+    if report.refused:
+        raise Misuse(f"project refused: {report.refused}")
     return report
 
 

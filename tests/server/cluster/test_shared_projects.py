@@ -1,0 +1,180 @@
+"""Projects of a cluster: created, renamed, archived, deleted and imported on one node, for all nodes."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from cluster_nodes import RunningCluster, running_cluster, wait_until
+from harness import tree_of
+from nats_servers import nats_cluster
+
+from lattice_remote.server.cluster import shared_projects
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
+    """Nodes a and b on one NATS server."""
+    with (
+        nats_cluster(1, tmp_path_factory.mktemp("nats")) as nats,
+        running_cluster(nats, tmp_path_factory.mktemp("nodes"), "ab") as nodes,
+    ):
+        yield nodes
+
+
+def make_token(cluster: RunningCluster, slug: str) -> str:
+    made = cluster.command("a", "token", "create", "--project", slug, "--actor", "human:ana", "--json")
+    return str(json.loads(made)["token"])
+
+
+def ask(cluster: RunningCluster, node: str, token: str, path: str, **body: str) -> requests.Response:
+    url = f"http://127.0.0.1:{cluster.nodes[node].port}/projects/{path}"
+    headers = {"Authorization": f"Bearer {token}"}
+    return requests.request("POST" if body else "GET", url, headers=headers, json=body or None, timeout=30)
+
+
+def is_served(cluster: RunningCluster, node: str, token: str, slug: str) -> bool:
+    return ask(cluster, node, token, slug).status_code == 200
+
+
+def write(cluster: RunningCluster, node: str, token: str, slug: str, title: str) -> None:
+    """Create a task, once the node knows the token and has the project."""
+    answers: list[requests.Response] = []
+
+    def is_done() -> bool:
+        answers.append(ask(cluster, node, token, f"{slug}/tasks", title=title))
+        return answers[-1].status_code == 201
+
+    wait_until(is_done, f"{title} is written through {node}")
+
+
+def root_of(cluster: RunningCluster, node: str, slug: str, place: str = "projects") -> Path:
+    return cluster.nodes[node].data.path / place / slug
+
+
+def test_a_project_of_one_node_is_on_all_and_its_name_is_taken(cluster: RunningCluster) -> None:
+    cluster.command("b", "project", "create", "made", "--code", "MAD")
+    token = make_token(cluster, "made")
+    write(cluster, "a", token, "made", "one")
+    for node in "ab":
+        assert "already exists" in cluster.command(node, "project", "create", "made", code=1)
+    wait_until(
+        lambda: (
+            tree_of(cluster.nodes["a"].data.project("made").lattice)
+            == tree_of(cluster.nodes["b"].data.project("made").lattice)
+        ),
+        "the nodes agree",
+    )
+
+
+def test_an_interrupted_creation_is_finished_by_the_node(
+    cluster: RunningCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_projects, "place_parked", interrupt)
+        cluster.command("b", "project", "create", "interrupted", code=130)
+    for node in "ab":
+        wait_until((root_of(cluster, node, "interrupted") / ".lattice").is_dir, f"{node} has the project")
+
+
+def test_a_directory_with_the_name_of_a_project_is_neither_served_nor_replaced(cluster: RunningCluster) -> None:
+    cluster.command("b", "project", "create", "known", "--code", "KNO")
+    stranger = root_of(cluster, "a", "known")
+    wait_until((stranger / ".lattice").is_dir, "a has a copy")
+    before = stranger.with_name("mine")
+    # A stopped node gets a directory of that name, as from a backup.
+    cluster.nodes["a"].end()
+    shutil.move(stranger, before)
+    shutil.copytree(before / ".lattice", stranger / ".lattice")
+    shutil.rmtree(before)
+    files = tree_of(stranger / ".lattice")
+    assert "the cluster has another project 'known'" in cluster.refused_start("a")
+    assert tree_of(stranger / ".lattice") == files
+    shutil.rmtree(stranger)
+    cluster.start("a")
+    wait_until((stranger / ".lattice").is_dir, "a copies the project again")
+
+
+def test_a_renamed_project_keeps_its_numbers_and_its_tokens_follow(cluster: RunningCluster) -> None:
+    cluster.command("a", "project", "create", "old-name", "--code", "OLD")
+    token = make_token(cluster, "old-name")
+    write(cluster, "a", token, "old-name", "one")
+    before = ask(cluster, "a", token, "old-name").json()
+    assert "1 token updated" in cluster.command("b", "project", "rename", "old-name", "new-name")
+    for node in "ab":
+        wait_until(lambda node=node: is_served(cluster, node, token, "new-name"), f"{node} has the new name")
+        after = ask(cluster, node, token, "new-name").json()
+        assert (after["epoch"], after["head"]) == (before["epoch"], before["head"])
+        gone = ask(cluster, node, token, "old-name")
+        assert gone.status_code == 404
+        assert "is now called 'new-name'" in gone.text
+        assert not root_of(cluster, node, "old-name").exists()
+    write(cluster, "b", token, "new-name", "two")
+    assert "no project 'old-name'" in cluster.command("a", "project", "rename", "old-name", "other", code=1)
+    cluster.command("a", "project", "create", "old-name", "--code", "OLD")
+    assert is_served(cluster, "b", token, "new-name"), "the name is free for another project"
+
+
+def test_an_archived_project_comes_back_and_a_deleted_one_does_not(cluster: RunningCluster) -> None:
+    cluster.command("a", "project", "create", "past", "--code", "PAS")
+    token = make_token(cluster, "past")
+    write(cluster, "b", token, "past", "one")
+    assert "is in use" in cluster.command("b", "project", "delete", "past", "--confirm", "past", code=1)
+    cluster.command("b", "project", "archive", "past")
+    for node in "ab":
+        wait_until(root_of(cluster, node, "past", "archived").is_dir, f"{node} archives it")
+        assert ask(cluster, node, token, "past").status_code == 404
+    assert "is archived" in cluster.command("a", "project", "create", "past", code=1)
+    cluster.command("a", "project", "unarchive", "past")
+    write(cluster, "a", token, "past", "two")
+    cluster.command("a", "project", "archive", "past")
+    wait_until(root_of(cluster, "b", "past", "archived").is_dir, "b archives it")
+    deleted = cluster.command("b", "project", "delete", "past", "--confirm", "past")
+    assert "1 token lost it" in deleted
+    for node in "ab":
+        wait_until(lambda node=node: not root_of(cluster, node, "past", "archived").exists(), f"{node} deletes it")
+        [trash] = root_of(cluster, node, "", "trash").glob("past-*")
+        assert len(list((trash / ".lattice/tasks").glob("*.json"))) == 2
+    wait_until(lambda: ask(cluster, "a", token, "past").status_code == 401, "its token is revoked")
+
+
+def test_an_imported_project_is_on_all_nodes(cluster: RunningCluster, tmp_path: Path) -> None:
+    cluster.command("a", "project", "create", "source", "--code", "SRC")
+    token = make_token(cluster, "source")
+    write(cluster, "a", token, "source", "one")
+    cluster.command("a", "export", "source", tmp_path / "out")
+    assert "1 task" in cluster.command("b", "import", "--from", tmp_path / "out", "--project", "taken-in")
+    assert "is imported under a new name" in cluster.command(
+        "b", "import", "--from", tmp_path / "out", "--project", "source", code=1
+    )
+    imported = make_token(cluster, "taken-in")
+    write(cluster, "a", imported, "taken-in", "two")
+    assert len(list((root_of(cluster, "a", "taken-in") / ".lattice/tasks").glob("*.json"))) == 2
+
+
+def test_a_node_that_was_away_follows_all_that_was_decided(cluster: RunningCluster) -> None:
+    for slug in ("first", "second"):
+        cluster.command("b", "project", "create", slug)
+    ids = {slug: name_in(root_of(cluster, "b", slug)) for slug in ("first", "second")}
+    cluster.kill("b")
+    for argv in (
+        ("rename", "first", "between"),
+        ("rename", "second", "first"),
+        ("rename", "between", "second"),
+        ("archive", "first"),
+    ):
+        cluster.command("a", "project", *argv)
+    cluster.start("b")
+    assert name_in(root_of(cluster, "b", "second")) == ids["first"]
+    assert name_in(root_of(cluster, "b", "first", "archived")) == ids["second"]
+    cluster.command("b", "project", "unarchive", "first")
+    write(cluster, "b", make_token(cluster, "first"), "first", "one")
+
+
+def name_in(root: Path) -> str:
+    return str(json.loads((root / ".lattice/config.json").read_bytes())["project_name"])
