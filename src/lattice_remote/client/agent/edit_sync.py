@@ -41,8 +41,6 @@ _LEAST_FREE_BYTES = 1 << 20
 
 @dataclass(slots=True)
 class SentEdits:
-    """Path and outcome of each sent edit, and notices."""
-
     sent: list[dict[str, str]] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
@@ -52,17 +50,17 @@ class SentEdits:
 
 
 class RewriteRun:
-    """Texts rewritten one after another, as by a slow program, including those already sent by the agent.
+    """Texts rewritten one after another, as by a slow program.
 
-    Status change times (ns) decide, so a slow agent does not end a run. A text that is saved again does not prolong it:
-    a program rewrites each text once.
+    Status change times (ns) decide, so a slow agent does not end a run. A text saved again does not prolong it: a
+    program rewrites each text once.
     """
 
     def __init__(self) -> None:
         self._changed_at: dict[str, int] = {}
 
     def count_with(self, changed_at: Mapping[str, int]) -> int:
-        """Return the run's number of texts together with these; a longer pause starts a new run."""
+        """Return the run's number of texts with these; a longer pause starts a new run."""
         if self._changed_at and changed_at:
             pause_ns = min(changed_at.values()) - max(self._changed_at.values())
             if pause_ns > _RUN_PAUSE_NS:
@@ -76,8 +74,7 @@ class RewriteRun:
 class EditSender:
     """Sender of one cache's edits, one at a time.
 
-    ``connection`` is the one that the replicator follows on. ``reached`` waits until the files hold every change up to
-    a number, and returns whether they do.
+    ``reached`` waits until the files hold every change up to a number, and returns whether they do.
     """
 
     def __init__(
@@ -131,7 +128,6 @@ class EditSender:
         return pushed
 
     async def note_saves(self, paths: Iterable[str]) -> None:
-        """Record edits that cannot be sent yet as a person's saves."""
         async with self._turn:
             paths = [path for path in paths if self._noted.get(path) != self._signature(path)]
             if not paths:
@@ -173,8 +169,6 @@ class EditSender:
             "remote resolve --all --theirs"
         )
 
-    # --- judging ---
-
     def _require_room(self) -> None:
         """Raise StorageError without room on the disk: a truncated save looks like an edit.
 
@@ -193,7 +187,7 @@ class EditSender:
     async def _judge(
         self, paths: Iterable[str], *, confirm: bool = False, is_asked: bool = True
     ) -> dict[str, tuple[Signature, Judgement]]:
-        """Classify edited files and withhold doubtful ones; with ``confirm`` each is an edit."""
+        """Classify edited files (with ``confirm`` all as edits) and withhold doubtful ones."""
         edits = self._replicator.edits
         judged: dict[str, tuple[Signature, Judgement]] = {}
         repository = Repository(self._replicator.cache.directory)
@@ -238,7 +232,6 @@ class EditSender:
             await self._replicator.record(saves)
 
     async def _restore(self, judged: dict[str, tuple[Signature, Judgement]], pushed: SentEdits) -> None:
-        """Restore files that are not edits, with a notice for each that was not rescued."""
         without_text = defaultdict(list)
         for path, (found, judgement) in judged.items():
             if judgement.outcome == "restored":
@@ -250,7 +243,7 @@ class EditSender:
             pushed.notices.append(f"{paths[0]}{more}: restored to the server's text: {reason}")
 
     async def restore(self, path: str, found: Signature | None = None, *, reason: str | None) -> bool | None:
-        """Replace a file that is not to be sent with the server's text; rescue its text if there is a ``reason``.
+        """Replace a file that is not to be sent with the server's text; rescue its text for a ``reason``.
 
         Returns whether a text was rescued; None if the file cannot be restored now.
         """
@@ -263,8 +256,6 @@ class EditSender:
         outcome, is_kept = done
         await self._connection.carry_out(outcome)
         return is_kept
-
-    # --- sending ---
 
     async def _push_judged(
         self, connection: Connection, judged: dict[str, tuple[Signature, Judgement]], pushed: SentEdits
@@ -301,7 +292,6 @@ class EditSender:
         return answer.outcome, None
 
     async def _settle(self, connection: Connection, put: Put, answer: Stored, base: bytes | None) -> str | None:
-        """Process the answer to an edit; return the conflict copy's path."""
         if connection is not self._connection:
             # The file must still be edited when its own change arrives: an older change, merged with it, may come
             # first.
@@ -322,7 +312,7 @@ class EditSender:
     async def put(self, connection: Connection, path: str, text: bytes) -> str:
         """Send a text based on the server's as it is here; return the outcome. Raises RemoteError.
 
-        On return the file is the server's again, unless it is edited.
+        The file is the server's again then, unless it is edited.
         """
         async with self._turn:
             await self.until_in_place(path)
@@ -350,7 +340,7 @@ class EditSender:
     async def _ask_briefly(
         self, connection: Connection, put: Put, current: bytes | None, *, is_edit: bool = False
     ) -> Stored | Refused:
-        """Send the request with the digest of a long base. It is recorded until its answer is settled."""
+        """Send the request with the digest of a long base, recorded until its answer is settled."""
         frame = _brief(put, current)
         while True:
             if is_edit:
@@ -395,7 +385,6 @@ class EditSender:
 
 
 def _brief(put: Put, current: bytes | None) -> Put:
-    """Replace a long base with its digest if the server most likely has it."""
     if put.base is None or put.base != current or len(put.base) < _LONG_BASE_BYTES:
         return put
     return msgspec.structs.replace(put, id=new_request_id(), base=None, base_digest=digest_of(put.base))
@@ -438,15 +427,12 @@ class EditWatcher:
         self.notices: list[str] = []
 
     def touched(self, paths: Iterable[str] | None) -> None:
-        """Check these plans and notes for edits; None: all of them."""
         now = time.monotonic()
         self._is_scan_due |= paths is None
         for path in paths or ():
             if path not in self._seen:
                 self._seen[path] = _Seen(self._replicator.cache.signature(path), now)
         self._wake.set()
-
-    # --- the task ---
 
     async def run(self) -> None:
         """Send edits until cancelled, waiting out errors."""
@@ -494,14 +480,12 @@ class EditWatcher:
         await self._push(connection, edited, {path: self._seen.pop(path) for path in edited})
 
     def _look_for_unreported_edits(self) -> None:
-        """Take in edits reported late: a burst must be recognised before its first file is sent."""
+        """Take in edits reported late, before the first file of a burst is sent."""
         known = self._seen.keys() | self._edit_sender.withheld().keys() | self._edit_sender.refused().keys()
         self.touched(path for path in self._replicator.edits.scan() if path not in known)
 
     def _is_burst(self) -> bool:
-        """Return whether a program seems to be changing many files still: its first ones are at rest before its
-        last.
-        """
+        """Return whether a program seems to be changing many files still."""
         now, seen = time.monotonic(), self._seen.values()
         quiet_s = now - max(each.at for each in seen)
         lasts_s = now - min(each.began for each in seen)
@@ -534,5 +518,4 @@ class EditWatcher:
         return now - seen.began > LONGEST_SAVE_S or not self._edit_sender.is_being_saved(path)
 
     async def _fetch_unedited(self) -> None:
-        """Fetch files whose pending edit no longer exists."""
         await self._pool.following.carry_out(await self._replicator.look_at_edits())

@@ -52,7 +52,6 @@ class ChangeFeed:
         (hexadecimal) of the start; and ``changes`` as printed by ``--json``.
 
         Args:
-            connection: the one with the watcher's token.
             epoch: "" for the present one.
             seq: None for the head.
             mark: empty if unknown.
@@ -72,7 +71,6 @@ class ChangeFeed:
         return self._answer(answer)
 
     async def _next(self, epoch: str, seq: int) -> list[Change]:
-        """Return the changes after the head ``seq``, if one comes within a while."""
         welcome = self._connection.welcome
 
         def newer() -> list[Change]:
@@ -83,7 +81,6 @@ class ChangeFeed:
         return found if found and found[0].seq == seq + 1 else []
 
     def _recent_after(self, epoch: str, seq: int, mark: bytes) -> list[Change] | None:
-        """Return all changes after a recent one, if known here."""
         index = seq - self._recent[0][1].seq if self._recent and self._recent[0][0] == epoch else -1
         if not 0 <= index < len(self._recent) or self._recent[index][1].mark != mark:
             return None
@@ -147,7 +144,6 @@ class _Titles:
         self._known[task] = {"short_id": _text(snapshot.get("short_id")), "title": _text(snapshot.get("title"))}
 
     def of(self, task: str) -> dict[str, Any]:
-        """Return ``id``, ``short_id`` and ``title``; null where unknown."""
         if task not in self._known:
             self.learn(
                 task,
@@ -158,7 +154,6 @@ class _Titles:
 
 
 def _record(epoch: str, change: Change, titles: _Titles) -> dict[str, Any]:
-    """Return a change as printed by ``--json`` and passed to ``--exec``."""
     found = summarize(change)
     for task, snapshot in found.snapshots.items():
         titles.learn(task, snapshot)
@@ -209,7 +204,7 @@ async def read_log(connection: Connection, task: str, limit: int, text: TextName
 async def read_version(connection: Connection, task: str, text: TextName, version: str) -> Version:
     """Return a plan or notes as of a change.
 
-    ``version`` is the change's number, the newest with it; or ``EPOCH-NUMBER``. ``task`` is an id or short id.
+    ``version`` is the change's number, the newest with it; or ``EPOCH-NUMBER``.
 
     Raises:
         Misuse: ``version`` names no change.

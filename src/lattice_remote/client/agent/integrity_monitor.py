@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 
 class IntegrityMonitor:
-    """Monitor of one cache. ``on_edits`` gets texts to check for edits; None: all."""
+    """Monitor of one cache; ``on_edits`` gets texts to check (None: all)."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class IntegrityMonitor:
         self._vanished_at = -QUIET_S  # when a file was last found missing (monotonic)
 
     def touched(self, paths: set[str] | None) -> None:
-        """Check these files (None: all). Edits are reported at once, also without a server."""
+        """Check these files (None: all); edits are reported at once, also without a server."""
         if paths is not None:
             self._on_edits(path for path in paths if is_editable(path) and self._is_foreign(path))
         elif self._cache.known.is_complete:  # else a base may be damaged, until the files are compared
@@ -111,14 +111,14 @@ class IntegrityMonitor:
             self._repairs.suspect([path], delay_s=self._stray_s(path))
 
     def _stray_s(self, path: str) -> float:
-        """Return the seconds before a stray file is removed: an editor may use it."""
+        """Return the seconds before a stray file, which an editor may use, is removed."""
         if not path.startswith(_EDITED_BY_HAND) or is_editable(path) or path in self._cache.known:
             return 0.0
         found = self._cache.signature(path)
         return 0.0 if found is None else min(STRAY_S, found[0] / 1e9 + STRAY_S - time.time())
 
     def _vanishing_s(self, path: str) -> float:
-        """Return the seconds before a missing file is restored: all may be being removed."""
+        """Return the seconds before a missing file is restored."""
         if self._cache.signature(path) is not None:
             return 0.0
         return max(0.0, self._vanished_at + QUIET_S - time.monotonic())
@@ -173,7 +173,6 @@ class IntegrityMonitor:
             self._connection.changed.notify()
 
     async def _compare_all(self) -> None:
-        """Compare every file: none was watched, or too many were touched."""
         async with self._turn:
             began, is_first = time.monotonic(), not self._cache.known.is_complete
             earlier = await read_gently(self._cache, lambda: self.is_awaited)

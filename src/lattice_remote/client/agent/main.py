@@ -66,9 +66,7 @@ class Agent:
         self._turn = asyncio.Semaphore(1)
 
     async def run(self) -> None:
-        """Serve until stopped, idle, or the socket is removed. The caller holds the lock, so an existing socket is
-        stale.
-        """
+        """Serve until stopped, idle, or the socket is removed. The caller holds the lock."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._place.socket)
         server = await asyncio.start_unix_server(self._connected, self._place.socket, limit=MAX_REQUEST_BYTES)
@@ -90,7 +88,6 @@ class Agent:
             await self._leave()
 
     async def _leave(self) -> None:
-        """Let running requests finish for a moment, then close everything."""
         if self._connections:
             await asyncio.wait(self._connections, timeout=1.0)
         for task in list(self._connections):
@@ -162,8 +159,6 @@ class Agent:
             writer.close()
 
     async def _serve(self, line: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer one request; cancel it if its command disconnects."""
-
         def report(progress: dict[str, Any] | None) -> None:
             writer.write(json.dumps({"progress": progress}).encode() + b"\n")
 
@@ -278,7 +273,7 @@ def _is_agent(process: str) -> bool:
 
 
 def _remove_left_overs(place: agent_runtime.Runtime) -> None:
-    """Remove files of agents that ended long ago, and directories that held only these."""
+    """Remove what agents that ended long ago have left."""
     for directory in (place.directory, *agent_runtime.short_directories()):
         with contextlib.suppress(OSError):
             names = {name.rpartition(".")[0] for name in os.listdir(directory) if name.startswith("agent-")}

@@ -76,7 +76,7 @@ async def describe_content(connection: RequestSender, path: str) -> tuple[Conten
 
 
 async def pieces(connection: RequestSender, path: str, content: Content, offset: int) -> AsyncGenerator[bytes]:
-    """Yield a content from ``offset`` on, in order. The caller checks the digest.
+    """Yield a content from ``offset`` on, in order; the caller checks the digest.
 
     Raises:
         Rejected: REMOTE_NOT_FOUND if the content has changed.
@@ -128,8 +128,6 @@ class _PutOff(NamedTuple):
 
 
 class PayloadFetcher:
-    """Downloads of one cache's deferred contents, while ``run()`` runs."""
-
     def __init__(self, replicator: Replicator, pool: ConnectionPool) -> None:
         self._replicator = replicator
         self._cache = replicator.cache
@@ -219,7 +217,6 @@ class PayloadFetcher:
 
     @contextlib.contextmanager
     def attaching(self, digests: Iterable[bytes]) -> Iterator[None]:
-        """Suspend the download of contents that ``take_own`` will copy."""
         own = set(digests) - self._own
         self._own |= own
         try:
@@ -229,7 +226,6 @@ class PayloadFetcher:
             self.wake()
 
     async def take_own(self, sources: Iterable[Source]) -> None:
-        """Copy attached files from their sources to their places, else download them."""
         for source in sources:
             content = (source.size, source.digest)
             for path in [path for path, deferred in self._replicator.replica.deferred.items() if deferred == content]:
@@ -240,7 +236,6 @@ class PayloadFetcher:
                             await self._replicator.arrived(path, content, partial)
 
     def _copied(self, source: Source, partial: str) -> bool:
-        """Copy a caller's file; return whether it had the content that was sent."""
         self._cache.quota.require_room(source.size)
         self._cache.discard(partial)
         hasher, offset = hashlib.sha256(), 0
@@ -303,7 +298,6 @@ class PayloadFetcher:
             self._seen = state
 
     async def _settle_or_put_off(self, connection: Connection, path: str) -> None:
-        """Fetch one content; a failure delays only this one."""
         content = self._replicator.replica.deferred[path]
         try:
             await self._settle(connection, path, content)
@@ -315,7 +309,6 @@ class PayloadFetcher:
             self._current = None
 
     def _next(self) -> str | None:
-        """Return the next path, requested ones first."""
         if not self._replicator.is_following:
             return None  # nothing could be put in place
         deferred, is_unasked = self._replicator.replica.deferred, self.mode == "background"
@@ -428,8 +421,6 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
-    """A caller's file: its place in the argv, and content as bytes or source, if any."""
-
     index: int
     name: str
     data: bytes | None

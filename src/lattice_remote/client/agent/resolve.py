@@ -26,7 +26,7 @@ class ConflictResolver:
         self._edit_sender = edit_sender
 
     async def resolve(self, request: dict[str, Any], connection: Callable[[], Connection]) -> dict[str, Any]:
-        """List the requested conflicts, and resolve them if a choice is given.
+        """List the requested conflicts, and resolve them by a choice.
 
         Raises:
             Misuse: no such conflict, or an invalid choice for it.
@@ -141,7 +141,7 @@ def _text_of(request: dict[str, Any]) -> bytes | None:
         raise Misuse("the text is not base64") from error
 
 
-# --- rescued files: list, show, apply on the server, drop ---
+# --- rescued files ---
 
 type Call = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
 """Runs a write of the surface ``storage``, by name and payload; returns the decoded answer."""
@@ -191,8 +191,6 @@ class Rescuer:
                 )
         return [entries[number] for number in dict.fromkeys(numbers or entries)]
 
-    # --- contents that the server lacks ---
-
     def _shown(self, entry: RescuedEntry) -> dict[str, Any]:
         events = [
             {"path": path, **{key: event.get(key) for key in ("id", "type", "ts", "actor", "data")}}
@@ -218,8 +216,6 @@ class Rescuer:
             if self._cache.size(path) is not None:
                 return list(_events(self._cache.read(path)))
         return []
-
-    # --- applying ---
 
     async def _apply(self, entry: RescuedEntry, call: Call, answer: dict[str, Any]) -> None:
         """Send what the server lacks of an entry; drop it unless a part was refused."""
@@ -302,7 +298,7 @@ class Rescuer:
         *,
         is_new: bool,
     ) -> None:
-        """Send the text of a task just created; in an older one it might undo others' work."""
+        """Send the text of a task just created; elsewhere it might undo others' work."""
         text = self._store.read(entry.number, path)
         theirs = self._cache.read(path) if self._cache.size(path) is not None else None
         if text == theirs:

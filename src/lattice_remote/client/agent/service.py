@@ -85,8 +85,6 @@ _INTERVAL_S = 1.0
 
 
 class Acknowledger:
-    """Reporter of applied changes to the server (``Applied``), while the cache is followed."""
-
     def __init__(self, replicator: Replicator, connection: Connection) -> None:
         self._replicator = replicator
         self._connection = connection
@@ -128,7 +126,6 @@ ProgressCallback = Callable[[dict[str, Any]], None]
 
 
 async def answered(work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
-    """Turn a ``RemoteError`` into an answer."""
     try:
         return {"ok": True, **await work}
     except RemoteError as error:
@@ -136,7 +133,7 @@ async def answered(work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Service:
-    """One followed cache. Call ``start()`` in a running loop, and ``close()``.
+    """One followed cache: ``start()`` it in a running loop, and ``close()``.
 
     With ``is_new`` no other program knows the directory until it is closed.
     """
@@ -167,7 +164,7 @@ class Service:
             self._replicator.writer.first_fill = FirstFill(self.cache)
 
     def start(self, token: str | None, *, named: Server | None = None, prefer_given: bool = False) -> None:
-        """Follow the project. A stored token precedes ``token`` unless ``prefer_given``."""
+        """Follow the project."""
         with contextlib.suppress(StorageError):  # reported once the files are needed
             self.cache.make_private()
         self._pool.start(token, named=named, prefer_given=prefer_given)
@@ -208,7 +205,6 @@ class Service:
             return True
 
     def is_meant_by(self, request: dict[str, Any]) -> bool:
-        """Return whether a request means this cache, not another one at the same path."""
         return bool([*self.cache.identity, self.remote.url, self.remote.project] == request["cache"])
 
     async def handle(self, request: dict[str, Any], report: ProgressCallback) -> dict[str, Any]:
@@ -263,7 +259,6 @@ class Service:
     def _long_work(
         self, request: dict[str, Any], token: str | None, report: ProgressCallback
     ) -> Coroutine[Any, Any, dict[str, Any]] | None:
-        """Return the work of a request that reports progress."""
         match request["do"]:
             case "ready":
                 return self._ready()
@@ -282,7 +277,6 @@ class Service:
         return None
 
     def ready_now(self, request: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the answer to ``ready`` if it needs no waiting."""
         if not self._has_looked or not self._is_current() or self._replicator.replica.blocked:
             return None
         if self._pool.refusal(trusted_servers.from_environment(request["named"]), request["token"]) is not None:
@@ -294,9 +288,9 @@ class Service:
     # --- reading ---
 
     async def _ready(self, *, look: bool = True) -> dict[str, Any]:
-        """Wait until the files are current, the server is known to be unreachable, or time is up.
+        """Wait until the files are current, or the server is unreachable, or time is up.
 
-        With ``look``, files that changed while unwatched are found and restored first.
+        With ``look``, files that changed while unwatched are restored first.
         """
         failed_before = self._connection.failed_attempts
         wait_s, self._is_new = (FIRST_READY_WAIT_S if self._is_new else READY_WAIT_S), False
@@ -342,7 +336,6 @@ class Service:
         }
 
     def _notices(self) -> list[str]:
-        """Return the notices for the next command: events once, conditions while they last."""
         rescue_policy = self._replicator.rescue_policy
         notices = [*rescue_policy.notices, *self._pending_notices]
         rescue_policy.notices, self._pending_notices = [], []
@@ -353,7 +346,6 @@ class Service:
         return [*notices, *(notice for notice in lasting if notice is not None)]
 
     async def _fill(self, failed_before: int) -> None:
-        """Wait for the first fill while it advances."""
         while not self._is_current() and not self._has_failed(failed_before):
             before = self._advance()
             if not await self._until(lambda: self._is_current() or self._advance() != before, STALLED_S):  # noqa: B023
@@ -441,7 +433,6 @@ class Service:
         return {"status": answer.status, "payload": payload, "seq": answer.seq, "notices": notices}
 
     async def _write_as_a_program(self, token: str | None, name: str, values: dict[str, Any]) -> dict[str, Any]:
-        """Run a write of the surface ``storage``."""
         payload = json.dumps(values, ensure_ascii=False)
         asked = {"id": new_request_id(), "surface": "storage", "name": name, "payload": payload, "files": []}
         return decoded(await self._call(asked, token, lambda _: None))
@@ -521,7 +512,7 @@ class Service:
         return await read_version(self._pool.writing(token), request["task"], request["text"], str(request["version"]))
 
     async def _restore(self, request: dict[str, Any], token: str | None) -> dict[str, Any]:
-        """Make an earlier version of a text the newest one. A pending edit is sent first, to stay in the history."""
+        """Make an earlier version of a text the newest one."""
         version = await self._version(request, token)
         await self._must_be_current()
         path = self._text_path(request["task"], request["text"])

@@ -1,7 +1,6 @@
 """A project's ``.lattice`` directory as a replicated tree: plain files, replaced or appended atomically (I8).
 
 Files are not fsynced one by one: after a power cut the whole cache is compared with the server (see ``decode_state``).
-Unsent saves are the exception (see ``evidence``).
 """
 
 import asyncio
@@ -80,7 +79,7 @@ def encode_state(state: CacheState, remote: Remote, inode: int = 0) -> bytes:
 
 
 def encode_deferred(deferred: Mapping[str, Content | None]) -> bytes:
-    """Return the content of the file of deferred contents, which is written before the state."""
+    """Return the content of the file of deferred contents; it is written before the state."""
     entries = {path: content and [content[0], content[1].hex()] for path, content in sorted(deferred.items())}
     return (json.dumps(entries, indent=0) + "\n").encode()
 
@@ -119,7 +118,6 @@ def _checked(paths: Iterable[object]) -> Iterable[str]:
 
 
 def boot_id() -> str:
-    """Return the kernel's boot id; empty if there is none."""
     global _boot_id  # noqa: PLW0603 - constant once read
     if _boot_id is None:
         try:
@@ -164,7 +162,7 @@ _LOCK_POLL_S = 0.01
 class Cache:
     """One ``.lattice`` directory. Call the methods of ``operations.Tree`` under ``locked()``.
 
-    Raises ``StorageError`` if the file system refuses; earlier operations stay complete.
+    Raises ``StorageError`` if the file system refuses.
     """
 
     def __init__(self, directory: str, remote: Remote) -> None:
@@ -187,7 +185,6 @@ class Cache:
     # --- the directory ---
 
     def prepare(self) -> None:
-        """Create lattice's layout, and the ``.gitignore`` that keeps the cache out of git."""
         with storage_errors(self.directory):
             for directory in _LAYOUT:
                 self._files.make(directory)
@@ -203,7 +200,6 @@ class Cache:
         return os.open(self.absolute(path), READ | os.O_DIRECTORY)
 
     def make_private(self) -> None:
-        """Create the directories of our other files, with the cache's permissions."""
         with storage_errors(PRIVATE_DIRECTORY):
             for directory in (PRIVATE_DIRECTORY, WATCHES_DIRECTORY):
                 self._files.make(directory)
@@ -242,7 +238,6 @@ class Cache:
         return directories and self._blocks_plain_writes()
 
     def is_there(self) -> bool:
-        """Return whether this is still the opened directory."""
         try:
             here = self._stat_directory() == self.identity
             return here and os.path.lexists(os.path.join(self.directory, REMOTE_FILE))
@@ -284,7 +279,6 @@ class Cache:
         return CacheLock(self.absolute(path), make)
 
     async def _until_quiet(self, deadline: float) -> None:
-        """Wait while another program removes the directory."""
         while self._files.is_being_removed() and time.monotonic() < deadline:
             await asyncio.sleep(_LOCK_POLL_S)
             self._check_there()
@@ -327,7 +321,6 @@ class Cache:
         return self.signature(STATE_FILE)
 
     def load_known(self) -> None:
-        """Load the stored fingerprints and those shared since."""
         if not self.known.is_complete and self.size(STORED) is not None:
             self.known.restore(self.read(STORED), boot_id())
         self.known.learn()
@@ -353,7 +346,6 @@ class Cache:
     # --- the tree (operations.Tree) ---
 
     def size(self, path: str) -> int | None:
-        """Return the size in bytes; None without a plain file."""
         found = self.signature(path)
         return None if found is None else found[1]
 
@@ -362,18 +354,16 @@ class Cache:
             return self._files.read(path, offset)
 
     def digest(self, path: str) -> bytes | None:
-        """Return the SHA-256; None without a plain file."""
         with storage_errors(path), contextlib.suppress(FileNotFoundError):
             return None if self.signature(path) is None else self._files.digest(path)
         return None
 
     def store(self, path: str, data: bytes) -> None:
-        """Write a private file atomically. Durable on return."""
+        """Write a private file atomically; durable on return."""
         with storage_errors(path):
             self._files.replace(path, data, is_synced=True)
 
     def replace(self, path: str, data: bytes) -> None:
-        """Write a file atomically, with its parent directories."""
         with storage_errors(path):
             self._files.replace(path, data)
             self.note(path)
@@ -404,7 +394,6 @@ class Cache:
                 self.note(path)
 
     def move(self, path: str, to: str) -> None:
-        """Rename, replacing ``to``."""
         with storage_errors(path):
             self._files.move(path, to)
             self.note(path)
@@ -417,7 +406,6 @@ class Cache:
         self.note(path)
 
     def note(self, path: str) -> None:
-        """Record the signature: later differences are foreign."""
         if not path.startswith("."):
             self.known.note(path, self.signature(path))
 
@@ -425,10 +413,6 @@ class Cache:
 
     def write_part(self, part: Part, place: Callable[[str, bytes], bool] | None = None) -> bool | None:
         """Write a part to a temporary file; the last part puts it in place.
-
-        Args:
-            part: the part.
-            place: puts the whole content in place and returns whether it did; None for a rename.
 
         Returns:
             True once in place, None while parts are missing, False if the file must be fetched again.
@@ -467,7 +451,6 @@ class Cache:
         return True
 
     def forget_parts(self) -> None:
-        """Remove temporary files whose remaining parts will not come."""
         for temporary, _ in self._parts.values():
             self._files.discard(temporary)
         self._parts.clear()
@@ -483,7 +466,7 @@ class Cache:
     # --- background downloads ---
 
     def partial(self, digest: bytes) -> str:
-        """Return the file that collects a content's parts, also across processes."""
+        """Return the file that collects a content's parts."""
         return f"{_DOWNLOADS}/{digest.hex()}"
 
     def add(self, partial: str, data: bytes) -> None:
@@ -508,7 +491,6 @@ class Cache:
     # --- listing ---
 
     def paths(self) -> Iterator[str]:
-        """Yield the path of each replicated plain file."""
         with storage_errors(self.directory):
             top = self._files.top_level()
         for name, is_directory in top:
@@ -543,7 +525,6 @@ class CacheLock:
         self._depth = 0
 
     def acquire(self) -> bool:
-        """Return False if another process holds the lock."""
         if self._handle is None:
             if not os.path.lexists(self._place):
                 self._make()
@@ -556,7 +537,6 @@ class CacheLock:
         return True
 
     def release(self) -> None:
-        """Release the lock, once for each ``acquire``."""
         self._depth -= 1
         if self._depth == 0 and self._handle is not None:
             os.close(self._handle)
@@ -564,7 +544,6 @@ class CacheLock:
 
 
 def _is_locked(handle: int) -> bool:
-    """Lock an open file; return False if it is locked, or was removed since."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -574,7 +553,6 @@ def _is_locked(handle: int) -> bool:
 
 @contextlib.contextmanager
 def storage_errors(what: str) -> Iterator[None]:
-    """Turn an ``OSError`` into a ``StorageError`` that names the file."""
     try:
         yield
     except OSError as error:

@@ -74,10 +74,7 @@ class StaleEditDetector:
     def base_of(
         self, path: str, text: bytes, current: bytes | None, *, is_known: Callable[[bytes], bool] = lambda _older: False
     ) -> bytes | None:
-        """Return the base of a saved text: ``current``, or an older one.
-
-        ``is_known`` recognises the older text that the file held before the save.
-        """
+        """Return the base of a saved text: ``current``, or an older one that ``is_known``."""
         if current is None:
             return None
         older = [self._cache.read(f"{_directory(path)}/{name}") for name in self._names(path)]
@@ -102,9 +99,8 @@ def _directory(path: str) -> str:
 
 
 def base_of(text: bytes, current: bytes, older: Iterable[bytes]) -> bytes:
-    """Return the base of ``text`` among ``current`` and ``older`` (newest first).
-
-    This is the closest one after which only changes came that ``text`` does not show.
+    """Return the closest of ``current`` and ``older`` (newest first) after which only changes came that ``text`` does
+    not show.
     """
     behind = [before for before in older if _shows_nothing_of(text, before, current)]
     return min(behind, key=lambda before: _distance(text, before), default=current)
@@ -146,7 +142,6 @@ def _likeness(one: bytes, other: bytes) -> float:
 
 
 def _lines(text: bytes) -> Counter[bytes]:
-    """Count a text's non-blank lines regardless of line endings."""
     return Counter(line for line in (line.strip() for line in text.splitlines()) if line)
 
 
@@ -179,7 +174,6 @@ class PendingEdits:
         self._sent: dict[str, Sent] = {}
 
     def remember(self, sent: Sent) -> None:
-        """Record an edit before it is sent."""
         self._sent[sent.put.path] = sent
         data = msgspec.msgpack.encode(sent)
         if len(data) <= _MAX_KEPT_BYTES:
@@ -190,12 +184,11 @@ class PendingEdits:
         self._cache.delete(_place(path))
 
     def may_replace(self, path: str, base: bytes | None) -> bool:
-        """Return whether a pending edit may have replaced ``base`` on the server."""
         sent = self.get(path)
         return sent is not None and sent.base == base
 
     def get(self, path: str) -> Sent | None:
-        """Return a file's unanswered edit, also an earlier process's."""
+        """Return a file's unanswered edit, of any process."""
         if path not in self._sent and os.path.exists(self._cache.absolute(_place(path))):
             try:
                 sent = _decoder.decode(self._cache.read(_place(path)))
@@ -237,7 +230,7 @@ _EDITED_DIRECTORIES = ("plans", "notes")
 
 
 class Edits:
-    """The edited files of one cache. Call writing methods under the cache's lock."""
+    """The edited files of one cache."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
@@ -268,12 +261,10 @@ class Edits:
         return self.is_edited(path) or is_being_written(self._cache.absolute(path))
 
     def base(self, path: str) -> bytes | None:
-        """Return the server's text that the file is based on."""
         place = _base_path(path)
         return None if self._cache.size(place) is None else self._cache.read(place)
 
     def is_orphan(self, path: str, files: Container[str]) -> bool:
-        """Return whether a plan or notes belongs to no task among ``files``."""
         if path in files or self.base(path) is not None:
             return False
         task = path.rpartition("/")[2].removesuffix(".md")
@@ -302,7 +293,6 @@ class Edits:
         self._given_up.add(path)
 
     def _replace_base(self, path: str, text: bytes) -> None:
-        """Replace the base; remember the previous one if another client changed it."""
         if path in self._given_up:
             self._given_up.discard(path)
         elif not self.is_own and (base := self.base(path)) is not None:
@@ -311,15 +301,12 @@ class Edits:
         self.sent(path, text)
 
     def base_of(self, path: str, text: bytes) -> bytes | None:
-        """Return the server's text that a saved text was made from."""
-
         def was_withheld(older: bytes) -> bool:
             return self.evidence.is_last_withheld(path, older)
 
         return self.older.base_of(path, text, self.base(path), is_known=was_withheld)
 
     def judge(self, path: str, text: bytes, found: Signature, blobs: Blobs | None) -> Judgement:
-        """Classify a file that differs from its base, see ``evidence``."""
         is_watched = self._cache.known.was_settled(path)
         return self.evidence.judge(path, text, self.base(path), found, is_watched=is_watched, blobs=blobs)
 
@@ -355,7 +342,6 @@ class Edits:
         return True
 
     def text_after(self, operation: Operation) -> bytes | None:
-        """Return the server's text after an operation, if known here."""
         if not is_editable(operation.path):
             return None
         match operation:
@@ -410,11 +396,9 @@ class TextConflict:
 
     @property
     def what(self) -> str:
-        """``plan`` or ``notes``."""
         return "plan" if self.path.startswith("plans/") else "notes"
 
     def is_called(self, name: str) -> bool:
-        """Return whether ``name`` is its task's id, short id, or path."""
         path = name.replace(os.sep, "/").removeprefix("./")
         return name.upper() in (self.task.upper(), self.short_id.upper()) or any(
             path == known or path.endswith("/" + known) for known in (self.path, *self.copies)
@@ -424,8 +408,8 @@ class TextConflict:
 class TextConflicts:
     """Conflicts of one cache, until the user resolves them.
 
-    Each has a *conflict copy* of the local text below ``.remote/conflicts/``, under the file's path (a second one as
-    ``task_....2.md``). The file itself holds the server's text. Call ``begin`` and ``end`` under the cache's lock.
+    Each has a *conflict copy* of the local text below ``.remote/conflicts/``, under the file's path (then
+    ``task_....2.md``). The file itself holds the server's text.
     """
 
     def __init__(self, cache: Cache, edits: Edits) -> None:

@@ -33,8 +33,6 @@ _MAX_MISFITS = 5
 
 
 class EffectWriter:
-    """Writer of a replica's effects to the files, under the cache's lock."""
-
     def __init__(self, cache: Cache, edits: Edits, rescue_policy: RescuePolicy, repairs: RepairSchedule) -> None:
         self._cache = cache
         self._edits = edits
@@ -59,11 +57,9 @@ class EffectWriter:
         return is_rewritten and not self._edits.is_in_use(path)
 
     def is_orphan(self, path: str) -> bool:
-        """Return whether a plan or notes belongs to no known task."""
         return self._cache.known.is_complete and self._edits.is_orphan(path, self._cache.known)
 
     def apply(self, operations: Iterable[Operation], replica: Replica) -> list[Effect]:
-        """Apply the operations to the files; edited files are held."""
         drifted: set[str] = set()
         operations = list(operations)
         moved = {os.path.basename(op.to if isinstance(op, MoveFile) else op.path) for op in operations if _brings(op)}
@@ -126,7 +122,6 @@ class EffectWriter:
         return self._written(part, replica, self._cache.write_part(part))
 
     def _write_text(self, part: Part, replica: Replica) -> list[Effect]:
-        """Write a part of a text, unless it is being edited at the last moment."""
         placed: bool | None = False
         self._warn_of_link(part.path)
         if not self._edits.is_in_use(part.path):
@@ -159,7 +154,6 @@ class EffectWriter:
         return []
 
     def remove(self, path: str, replica: Replica) -> None:
-        """Remove a file that the server lacks, unless edited."""
         if is_editable(path) and self._edits.is_in_use(path):
             if not self.is_orphan(path):
                 replica.block(path)
@@ -171,7 +165,6 @@ class EffectWriter:
         self.mark_synced([path])
 
     def _is_only_touched(self, part: Part) -> bool:
-        """Return whether only a suspect file's times changed."""
         found = self._repairs.strange.get(part.path)
         return found is not None and found[1] == part.digest and found[0] == self._cache.signature(part.path)
 

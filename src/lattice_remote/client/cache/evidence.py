@@ -68,7 +68,6 @@ class Blobs:
     """Whether a merge of this file waits for the user."""
 
     def have(self, text: bytes) -> bool:
-        """Return whether one is this text, also after conversion of CR LF."""
         algorithms = {"sha256" if len(name) == 64 else "sha1" for name in self.names}
         forms = {text, text.replace(b"\r\n", b"\n")}
         return any(_object_name(form, algorithm) in self.names for form in forms for algorithm in algorithms)
@@ -86,7 +85,7 @@ class Repository:
         self._directory = directory
 
     def is_there(self) -> bool:
-        """Return whether a directory above has a ``.git``, also as a file."""
+        """Return whether a directory above has a ``.git``."""
         place = self._directory
         while True:
             place, before = os.path.dirname(place), place
@@ -99,7 +98,6 @@ class Repository:
         return [path for _, _, path in self._index(["."])] if self.is_there() else []
 
     def blobs(self, paths: Collection[str]) -> dict[str, Blobs]:
-        """Return git's content for the tracked ones of ``paths``."""
         found: dict[str, Blobs] = {}
         if not paths or not self.is_there():
             return found
@@ -183,7 +181,7 @@ class Evidence:
         self._watch_handle: int | None = None
         self.cramped: dict[str, Signature | None] = {}
         """Files that were edited while the disk was full, with their signature then."""
-        self._saves: dict[str, list[str]] = {}  # path -> digests of a person's unsent texts
+        self._saves: dict[str, list[str]] = {}  # path -> digests of unsent texts
         # path -> digest of the text, and the reason; replaced, never altered: a thread writes while the loop reads
         self._withheld: Mapping[str, tuple[str, str]] = {}
         self._last_withheld: dict[str, str] = {}  # path -> digest; kept when the file is saved again
@@ -196,7 +194,6 @@ class Evidence:
         """Classify a file that differs from its base.
 
         Args:
-            path, text, base: the file, its content, and the server's text.
             found: the signature when the text was read.
             is_watched: whether this process has seen the file equal to its base.
             blobs: git's content for it, None if not tracked.
@@ -306,7 +303,6 @@ class Evidence:
             self._store()
 
     def withheld(self) -> dict[str, str]:
-        """Return the reason for each file that still holds a withheld text."""
         self._load()
         return {path: reason for path, (digest, reason) in self._withheld.items() if self._holds(path, digest)}
 
@@ -316,7 +312,6 @@ class Evidence:
         return self._last_withheld.get(path) == _digest(text)
 
     def withheld_reason(self, path: str, text: bytes) -> str | None:
-        """Return why this text is withheld, if it is."""
         self._load()
         digest, reason = self._withheld.get(path, ("", ""))
         return reason if digest == _digest(text) else None
@@ -378,12 +373,10 @@ class Evidence:
 
 
 def takes_away(base: bytes | None, text: bytes) -> bool:
-    """Return whether the base has a line that the text lacks."""
     return base is not None and bool(Counter(base.splitlines()) - Counter(text.splitlines()))
 
 
 def _locked(place: str, flags: int) -> int | None:
-    """Open and lock a file; return its descriptor, None if locked or missing."""
     try:
         handle = os.open(place, flags | SAFE, 0o600)
     except FileNotFoundError:

@@ -27,7 +27,7 @@ _TICK_NS = 50_000_000
 
 
 class Fingerprints:
-    """Fingerprints of one cache. About 200 bytes of memory a file."""
+    """Fingerprints of one cache, in about 200 bytes a file."""
 
     def __init__(self, directory: str) -> None:
         self.is_complete = False
@@ -49,7 +49,6 @@ class Fingerprints:
         return any(path.startswith(directory + "/") for path in self._marks)
 
     def agrees(self, path: str, found: Signature | None) -> bool:
-        """Return whether a file (None: missing) is as one of our processes left it."""
         return self._marks.get(path) == (None if found is None else _mark(found))
 
     def was_written(self, path: str, found: Signature | None) -> bool:
@@ -65,13 +64,12 @@ class Fingerprints:
         return self._settled.get(path) == mark
 
     def was_settled(self, path: str) -> bool:
-        """Return whether this process has found a plan or notes equal to its base."""
         return path in self._settled
 
     def settle_text(self, path: str, found: Signature | None) -> None:
         """Record that a plan or notes equals its base, or with None that this is unknown.
 
-        A file that was just written is read again the next time: a further write would leave the same times.
+        A file just written is read again: a further write would leave the same times.
         """
         if found is None:
             self._settled.pop(path, None)
@@ -84,7 +82,6 @@ class Fingerprints:
         self._remember(path, found)
 
     def settle(self, files: Iterable[tuple[str, Signature]]) -> None:
-        """Record exactly these files as the server's."""
         self._marks = {path: _mark(found) for path, found in files}
         self.is_complete = True
 
@@ -154,7 +151,7 @@ class Fingerprints:
 
 
 def _mark(found: Signature) -> int:
-    """Return two hashes in one number: of the fields that a write changes, and of all."""
+    """Return two hashes in one: of the fields that a write changes, and of all."""
     return (hash(found[:3]) << 64) | (hash(found) & (2**64 - 1))
 
 

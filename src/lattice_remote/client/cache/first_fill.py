@@ -16,8 +16,7 @@ __all__ = ["FirstFill"]
 class FirstFill:
     """Writer of the files of one new cache, before any other program knows its directory.
 
-    A file is written once, without a temporary one and without a search for edits. After a crash the directory is
-    incomplete, and its creator removes it.
+    After a crash the directory is incomplete, and its creator removes it.
     """
 
     def __init__(self, cache: Cache) -> None:
@@ -48,7 +47,6 @@ class FirstFill:
         return [part for part in parts if part.path not in written]
 
     def close(self) -> None:
-        """End the fill: the texts equal their bases."""
         while self._directories:
             os.close(self._directories.popitem()[1])
         for path, status in self._texts.items():
@@ -74,7 +72,6 @@ class FirstFill:
             written[path] = status
 
     def _create(self, path: str, data: bytes) -> os.stat_result | None:
-        """Create a file; return None if there is one."""
         parent, _, name = path.rpartition("/")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFE
         try:

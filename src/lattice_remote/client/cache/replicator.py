@@ -48,8 +48,6 @@ _STORE_AGE_TIMEOUT_S = 1.0
 
 @dataclass(slots=True)
 class ReceiveOutcome:
-    """Frames to send and answers to requests."""
-
     to_send: list[ClientFrame] = field(default_factory=list)
     answers: list[Response] = field(default_factory=list)
     applied: bool = False
@@ -123,7 +121,6 @@ class Replicator:
 
     @property
     def is_current(self) -> bool:
-        """Return whether the files hold every announced change."""
         return self.replica.is_current
 
     @property
@@ -133,11 +130,10 @@ class Replicator:
 
     @property
     def is_busy(self) -> bool:
-        """Return whether it is busy with the files: slow here, not stalled."""
+        """Return whether it is slow because of the files, not stalled."""
         return self._mutex.locked()
 
     def progress(self) -> tuple[int, int] | None:
-        """Return fetched and total files of a fill."""
         missing = len(self.replica.missing) - len(self.replica.blocked)
         if self.replica.state is not State.FOLLOWING or not missing or not self._to_fetch:
             return None
@@ -152,10 +148,9 @@ class Replicator:
         return self.replica.hello(client_version=__version__, lattice_version=version("lattice-tracker"))
 
     async def receive(self, frames: Sequence[ServerFrame]) -> ReceiveOutcome:
-        """Apply frames in order; return the frames to send and the answers.
+        """Apply frames in order.
 
         Raises:
-            ProtocolError: the server violated the protocol.
             StorageError: the cache cannot be written; the stored position stays behind the files.
             ConnectionFailed: another process has moved the cache on; greet again.
         """
@@ -195,7 +190,6 @@ class Replicator:
         return outcome
 
     async def disconnected(self) -> None:
-        """End the session; unfinished work restarts from the stored state."""
         async with self._mutex:
             try:
                 if self._is_unsaved:
@@ -228,7 +222,6 @@ class Replicator:
             self.current_at = time.time()
 
     async def store_age(self) -> None:
-        """Store when the files were last current, for a later process without a server."""
         if self._changed_by_others():
             return  # another process is using it, or it is being removed and must not be written to
         async with self._mutex, self.cache.locked(_STORE_AGE_TIMEOUT_S):
@@ -274,12 +267,12 @@ class Replicator:
         return result, copy
 
     async def record(self, saves: list[tuple[str, bytes]]) -> None:
-        """Record these texts, by path, as a person's saves. Durable on return."""
+        """Record these texts, by path, as a person's saves; durable on return."""
         async with self._mutex, self.cache.locked():
             await _uninterrupted(asyncio.to_thread(self.edits.evidence.record, saves))
 
     async def withhold(self, edits: list[tuple[str, str]]) -> None:
-        """Withhold these files' texts, each with a reason. Durable on return."""
+        """Withhold these files' texts, each with a reason; durable on return."""
         async with self._mutex, self.cache.locked():
             texts = [(path, self.cache.read(path), why) for path, why in edits if self.cache.size(path) is not None]
             await _uninterrupted(asyncio.to_thread(self.edits.evidence.withhold, texts))
@@ -288,7 +281,6 @@ class Replicator:
         """Replace a plan or notes that is not to be sent with the server's text.
 
         Args:
-            path, found: the file and its signature at the decision.
             reason: rescue the local text for this; None to drop it.
 
         Returns:
@@ -319,7 +311,6 @@ class Replicator:
         return result
 
     async def repair(self, paths: Iterable[str]) -> ReceiveOutcome:
-        """Fetch those of these files that another program modified (I4)."""
         result = ReceiveOutcome()
         async with self._mutex, self.cache.locked():
             self.cache.prepare()
@@ -335,7 +326,7 @@ class Replicator:
         return result
 
     def _defer(self, paths: Iterable[str]) -> list[str]:
-        """Defer the contents of artifacts, which may be large; return the other paths."""
+        """Defer the contents of artifacts; return the other paths."""
         apart = [path for path in paths if self.replica.defers and is_payload(path)]
         for path in apart:
             found = self.cache.signature(path)
@@ -353,10 +344,6 @@ class Replicator:
     ) -> tuple[ReceiveOutcome, "asyncio.Future[CacheComparison]"]:
         """Request the manifest; the future returns the differences, with ``repair`` those repaired.
 
-        Args:
-            repair: whether to fetch what differs.
-            earlier: previous readings; unchanged files are not read again.
-
         Raises:
             ConnectionFailed: the connection is lost; the future raises it too.
         """
@@ -373,7 +360,6 @@ class Replicator:
     # --- deferred contents ---
 
     async def learned(self, path: str, content: Content, seq: int) -> None:
-        """Record a deferred file's content on the server at ``seq``."""
         async with self._mutex, self.cache.locked():
             await self._go_on(ReceiveOutcome())
             if self.is_following and self.replica.learned(path, content, seq):
@@ -408,7 +394,6 @@ class Replicator:
                 self.cache.known.share()
 
     async def bring(self, path: str) -> ReceiveOutcome:
-        """Resolve a deferred file that the server does not know."""
         result = ReceiveOutcome()
         async with self._mutex, self.cache.locked():
             await self._go_on(result)
@@ -420,7 +405,6 @@ class Replicator:
     # --- effects ---
 
     async def _perform(self, effects: Iterable[Effect], outcome: ReceiveOutcome) -> bool:
-        """Perform effects in order; return whether to store the state."""
         queue = deque(effects)
         save = False
         while queue:
@@ -497,7 +481,6 @@ class Replicator:
         self.replica = Replica(self.state.position, self.state.missing, deferred=self.state.deferred)
 
     def _catch_up_with_others(self) -> list[Effect]:
-        """Continue from the position that another process has reached."""
         if self.replica.state is State.IDLE or not self._changed_by_others():
             return []
         self.cache.known.learn()

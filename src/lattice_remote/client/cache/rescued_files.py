@@ -62,8 +62,6 @@ class RescuedFiles:
         """Keep one content in the current or a new entry. Durable on return.
 
         Args:
-            path: relative to ``.lattice``.
-            content: None to move the file itself.
             reason: why it is no longer in its place, in words that follow "N files: ".
 
         Returns False if it was kept before, or the store is full.
@@ -103,7 +101,6 @@ class RescuedFiles:
         )
 
     def entries(self) -> list[RescuedEntry]:
-        """Return all entries, oldest first."""
         top = self._cache.absolute(RESCUED_DIRECTORY)
         try:
             changed_ns = os.stat(top).st_mtime_ns
@@ -173,12 +170,11 @@ _WRITTEN_BY_PROGRAMS = frozenset({"artifacts", "events", "ids.json", "resources"
 
 
 def is_event_log(path: str) -> bool:
-    """Return whether this file holds events, which are append-only."""
     return path.startswith(("events/", "archive/events/"))
 
 
 def may_be_by_hand(path: str) -> bool:
-    """Return whether a person may have written this file of no task."""
+    """Return whether a file of no task may be written by a person."""
     top, _, rest = path.partition("/")
     if top == "archive":
         return rest.startswith(("plans/", "notes/"))
@@ -206,10 +202,9 @@ class RescuePolicy:
             self._cache.replace(_base_path(path), text)
 
     def keep(self, path: str, *, is_strange: bool, after: bytes | None = None, is_ours: bool = False) -> None:
-        """Rescue the file's content if it is not the server's; call before replacing or removing the file.
+        """Rescue the file's content if it is not the server's, before it is replaced or removed.
 
         Args:
-            path: the file.
             is_strange: another program is known to have changed it. Otherwise only texts that differ from the record
                 and events that the server lacks are rescued.
             after: the server's content if known.
@@ -238,14 +233,10 @@ class RescuePolicy:
         return True
 
     def keep_lost(self, differing: Iterable[str], surplus: Iterable[str], entries: Mapping[str, Content]) -> None:
-        """Rescue contents that the server lacks since it was restored (I7).
+        """Rescue contents that a restored server lacks (I7).
 
         Files derived from events are skipped if the server has the events. An event log with another continuation is
         compared when it arrives.
-
-        Args:
-            differing, surplus: files with another content there, and those that it lacks.
-            entries: the server's files.
         """
         self.reason = LOST
         for path in surplus:

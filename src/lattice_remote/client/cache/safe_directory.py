@@ -46,8 +46,6 @@ _STEP_BYTES = 64 * _MIB
 
 
 class Quota:
-    """Size limit of a cache. Call ``take`` before each write."""
-
     def __init__(self, root: str, limit: Callable[[], int], whose: str) -> None:
         self._root = root
         self._limit = limit
@@ -56,7 +54,6 @@ class Quota:
         self._unchecked = 0  # bytes written since the limit was read
 
     def require(self, size: int) -> None:
-        """Require a total of ``size`` bytes to be within the limit. Raises StorageError."""
         if size > (limit := self._limit()):
             raise StorageError(
                 f"this cache would exceed the {limit // _MIB} MiB allowed for {self._whose}; allow more "
@@ -64,11 +61,11 @@ class Quota:
             )
 
     def require_room(self, size: int) -> None:
-        """Require room for ``size`` more bytes; measures every file. Raises StorageError."""
+        """Require room for ``size`` more bytes, measuring every file. Raises StorageError."""
         self.require(_bytes_below(self._root) + size)
 
     def take(self, size: int) -> None:
-        """Require room to the precision of one step. Raises StorageError."""
+        """Require room to the precision of one step."""
         self._unseen += size
         self._unchecked += size
         if self._unchecked > _MIB:  # the limit is in MiB, and stored in a file
@@ -116,25 +113,22 @@ class Directory:
     # --- reading ---
 
     def read(self, path: str, offset: int = 0) -> bytes:
-        """Return the content of a plain file from ``offset`` on."""
         with self._opened(path, os.O_RDONLY) as handle, open(handle, "rb", closefd=False) as file:
             file.seek(offset)
             return file.read()
 
     def digest(self, path: str) -> bytes:
-        """Return the SHA-256 of a plain file's content."""
         with self._opened(path, os.O_RDONLY) as handle:
             return hash_descriptor(handle)[1].digest()
 
     def top_level(self) -> list[tuple[str, bool]]:
-        """Return each name in the root, and whether it is a directory."""
         with _readable(self._root_handle) as handle, os.scandir(handle) as entries:
             return [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
 
     # --- writing ---
 
     def make(self, path: str) -> None:
-        """Create a directory and its parents. No other method creates it again."""
+        """Create a directory and its parents."""
         self._layout.difference_update(set(_and_above(path)))
         with self._parent(f"{path}/."):
             pass
@@ -162,7 +156,6 @@ class Directory:
         return False
 
     def sync(self, path: str) -> None:
-        """Fsync a file and every directory on its path."""
         with self._opened(path, os.O_RDONLY) as handle:
             os.fsync(handle)
         for each in (*(f"{each}/." for each in _and_above(_parent_of(path))), "."):
@@ -183,7 +176,6 @@ class Directory:
         self.replace(path, self.read(path) + data)
 
     def move(self, path: str, to: str) -> None:
-        """Rename, replacing ``to``, even if it is an empty directory."""
         with self._parent(path, make=False) as (source, name), self._parent(to) as (target, new_name):
             self._changes += 1
             mode = _mode_of(target, new_name)
@@ -233,7 +225,6 @@ class Directory:
         return False
 
     def _times(self) -> list[int]:
-        """Return each layout directory's modification time (ns); 0 if missing."""
         found = []
         for each in (".", *self._layout):
             try:
@@ -266,7 +257,6 @@ class Directory:
     # --- temporary files ---
 
     def new_temporary(self) -> str:
-        """Return the path of a new temporary file."""
         return f"{TEMPORARY}/{os.getpid()}-{id(self):x}-{next(self._serials)}"
 
     def extend(self, temporary: str, data: bytes, *, is_synced: bool = False) -> None:
@@ -278,7 +268,6 @@ class Directory:
                 os.fsync(handle)
 
     def discard(self, temporary: str) -> None:
-        """Remove a temporary file, ignoring failure."""
         with contextlib.suppress(OSError, StorageError):
             self.remove(temporary)
 
@@ -289,11 +278,8 @@ class Directory:
                 if time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE_TEMPORARY_S:
                     os.unlink(entry.path)
 
-    # --- opening ---
-
     @contextlib.contextmanager
     def _opened(self, path: str, flags: int, *, make: bool = False) -> Iterator[int]:
-        """Open a plain file and close it afterwards."""
         mode = self._mode() & 0o666 if make else 0
         with self._parent(path, make=make) as (directory, name):
             try:
@@ -319,7 +305,6 @@ class Directory:
 
     @contextlib.contextmanager
     def _parent(self, path: str, *, make: bool = True) -> Iterator[tuple[int, str]]:
-        """Yield the parent's descriptor and the last component."""
         *parents, name = path.split("/")
         handle = self._root_handle
         try:
@@ -366,7 +351,6 @@ def remove_tree(directory: str) -> None:
 
 @contextlib.contextmanager
 def _readable(directory: int) -> Iterator[int]:
-    """Open a directory for reading, given its O_PATH descriptor."""
     handle = os.open(".", READ, dir_fd=directory)
     try:
         yield handle
@@ -375,14 +359,12 @@ def _readable(directory: int) -> Iterator[int]:
 
 
 def _permit(handle: int, found: os.stat_result, mode: int) -> None:
-    """Add the permissions of ``mode`` that a umask removed from a new file."""
     if found.st_mode & 0o777 != mode:
         with contextlib.suppress(PermissionError):  # another user created it first
             os.fchmod(handle, stat.S_IMODE(found.st_mode) & ~0o777 | mode)
 
 
 def _mode_of(directory: int, name: str) -> int:
-    """Return type and permissions of an entry; 0 if there is none."""
     try:
         return os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
     except FileNotFoundError:
@@ -394,7 +376,6 @@ def _parent_of(path: str) -> str:
 
 
 def _and_above(path: str) -> Iterator[str]:
-    """Yield a directory and its parents below the root."""
     while path:
         yield path
         path = _parent_of(path)
@@ -421,8 +402,6 @@ def _exchange(source: int, name: str, target: int, new_name: str) -> bool:
 
 
 class _Openings:
-    """Openings of a directory by other programs; 0 where not reported."""
-
     __slots__ = ("now", "total", "users", "watch")
 
     def __init__(self, watch: int) -> None:
@@ -446,7 +425,6 @@ class _Inotify:
         self._watched: dict[int, _Openings] = {}
 
     def watch(self, directory: int) -> _Openings:
-        """Count the openings of an open directory, until ``forget``."""
         with self._lock:
             if self._handle < 0 and hasattr(_libc, "inotify_init1"):
                 self._handle = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)

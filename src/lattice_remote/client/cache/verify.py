@@ -33,8 +33,6 @@ _RACY_NS = 50_000_000
 
 
 class Reading(NamedTuple):
-    """A file as read at one moment."""
-
     size: int
     digest: bytes
     signature: Signature
@@ -43,7 +41,7 @@ class Reading(NamedTuple):
 
 
 def read_all(cache: Cache, earlier: Mapping[str, Reading] | None = None) -> dict[str, Reading]:
-    """Return the digests of all replicated files; reuses unchanged ``earlier`` readings. Call it in a thread."""
+    """Return the digests of all replicated files, in a thread; reuses unchanged ``earlier`` readings."""
     return _read(cache, cache.paths(), earlier or {})
 
 
@@ -61,7 +59,7 @@ async def read_gently(cache: Cache, is_urgent: Callable[[], bool]) -> dict[str, 
 
 
 def foreign(cache: Cache) -> list[str]:
-    """Return the files that another program changed, by their times only. Thread-safe.
+    """Return the files that another program changed, by their times only; thread-safe.
 
     May include files being written: check again under the cache's lock.
     """
@@ -114,15 +112,12 @@ class CacheComparison:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """A comparison and the readings that it used."""
-
     comparison: CacheComparison
     local: Mapping[str, tuple[int, bytes]]
     """Size and digest of each file; for an edited one, of its base."""
     readings: Mapping[str, Reading]
 
     def equal(self) -> list[str]:
-        """Return the files that need no repair."""
         differing = {*self.comparison.differing, *self.comparison.surplus}
         return [path for path in self.readings if path not in differing]
 
@@ -137,13 +132,6 @@ async def compare_files(
     deferred: Collection[str] = (),
 ) -> Compared:
     """Read every file, in a thread, and compare. Call under the cache's lock.
-
-    Args:
-        cache, edits: the local files.
-        compare: the server's files.
-        earlier: previous readings; unchanged files are not read again.
-        may_defer: returns whether the content with this path and size may be deferred.
-        deferred: paths with a deferred content.
 
     Raises:
         StorageError: a file cannot be read, or the server's files exceed the quota.
@@ -186,7 +174,7 @@ _CONFIRM_S = 1.0
 
 
 class RepairSchedule:
-    """Repairs of one cache: due files, backoff and counts. No file access."""
+    """Repairs of one cache: due files, backoff and counts."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -204,7 +192,6 @@ class RepairSchedule:
     # --- due files ---
 
     def suspect(self, paths: Iterable[str], *, delay_s: float = 0.0) -> None:
-        """Check these files, at once unless repaired too often recently."""
         now = time.monotonic()
         for path in paths:
             if path not in self._due:
@@ -228,8 +215,6 @@ class RepairSchedule:
     def next_due_s(self) -> float | None:
         return max(0.0, min(self._due.values()) - time.monotonic()) if self._due else None
 
-    # --- results ---
-
     def repaired(self, path: str) -> bool:
         """Record a repaired file; return whether it has just become a contested one."""
         self.count += 1
@@ -247,7 +232,6 @@ class RepairSchedule:
         return repairs == _FREE_REPAIRS + 1
 
     def contested(self) -> list[str]:
-        """Return the files that another program keeps changing."""
         now = time.monotonic()
         return sorted(path for path in self._history if self._recent(path, now) > _FREE_REPAIRS)
 

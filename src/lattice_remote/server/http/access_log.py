@@ -54,7 +54,6 @@ class AccessLogEntry:
 
     @property
     def address(self) -> str:
-        """Behind a proxy, from its headers."""
         return self._quota.address
 
     @property
@@ -80,7 +79,6 @@ class AccessLogEntry:
         self._outcome = outcome
 
     def log(self, suppressed: int = 0) -> None:
-        """Write the line, after ``suppressed`` suppressed ones."""
         token, outcome = self.login.token if self.login else None, self._outcome
         fields: dict[str, object] = {
             "method": self.method,
@@ -162,7 +160,6 @@ class _AnonymousLines:
         self._suppressed = 0
 
     def allows_line(self) -> bool:
-        """Return whether a request gets a line; else count it."""
         wait_s = self._lines.take(time.monotonic(), rate=_ANONYMOUS_PER_S, burst=_ANONYMOUS_BURST)
         self._suppressed += bool(wait_s)
         return not wait_s
@@ -173,7 +170,7 @@ class _AnonymousLines:
 
 
 class _Patterns:
-    """Patterns of routes: labels must be few."""
+    """Patterns of routes, for labels: these must be few."""
 
     def __init__(self, routes: Sequence[BaseRoute]) -> None:
         self._routes: dict[Any, list[Route | Mount]] = {}
@@ -188,7 +185,6 @@ class _Patterns:
         return candidates[0].path if candidates else _NOWHERE
 
     def path_of(self, scope: Scope) -> str:
-        """Return the pattern, with plain names."""
         values = scope.get("path_params", {})
 
         def shown(part: re.Match[str]) -> str:

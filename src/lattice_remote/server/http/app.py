@@ -98,7 +98,6 @@ async def _metrics(request: Request) -> Response:
 
 
 def metrics_app(gauges: Gauges) -> ASGIApp:
-    """Return the app of the metrics address: no token, nothing else."""
     app = Starlette(routes=[Route("/metrics", _metrics, methods=["GET"])])
     app.state.gauges = gauges
     return app
@@ -108,7 +107,7 @@ _log = logging.getLogger(__name__)
 
 
 def http_app(registry: ProjectRegistry, gauges: Gauges) -> ASGIApp:
-    """Return the application for a started registry. ``scope["state"]["quota"]`` must be a ``ConnectionQuota``."""
+    """Return the application for a started registry; ``scope["state"]["quota"]`` is the ``ConnectionQuota``."""
     routes = [
         *pages.routes,
         *pages.sign_in_routes,
@@ -183,9 +182,6 @@ async def _crashed(request: Request, error: Exception) -> Response:
     return error_response(request, ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "REMOTE_FAILED", why))
 
 
-# --- the project itself ---
-
-
 class ProjectDescription(msgspec.Struct):
     """Rights of a token in a project, and the project's position."""
 
@@ -200,15 +196,12 @@ class ProjectDescription(msgspec.Struct):
 
 
 async def _describe(request: Request) -> Response:
-    """Return a token's rights in a project and the project's position. Clients request this before adding a remote."""
     context = await request_context(request)
     token, project, history = context.login.token, context.project, context.project.history
     where = (history.epoch, history.head, str(history.position))
     versions = (lattice_remote.__version__, project.lattice_version)
     return _json(ProjectDescription(project.slug, token.actor, token.act_as, *where, *versions))
 
-
-# --- the REST endpoints ---
 
 ENDPOINTS = (*tasks.endpoints, *resources.endpoints, *texts.endpoints)
 
@@ -219,5 +212,5 @@ def _openapi_json() -> bytes:
 
 
 async def _openapi(_: Request) -> Response:
-    """Return the OpenAPI description, without a token: it has no data of this server."""
+    """Return the OpenAPI description, to clients without a token too."""
     return Response(_openapi_json(), media_type="application/json")

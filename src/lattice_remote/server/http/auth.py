@@ -100,7 +100,7 @@ class Cookies:
         return token_id, digest
 
     def give(self, request: Request, response: Response, login: Login) -> None:
-        """Set the cookie: for this server and its own pages, invisible to scripts."""
+        """Set the cookie for this server's own pages, invisible to scripts."""
         value = self._signer.dumps((login.token.id, login.sha256))
         self._set(request, response, value, self._max_age_s)
 
@@ -119,7 +119,6 @@ class Cookies:
         )
 
     def _name_for(self, request: Request) -> str:
-        """Return a name; with TLS one that only this host can set."""
         return f"__Host-{self._name}" if is_https(request) else self._name
 
 

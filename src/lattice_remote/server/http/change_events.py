@@ -59,7 +59,6 @@ class EventId:
 
     @classmethod
     def parse(cls, text: str) -> "EventId | None":
-        """Return the position of an event's id, or of a bare number in any epoch."""
         if _NUMBER.fullmatch(text):
             return cls(EventPosition("", int(text), b""))
         partly = _EVENTS.search(text)
@@ -73,7 +72,6 @@ class EventId:
 
     @property
     def whole(self) -> int:
-        """The last change that was sent completely."""
         return self.position.seq if self.events is None else self.position.seq - 1
 
 
@@ -84,7 +82,7 @@ class Wanted(NamedTuple):
 
 @dataclass(frozen=True)
 class ChangeEvent:
-    """One event. With ``wanted`` its ``snapshot`` is that file's content, which the change does not hold whole."""
+    """One event; if ``wanted``, its ``snapshot`` is that file's content."""
 
     kind: str
     data: Mapping[str, Any]
@@ -92,7 +90,6 @@ class ChangeEvent:
 
 
 def events_of(change: Change) -> list[ChangeEvent]:
-    """Return a change's events; malformed content is under ``files``."""
     reported: set[str] = set()
     events = [*_log_events(change, reported), *_snapshots(change, reported), *_texts(change, reported)]
     paths = dict.fromkeys(path for operation in change.ops for path in paths_of(operation))

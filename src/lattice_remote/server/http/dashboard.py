@@ -1,7 +1,7 @@
 """Hosted dashboard: lattice's own page with live updates, its requests, and its plan and notes editor.
 
-Reads go to the project's reader, writes to its worker. The page comes from the installed lattice; requests are
-forwarded by the form of their path, so other versions of the page work too.
+The page comes from the installed lattice; requests are forwarded by the form of their path, so other versions of the
+page work too.
 """
 
 import asyncio
@@ -91,15 +91,11 @@ class _Text(msgspec.Struct, frozen=True):
 
 
 class _Edit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``text``, edited from ``base``; None if there was no file."""
-
     text: str
     base: str | None
 
 
 class _Saved(msgspec.Struct, frozen=True):
-    """Result of an edit, as in ``textmerge``, and the server's text now."""
-
     outcome: str
     now: _Text
 
@@ -184,7 +180,6 @@ class _PreparedPage(NamedTuple):
 
     Attributes:
         scripts: the page's installed script files.
-        policy: the policy under which it works.
         quiet: its handlers were replaced, so its scripts must have theirs replaced too.
     """
 
@@ -261,7 +256,6 @@ _DIFFERENCE = "lattice-ranges"
 
 
 async def _read(request: Request) -> Response:
-    """Return the response of lattice's handler, or the difference from the client's."""
     context = await request_context(request)
     query = f"?{request.url.query}" if request.url.query else ""
     base = request.headers.get("If-None-Match", "")
@@ -291,7 +285,6 @@ _BY_ENCODING = {"Vary": "Accept-Encoding, A-IM"}
 
 
 async def _write(request: Request) -> Response:
-    """Run a request of the page; it is journalled like a command."""
     context = await request_context(request)
     try:
         body = await read_body(request, _MAX_BODY)

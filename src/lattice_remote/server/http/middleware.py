@@ -50,8 +50,6 @@ _LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 
 
 def with_security_headers(app: ASGIApp) -> ASGIApp:
-    """Add security headers; handlers may override ``_UNLESS_SAID``."""
-
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -120,8 +118,7 @@ def _too_large(most: int) -> ApiError:
 def closing_after_unread_body(app: ASGIApp) -> ASGIApp:
     """Close the connection after a response that comes before the end of the request body.
 
-    The rest is discarded for at most ``_LINGER_S``: data that arrives at a closed socket makes the kernel drop the
-    response, and a proxy then answers 502.
+    The rest is discarded for at most ``_LINGER_S``: a closed socket would drop the response, and a proxy answer 502.
     """
 
     async def ending(scope: Scope, receive: Receive, send: Send) -> None:
@@ -159,7 +156,7 @@ def closing_after_unread_body(app: ASGIApp) -> ASGIApp:
 def with_paced_bodies(app: ASGIApp, budget: ResponseBudget) -> ASGIApp:
     """Count large response bodies against the budget and send them in pieces.
 
-    ``scope["state"]["share"]`` is the request's ``ResponseShare``. A request's body counts until its response is over.
+    ``scope["state"]["share"]`` is the request's ``ResponseShare``.
     """
 
     async def pacing(scope: Scope, receive: Receive, send: Send) -> None:

@@ -92,7 +92,7 @@ r"""A path of this server in every browser. ``//`` and ``/\`` start a host; brow
 
 
 def local_path(wanted: str) -> str:
-    """Return a quoted path to redirect to; ``/`` if ``wanted`` is not of this server."""
+    """Return a quoted path to redirect to; ``/`` instead of another server's."""
     if len(wanted) > _MAX_CHARS or _LOCAL.fullmatch(wanted) is None or wanted.startswith(("/sign-in", "/sign-out")):
         return "/"
     return quote(wanted, safe="/?#&=%:@+,;~!$'()*[]")
@@ -104,7 +104,7 @@ def wanted_path(request: Request) -> str:
 
 
 def from_here(request: Request, path: str) -> str:
-    """Return a path relative to the requested one: a proxy may serve this server below any path."""
+    """Return a path relative to the requested one, since a proxy may serve this server below any path."""
     depth = request.scope["raw_path"].count(b"/") - 1
     return ("../" * depth or "./") + path.removeprefix("/")
 
@@ -141,7 +141,6 @@ def page(
 
 
 def error_response(request: Request, error: ApiError) -> Response:
-    """Return a form or page for a browser, JSON for a program."""
     if not wants_page(request):
         return Response(error.body, error.status, error.headers)
     if error.status is HTTPStatus.UNAUTHORIZED and request.method in ("GET", "HEAD"):
@@ -153,9 +152,7 @@ def error_response(request: Request, error: ApiError) -> Response:
 
 
 def retry_page(request: Request, path: str) -> Response:
-    """Return a page that repeats a request from another site, such as a link in an e-mail, so that the browser sends
-    its cookie.
-    """
+    """Return a page that repeats a request from another site, so that the browser sends its cookie."""
     return page(request, "onward", path=from_here(request, path))
 
 
@@ -202,7 +199,7 @@ def _retry_form(request: Request, refusal: ApiError, following: str) -> Response
 
 
 async def _form(request: Request) -> dict[str, str]:
-    """Return the form's fields. Raises ApiError: no form, too large, unknown or repeated fields."""
+    """Return the form's fields. Raises ApiError."""
     kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if kind != "application/x-www-form-urlencoded":
         raise _not_ours(HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
@@ -287,7 +284,7 @@ def slices(statuses: dict[str, int]) -> list[Slice]:
 
 
 def ago(time: str, now: datetime) -> str:
-    """Return the time since ``time`` in words; a date after 30 days."""
+    """Return the time since ``time`` in words, or a date."""
     try:
         passed_s = (now - datetime.fromisoformat(time)).total_seconds()
     except (ValueError, TypeError):
@@ -301,7 +298,6 @@ def ago(time: str, now: datetime) -> str:
 
 
 def did(command: str) -> str:
-    """Return the words of a command line before its options."""
     return " ".join(takewhile(lambda word: not word.startswith("-"), command.split())) or command
 
 

@@ -53,7 +53,6 @@ def chunk(data: bytes) -> bytes:
 
 
 def goodbye(project: Project, error: Exception) -> Bye:
-    """Return the Bye for an error; log an unexpected one."""
     match error:
         case RemoteError():
             return Bye(error.code, error.message[:4096], 1.0)
@@ -72,7 +71,6 @@ class EncodedChange:
         self._ends = list(accumulate(map(len, events)))
 
     def text(self, had: int = 0) -> bytes:
-        """Return the events after the first ``had``."""
         begin = self.chunk.index(b"\r\n") + 2
         skipped = self._ends[min(had, len(self._ends)) - 1] if had else 0
         return self.chunk[begin + skipped : -2]
@@ -90,7 +88,6 @@ class Feeds:
         return feed
 
     def leave(self, feed: "Feed", listener: "EventStream") -> None:
-        """Remove a subscriber; close the feed with the last."""
         feed.listeners.discard(listener)
         feed.live.discard(listener)
         if not feed.listeners:
@@ -134,10 +131,7 @@ class Feed:
         for listener in tuple(self.listeners):
             listener.end(bye)
 
-    # --- encoding ---
-
     async def encoded(self, seq: int, frame: bytes) -> EncodedChange:
-        """Return a change encoded; ``frame`` is its WebSocket frame."""
         if (known := self._encoded.get(seq)) is not None:
             return known
         async with self._making:  # once, although many subscribers reconnect together
@@ -212,7 +206,7 @@ class Feed:
 
 
 async def _beside[*A, R](size: int, function: Callable[[*A], R], *arguments: *A) -> R:
-    """Call a function, in a thread if its input is large."""
+    """Call a function, in a thread for a large input."""
     return function(*arguments) if size <= _IN_THREAD_BYTES else await asyncio.to_thread(function, *arguments)
 
 
@@ -278,7 +272,6 @@ class EventStream:
             self._push(f"retry: {RETRY_MS}\n".encode() + position_block(here))
 
     def _reset(self, why: str) -> None:
-        """Report that changes are unavailable; continue from the head."""
         history = self._project.history
         self._sent, self._had = history.head, 0
         here = EventId(history.position)
@@ -306,8 +299,6 @@ class EventStream:
                 async with asyncio.timeout(_HELD_S):
                     await self._outbox.room()
 
-    # --- subscriber of the feed ---
-
     def send_change(self, change: EncodedChange) -> None:
         """Queue a change, or the part that the client lacks."""
         if change.seq <= self._sent:
@@ -326,7 +317,7 @@ class EventStream:
         self._push(event)
 
     def end(self, bye: Bye) -> None:
-        """Queue the reason as a comment, then end. Idempotent, never waits."""
+        """Queue the reason as a comment, then end; idempotent."""
         if not self._over.is_set():
             self._push(f": {printable(bye.code)} {printable(bye.reason)}\n\n".encode())
             self._http.end_stream()

@@ -54,7 +54,6 @@ class _Requester:
 
     @property
     def fairness_key(self) -> Hashable:
-        """The token's: all its HTTP connections take one turn."""
         return self._fairness_key
 
     def answer(self, request_id: str, reply: bytes) -> None:  # noqa: ARG002 - it has asked once
@@ -91,7 +90,6 @@ async def run(
 async def call(
     context: RequestContext, surface: str, name: str, payload: bytes, *, once: IdempotencyKey | None = None
 ) -> Returned:
-    """Run an operation of a surface, like ``run``."""
     token, once = context.login.token, once or unique_key()
     message = RunCall(
         *(once.id, surface, name, payload, [], token.id, token.actor, token.act_as), fingerprint=once.fingerprint

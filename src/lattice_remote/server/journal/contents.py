@@ -39,9 +39,7 @@ class _Known:
 
 
 class Contents:
-    """File contents according to the journal. Pass records to ``learn``, oldest first; then ask, for ``paths`` if
-    given.
-    """
+    """File contents according to the journal, for ``paths`` if given. Pass records to ``learn``, oldest first."""
 
     def __init__(self, paths: Iterable[str] | None = None) -> None:
         self._names = {os.path.basename(path) for path in paths} if paths is not None else None
@@ -63,7 +61,6 @@ class Contents:
                 self._learn(operation, record)
 
     def learn_state(self, path: str, state: FileState | None) -> None:
-        """Note that a file had this content at some number."""
         if state is not None and self._is_wanted(path):
             self._digests.setdefault(path, set()).add(state.digest)
 
@@ -159,7 +156,6 @@ def is_snapshot(path: str) -> bool:
 
 
 def log_of(path: str, read: Read) -> str | None:
-    """Return the event log that a snapshot follows from; None for any other file."""
     folder, name = os.path.split(path)
     if folder in ("tasks", "archive/tasks"):
         return f"{folder.removesuffix('tasks')}events/{name.removesuffix('.json')}.jsonl"
@@ -196,7 +192,6 @@ def derive(path: str, read: Read, logs: Collection[str] = ()) -> bytes:
 
 
 def name_of_resource(log: bytes) -> str | None:
-    """Return the name in the first event of a resource's log."""
     try:
         name = json.loads(log.split(b"\n", 1)[0])["data"]["name"]
     except (ValueError, KeyError, TypeError):

@@ -36,14 +36,14 @@ class ChangeIds:
         self._key: bytes | None = None
 
     def make(self, epoch: str, seq: int) -> bytes:
-        """Return an id for change ``seq``. The writer creates the key if there is none. Raises OSError."""
+        """Return an id for change ``seq``; create the key if there is none. Raises OSError."""
         if self._key is None:
             self._key = self._read() or self._create()
         random = secrets.token_bytes(8)
         return random + _code(self._key, epoch, seq, random)
 
     def is_genuine(self, epoch: str, seq: int, mark: bytes) -> bool:
-        """Return whether this id was made for change ``seq``, by this project or a copy. Blocking. Raises OSError."""
+        """Return whether this id was made for change ``seq``, by this project or a copy. Blocking; raises OSError."""
         key = self._read()
         return key is not None and hmac.compare_digest(_code(key, epoch, seq, mark[:8]), mark[8:])
 
@@ -68,10 +68,7 @@ _FROM_CROCKFORD = {target: chr(source) for source, target in _CROCKFORD.items()}
 
 
 def make_id(epoch: str) -> str:
-    """Return a new ULID that ``is_own_id`` recognizes in this epoch.
-
-    Half of its random part is random, the other half a digest of the rest.
-    """
+    """Return a new ULID that ``is_own_id`` recognizes in this epoch: its last part is a digest of the rest."""
     head = int(time.time() * 1000).to_bytes(6) + secrets.token_bytes(5)
     return _encode(head + _seal(head, epoch))
 
@@ -114,7 +111,6 @@ class Answered(NamedTuple):
 
 
 def token_digest(token_id: str) -> bytes:
-    """Return the 8 bytes that stand for a token in the index."""
     return hashlib.sha256(token_id.encode()).digest()[:8]
 
 
@@ -123,7 +119,7 @@ class RequestIds:
 
     The journal is bounded by size, but an idempotency key is valid for the retention's age. Before a segment is
     removed, and when an epoch starts, its ids are appended here and fsynced, in order of time. Entries expire by age
-    when the file is rewritten. Only 64 bits of each id are in memory.
+    when the file is rewritten.
 
     A repeated request without a key says when it was first sent, which alone shows that it may have run. So beyond a
     number per token, the oldest ids without a key are forgotten. Keys are not: beyond their number, new ones are
@@ -154,7 +150,7 @@ class RequestIds:
         self._load()
 
     def __contains__(self, request_id: bytes) -> bool:
-        """Return whether the first 64 bits of an id are in the index; reads no file."""
+        """Look up the first 64 bits; reads no file."""
         key = _key(request_id)
         at = bisect_left(self._sorted, key)
         return key in self._new or (at < len(self._sorted) and self._sorted[at] == key)
@@ -217,7 +213,6 @@ class RequestIds:
             _log.warning("the request ids cannot be rewritten: %s", error)
 
     def _rewrite(self, now: float) -> None:
-        """Replace the file by one without expired entries and those beyond a token's share."""
         since = _milliseconds(now - self._max_age_s)
         surplus = Counter(token for _, _, token, time_ms in self._entries() if time_ms >= since | _NO_KEY)
         surplus.subtract(dict.fromkeys(surplus, self._per_token))

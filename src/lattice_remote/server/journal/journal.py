@@ -90,7 +90,6 @@ class Journal:
     """The worker's side of the journal, made by ``open`` or ``create``. Not thread-safe.
 
     Attributes:
-        epoch, head, mark: the position; ``head`` is 0 before the first change.
         notes: repairs made by ``open``, one line each.
         is_damaged: ``open`` cut records that may have been acknowledged: their replies are lost.
         request_ids: the requests answered in expired or former segments.
@@ -144,7 +143,6 @@ class Journal:
         A crash leaves the old history or the new one with all of ``answered`` (I6).
 
         Args:
-            directory: created if missing.
             answered: replies that a retry may ask for: records without a change, at number 0.
             since: ``answered`` has all replies after this time, in seconds since the epoch; None: none before now.
         """
@@ -159,8 +157,6 @@ class Journal:
         journal.epoch = epoch
         journal._begin_segment(time.time() if since is None else since, answered)
         return journal
-
-    # --- reading back ---
 
     def _load(self) -> None:
         for path in self.directory.glob(f"*{_SCRATCH}"):
@@ -221,7 +217,6 @@ class Journal:
             os.ftruncate(self._descriptor, last.size)
 
     def _set_aside_tail(self, last: StoredSegment) -> None:
-        """Keep a copy of the bytes to be cut, if the disk has room."""
         directory = self.directory.parent / "set-aside"
         with contextlib.suppress(OSError), last.path.open("rb") as file:
             directory.mkdir(mode=0o700, exist_ok=True)
@@ -265,10 +260,7 @@ class Journal:
         return old or last.size >= self.retention.segment_bytes
 
     def rotate(self) -> int:
-        """Start a new segment and return the old one's descriptor, for the caller to close. Raises OSError.
-
-        The old one is made durable first: the new header repeats where it ended.
-        """
+        """Start a new segment, after the old one is durable, and return the old descriptor. Raises OSError."""
         old = self._descriptor
         sync(old)
         self._begin_segment(time.time())
@@ -359,12 +351,11 @@ class Journal:
 
     @property
     def is_segment_new(self) -> bool:
-        """Whether the files are as at the start of the newest segment."""
         return self.head == self._segments[-1].header.head
 
     @property
     def newest(self) -> float:
-        """Time of the last record, in seconds since the epoch."""
+        """Time of the last record (seconds since the epoch)."""
         return self._segments[-1].newest
 
     @property
@@ -374,7 +365,7 @@ class Journal:
 
     @property
     def since(self) -> float:
-        """``find`` knows every reply given after this time, in seconds since the epoch."""
+        """Time in seconds since the epoch: ``find`` knows every later reply."""
         return self._segments[0].header.since
 
     def find(self, request_id: str) -> Record | None:
@@ -431,15 +422,12 @@ class Committer:
 
     @property
     def waiting(self) -> int:
-        """Number of jobs that are not being committed."""
         return len(self._jobs)
 
     def flush(self) -> None:
-        """Commit all jobs as soon as the running batch is done."""
         self._delays.put(0.0)
 
     def flush_soon(self) -> None:
-        """Commit all jobs even if ``flush`` is not called soon."""
         if not self._is_delayed:
             self._is_delayed = True
             self._delays.put(_MAX_DELAY_S)
@@ -464,7 +452,6 @@ class Committer:
             os._exit(1)
 
     def _run_batch(self) -> bool:
-        """Run all jobs once they are due; return False after the last."""
         delay = self._delays.get()
         with contextlib.suppress(queue.Empty):
             while delay:

@@ -68,8 +68,6 @@ def differing(tree: ProjectTree, doubtful: Collection[str] | None = None) -> lis
 
 @dataclass(frozen=True)
 class _Line:
-    """A line of an event log that is not in the journal."""
-
     data: bytes
     event: dict[str, Any]
 
@@ -342,10 +340,8 @@ class Repair:
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             return b""
 
-    # --- writing ---
-
     def perform(self, lost: Path) -> list[str]:
-        """Write the files, those of unfinished commands to ``lost``; return a line for each. Repeatable. Raises
+        """Write the files, those of unfinished commands to ``lost``; return a line for each. Repeatable; raises
         OSError.
         """
         notes = [f"{path}: could not be restored" for path in self.failed]
@@ -439,7 +435,7 @@ _MAX_LOG_BYTES = 4 * 1024 * 1024
 
 
 def files_of_task(path: str) -> set[str]:
-    """Return the path and, if it belongs to a task, its event log, snapshot, plan and notes, active or archived."""
+    """Return a path and, of a task, its log, snapshot, plan and notes, active or archived."""
     task = os.path.basename(path).partition(".")[0]
     if not task.startswith("task_"):
         return {path}
@@ -448,16 +444,15 @@ def files_of_task(path: str) -> set[str]:
 
 
 def grown_tasks(tree: ProjectTree, found: TreeDiff) -> list[str]:
-    """Return the ids of the known tasks whose logs are among the differences ``found``."""
     logs = (match for path in found.states if (match := _LOG.fullmatch(path)) and _known(tree, path))
     return list(dict.fromkeys(match[1] for match in logs))
 
 
 def repair_task(tree: ProjectTree, task: str) -> None:
-    """Archive a revived task again, and derive a stale snapshot from its log. Lattice's locks of it must be held.
+    """Archive a revived task again, and derive a stale snapshot from its log.
 
     A snapshot is stale if it agreed with its log at the last number, the log has grown, and they no longer agree. A
-    snapshot that a person has edited did not agree, and stays. Raises OSError.
+    snapshot that a person has edited did not agree, and stays.
     """
     _archive_again(tree, task)
     for folder in ("", "archive/"):
@@ -491,7 +486,7 @@ def _derived(snapshot: str, log: bytes) -> bytes:
 
 
 def _log_since(tree: ProjectTree, path: str) -> tuple[bytes, bytes] | None:
-    """Return a log at the last number and now; None if it has not grown, has changed otherwise, or is too large."""
+    """Return a log at the last number and now; None if it has not simply grown."""
     known, status = _known(tree, path), tree.status(path)
     if known is None or status is None or not known.size < status.st_size <= _MAX_LOG_BYTES:
         return None
@@ -509,7 +504,7 @@ def _known(tree: ProjectTree, path: str) -> FileState | None:
 
 
 def place_of(directory: Path) -> list[int]:
-    """Return an identity that a copy of this journal directory does not share; empty before its undo log exists."""
+    """Return an identity that a copy of this directory does not share; empty before its undo log exists."""
     try:
         return [os.stat(directory).st_ino, os.stat(directory / "undo").st_ino]
     except FileNotFoundError:
@@ -530,9 +525,6 @@ def repair_copy(
     outside changes stay, see ``Repair``. Raises OSError.
 
     Args:
-        tree: of the copy; its ``files`` are of the reached number afterwards.
-        journal: the copied one, open.
-        listed: the copied manifest.
         kept: returns the copied undo log's content of an absolute path.
     """
     states = _EarlierTrees(journal, listed, tree)
@@ -557,7 +549,6 @@ def repair_copy(
 
 
 def files_at_head(journal: Journal, listed: ManifestFile, lattice: Path) -> dict[str, FileState]:
-    """Return the files at a journal's head, which the manifest may be ahead of. Raises OSError."""
     return _EarlierTrees(journal, listed, ProjectTree(lattice, {})).at(journal.head)
 
 
@@ -606,10 +597,7 @@ class _EarlierTrees:
 
 
 def _oldest_list(journal: Journal, listed: ManifestFile) -> ManifestFile | None:
-    """Return the oldest manifest from which the journal continues.
-
-    The copied ``manifest`` may be newer than the journal, or than the target.
-    """
+    """Return the oldest manifest from which the journal continues."""
     beside = map(load_manifest, map(list_beside, segment_paths(journal.directory)))
     lists = [found for found in (listed, *beside) if found is not None and found.epoch == journal.epoch]
     reached = range(journal.oldest - 1, journal.head + 1)

@@ -38,8 +38,6 @@ __all__ = [
 
 
 class Segment(msgspec.Struct, frozen=True, tag="segment"):
-    """The first record of a segment: the epoch, and the head and time at its start."""
-
     epoch: str
     number: int
     head: int
@@ -51,11 +49,9 @@ class Record(msgspec.Struct, frozen=True, tag="record", omit_defaults=True):
     """One commit. ``change`` and ``reply`` are encoded frames; ``files`` are the states after it, None for gone.
 
     Attributes:
-        seq, mark: the head's after this record.
         id: empty if no retry may ask for the reply.
         moved: contents of files that the change only moved: a copy of a live project may have them in neither place
             (``repair.py``). Without a change, a content before a command destroys it.
-        fingerprint: of the request.
         is_keyed: the id is the caller's key: a repetition does not say when it was first sent.
     """
 
@@ -97,8 +93,6 @@ _SEGMENT_NAME = re.compile(r"[0-9]{20}\.log")
 
 @dataclass
 class StoredSegment:
-    """A segment on disk; ``size`` is that of its whole records."""
-
     path: Path
     header: Segment
     size: int
@@ -106,17 +100,15 @@ class StoredSegment:
 
 
 def segment_paths(directory: Path) -> list[Path]:
-    """Return the paths of all segments, oldest first."""
     return sorted(path for path in directory.glob("*.log") if _SEGMENT_NAME.fullmatch(path.name))
 
 
 def list_beside(segment: Path) -> Path:
-    """Return the path of the manifest at a segment's start, for ``repair.py``."""
     return segment.with_suffix(".files")
 
 
 def remove_segments(paths: Iterable[Path]) -> None:
-    """Remove segments and the manifests beside them; missing ones are skipped."""
+    """Remove segments and the manifests beside them, if there."""
     for path in paths:
         path.unlink(missing_ok=True)
         list_beside(path).unlink(missing_ok=True)
@@ -144,7 +136,7 @@ def read_segment(path: Path) -> tuple[StoredSegment, list[tuple[int, Outline]]] 
 
 
 def salvaged(data: bytes) -> Iterator[Outline]:
-    """Yield the whole records inside ``data``, which does not start with one; a torn end has none."""
+    """Yield the whole records inside ``data``, which does not start with one."""
     at = data.find(_RECORD_TAG, _TAG_OFFSET)  # an earlier tag is of a record whose head is lost
     while at >= 0:
         if (payload := payload_at(data, at - _TAG_OFFSET)) is not None:
@@ -218,8 +210,7 @@ class JournalReader:
     def read(self, after: int, upto: int, max_bytes: int) -> list[tuple[int, bytes]] | None:
         """Return (number, encoded ``Change``) for ``after < number <= upto``, in order, without a gap.
 
-        At most ``max_bytes`` of changes, but at least one: continue with the last number returned. None if change
-        ``after + 1`` has expired: the client must resync.
+        None if change ``after + 1`` has expired: the client must resync.
         """
         changes: list[tuple[int, bytes]] = []
         total = 0
@@ -260,7 +251,7 @@ class JournalReader:
         return (item for item in self._items(0) if isinstance(item, Record))
 
     def mark_at(self, seq: int) -> bytes | None:
-        """Return the change id of change ``seq``, or of the state before the first kept one; None if unknown."""
+        """Return the change id of change ``seq``, or of the state before the first kept one."""
         for item in self._items(seq):
             number = item.head if isinstance(item, Segment) else item.seq
             if number == seq:
@@ -283,7 +274,6 @@ class JournalReader:
         return bool(of_epoch)
 
     def _items(self, seq: int) -> Iterator[Segment | Record]:
-        """Yield the items of the history, from the segment that would hold change ``seq + 1``."""
         paths: list[Path] = []
         epoch = None
         for path in reversed(segment_paths(self._directory)):

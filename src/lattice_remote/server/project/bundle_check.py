@@ -43,7 +43,7 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFE
 class Candidate:
     """Project under construction in ``place``, the real path of an empty directory.
 
-    Every file is created here, with a checked name: no link leads outside, and no mode or owner is from the input.
+    Every file is created here, with a checked name: no link leads outside.
     """
 
     def __init__(self, place: Path, layout: Layout) -> None:
@@ -76,7 +76,6 @@ class Candidate:
         self.digests[path] = hasher.digest()
 
     def is_as_received(self, path: str, status: os.stat_result) -> bool:
-        """Return whether a file was not written since it was added."""
         return self._signatures.get(path) == signature_of(status)
 
 
@@ -86,12 +85,11 @@ _MAX_NOTE_CHARS = 2000
 
 
 class ImportReport(msgspec.Struct, kw_only=True):
-    """Result of the check. The candidate may be put in place if ``refused`` is empty.
+    """Result of the check: the candidate may be put in place if ``refused`` is empty.
 
     Attributes:
         omitted: entries that do not belong to a project.
         rebuilt: files that differed from the event logs.
-        warnings: of lattice's doctor.
     """
 
     refused: str = ""
@@ -138,8 +136,8 @@ async def quarantine(
 ) -> ImportReport:
     """Build a candidate in ``place``, which must not exist, and check it.
 
-    Without ``refused`` in the report, ``place`` holds a complete, durable project and nothing else. Otherwise ``place``
-    is removed. Raises StorageError if the check cannot run.
+    Afterwards ``place`` is a complete, durable project, or is gone if the report has ``refused``. Raises StorageError
+    if the check cannot run.
 
     Args:
         source: ``--pack FILE`` or ``--from DIRECTORY``.
@@ -239,9 +237,9 @@ class _Content:
 
 
 def add_directory(candidate: Candidate, directory: Path) -> list[str]:
-    """Add the replicated files below ``directory`` (a ``.lattice``); return the omitted paths: links, special files.
+    """Add the replicated files below a ``.lattice``; return the omitted paths.
 
-    Raises Misuse if a project cannot contain a file, or it was truncated while being read, or OSError.
+    Raises OSError, or Misuse if a project cannot contain a file, or it was truncated while being read.
     """
     omitted: list[str] = []
     for path in _walk(directory, omitted):
@@ -301,7 +299,6 @@ _MAX_WARNINGS = 50
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the report; the exit code is 0 then."""
     parser = argparse.ArgumentParser(prog="lattice-remote-intake")
     parser.add_argument("--into", type=Path, required=True, help="an empty directory")
     parser.add_argument("--pack", type=Path)
@@ -357,7 +354,6 @@ def _limit_resources(max_bytes: int) -> None:
 
 
 def _settle_hooks(candidate: Candidate, report: ImportReport, *, keep: bool, hooks_of: Path | None) -> None:
-    """Remove the project's hooks unless an administrator allows them."""
     path = candidate.lattice / "config.json"
     config = _json_object(path)
     report.hooks, report.hooks_kept = bool(config.get("hooks")), keep
@@ -396,10 +392,7 @@ class _NoPreImages:
 
 
 def _check_with_lattice(candidate: Candidate, report: ImportReport) -> None:
-    """Run ``rebuild --all``, ``doctor`` and the most common reading commands.
-
-    Raises Misuse if lattice reports errors, fails, or would touch files outside the project.
-    """
+    """Run ``rebuild --all``, ``doctor`` and the most common reading commands."""
     place = candidate.place
     code = code_directories(place)
     scratch = prepare_scratch(place)
@@ -416,7 +409,7 @@ def _check_with_lattice(candidate: Candidate, report: ImportReport) -> None:
 
 
 class _NoLocks(LockTable):
-    """No locks: no other process knows the candidate. ``rebuild --all`` would hold one for each task."""
+    """No locks, of which ``rebuild --all`` would hold one for each task: no other process knows the candidate."""
 
     def acquire(self, path: Path, timeout_s: float) -> None: ...
 
@@ -559,9 +552,6 @@ def _require_form[Form: msgspec.Struct](path: Path, form: type[Form]) -> Form:
         return msgspec.json.decode(path.read_bytes(), type=form)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise Misuse(f"{path.name} is not what lattice writes: {error}") from error
-
-
-# --- result ---
 
 
 def _count(candidate: Candidate, report: ImportReport) -> None:

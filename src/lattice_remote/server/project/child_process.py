@@ -1,7 +1,7 @@
 """Start of a project's worker or reader: forked from the server's template process, or from a command line.
 
-The template has lattice loaded once for all projects (``worker/template.py``). It is started on first use. While it
-cannot be used, children are started from their command lines.
+The template has lattice loaded once for all projects (``worker/template.py``). While it cannot be used, children are
+started from their command lines.
 """
 
 import asyncio
@@ -47,16 +47,13 @@ class ChildProcess(Protocol):
 
     def has_ended(self) -> bool: ...
 
-    def kill(self) -> None:
-        """Kill the process; no effect on one that has ended."""
+    def kill(self) -> None: ...
 
     def end(self) -> None:
-        """Kill the process and wait for its end, which takes a millisecond."""
+        """Kill the process and wait for its end, for a millisecond."""
 
 
 class StartChild(Protocol):
-    """Starter of a process for a project."""
-
     async def __call__(
         self, command: Sequence[str], project: Path, slug: str, *, inherited: Sequence[int] = ()
     ) -> tuple[ChildProcess, socket.socket]:
@@ -71,7 +68,6 @@ class StartChild(Protocol):
 async def spawn_child(
     command: Sequence[str], project: Path, slug: str, *, inherited: Sequence[int] = ()
 ) -> tuple[ChildProcess, socket.socket]:
-    """Start a process from its command line, see ``StartChild``."""
     ours, theirs = socket.socketpair()
     with theirs:
         try:
@@ -112,8 +108,6 @@ class _Spawned:
 
 
 class _Forked:
-    """Child of the template, which reaps it."""
-
     def __init__(self, pid: int, pidfd: int) -> None:
         self.pid = pid
         self._pidfd: int | None = pidfd
@@ -175,7 +169,7 @@ class Template:
     async def start_child(
         self, command: Sequence[str], project: Path, slug: str, *, inherited: Sequence[int] = ()
     ) -> tuple[ChildProcess, socket.socket]:
-        """Fork a process if the command runs one of our modules, else start it anew; see ``StartChild``."""
+        """Fork a process if the command runs one of our modules, else start it; see ``StartChild``."""
         if tuple(command[: len(PYTHON)]) == tuple(PYTHON):
             request = [*command[len(PYTHON) :], "--project-dir", str(project), "--slug", slug]
             try:
@@ -186,12 +180,10 @@ class Template:
         return await spawn_child(command, project, slug, inherited=inherited)
 
     def prepare(self) -> None:
-        """Start the template before the first child is needed. A failure is reported then."""
         with contextlib.suppress(_NoTemplate, OSError):
             self._require()
 
     def _require(self) -> None:
-        """Start the template, unless it runs. Raises _NoTemplate, OSError."""
         if self._control is not None:
             return
         if not hasattr(os, "pidfd_open"):
@@ -245,7 +237,6 @@ class Template:
             raise _NoTemplate("the template process has ended") from error
 
     def _receive(self) -> None:
-        """Take a reply, or notice the end of the process."""
         assert self._control is not None, "only an open socket is read"
         try:
             reply, descriptors, _, _ = socket.recv_fds(self._control, 64, 1)

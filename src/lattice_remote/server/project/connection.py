@@ -1,6 +1,6 @@
 """One client connection to a project: greeting, catch-up, then live changes, replies and files.
 
-The reader handles frames as they arrive. The sender first sends the missed changes. From then on each change is queued
+The reader handles frames as they arrive. The sender first sends the missed changes; from then on each change is queued
 in the loop tick of its commit, with pieces of files between changes as the send queue has room.
 
     greeting --Hello--> catching up --its last change is the head--> live
@@ -89,8 +89,6 @@ __all__ = [
 
 
 class ReplicationStatus:
-    """Replication of one connection; empty before ``greeted()``."""
-
     def __init__(self, commit_times: CommitTimes, metrics: ProjectMetrics) -> None:
         self.since = datetime.now(UTC)
         self.client_version = ""
@@ -109,7 +107,6 @@ class ReplicationStatus:
             self.applied = start
 
     def acknowledged(self, frame: Applied, *, sent: int) -> None:
-        """Record an acknowledgement of at most ``sent``."""
         if self.applied is None or not self.applied < frame.seq <= sent:
             return
         self.applied = frame.seq
@@ -124,7 +121,7 @@ def offered_capabilities() -> list[str]:
 
 
 async def download(request: Download, history: History, paths: ProjectPaths) -> Downloaded | Refused:
-    """Return a piece of a file as of the head. Reads in a thread."""
+    """Return a piece of a file as of the head, read in a thread."""
     content = history.files.get(request.path)
     if content is None:
         return Refused(request.id, "REMOTE_NOT_FOUND", f"there is no file {request.path!r} in this project")
@@ -222,7 +219,6 @@ class ClientConnection:
         return self
 
     async def run(self) -> None:
-        """Serve the client until either side closes. Raises nothing."""
         try:
             await self._welcome(await self._greeting())
             async with asyncio.TaskGroup() as group:
@@ -262,7 +258,7 @@ class ClientConnection:
         self.project.metrics.sent_bytes.inc(self._outbox.take_written())
 
     def end(self, bye: Bye) -> None:
-        """Queue a ``Bye`` behind all queued frames, then close. Idempotent; never waits."""
+        """Queue a ``Bye`` behind all queued frames, then close; idempotent."""
         if self._ended:
             return
         self._ended = True
@@ -309,7 +305,7 @@ class ClientConnection:
         return hello
 
     async def _welcome(self, hello: Hello) -> None:
-        """Answer the greeting. Does not yield between its last look at the project and the queued frame."""
+        """Answer the greeting, without yielding between the last look at the project and the queued frame."""
         project = self.project
         self._capabilities = frozenset(hello.capabilities)
         await project.opened()
@@ -347,8 +343,6 @@ class ClientConnection:
         _log.info("%s: connected at %d of %d, %s", self._name, self._sent, project.history.head, programs)
         if self._sent == project.history.head:
             self._go_live()
-
-    # --- received frames ---
 
     async def _read(self) -> None:
         async for message in self._connection:
@@ -437,8 +431,6 @@ class ClientConnection:
     def _refuse(self, request_id: str, code: str, message: str) -> None:
         self.project.request_log.refused_other(code)
         self.answer(request_id, encode(Refused(request_id, code, message)))
-
-    # --- sent frames ---
 
     def change_committed(self, seq: int, frame: bytes) -> None:
         if self._live and self._follows:
@@ -537,7 +529,6 @@ class ClientConnection:
 
 
 def _describe_versions(hello: Hello, lattice_version: str) -> str:
-    """Return the client's versions, as far as it names them, and the side to upgrade."""
     parts = []
     for name, theirs, ours in (
         ("lattice-remote", hello.client_version, lattice_remote.__version__),

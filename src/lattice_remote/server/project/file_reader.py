@@ -30,7 +30,7 @@ _MAX_BYTES = 64 * 1024 * 1024
 
 
 async def text_at_head(project: Project, path: str, share: ResponseShare) -> bytes | None:
-    """Return the content of a plan or notes at the head. It counts as part of ``share``.
+    """Return the content of a plan or notes at the head, as part of ``share``.
 
     Raises Rejected: REMOTE_TOO_LARGE, or REMOTE_BUSY, too many responses outstanding; StorageError: it cannot be read,
     or differed from the head for ``_TEXT_SETTLE_S``.
@@ -60,7 +60,7 @@ async def _settled(project: Project, path: str) -> bytes | None:
 
 
 def read_content(path: Path, content: Content) -> bytes | None:
-    """Return a file's bytes if they are this content. Blocking. Raises OSError."""
+    """Return a file's bytes if they are this content. Blocking; raises OSError."""
     size, digest = content
     try:
         descriptor = os.open(path, READ)
@@ -79,7 +79,7 @@ _MAX_GROWTH_BYTES = 4 * 1024 * 1024
 
 
 class Snapshot:
-    """Open file, digested as a whole and at its expected size: either may be sent. Close it."""
+    """Open file, digested as a whole and at its expected size: either may be sent."""
 
     def __init__(
         self, descriptor: int, size: int, digest: bytes, first: "tuple[int, hashlib._Hash]", data: bytes | None
@@ -94,7 +94,7 @@ class Snapshot:
 
     @classmethod
     def open(cls, path: Path, expected_size: int) -> "Snapshot | None":
-        """Open and digest a file; None if there is none. Blocking. Raises OSError."""
+        """Open and digest a file; None if there is none. Blocking; raises OSError."""
         try:
             descriptor = os.open(path, READ)
         except FileNotFoundError:
@@ -125,7 +125,7 @@ class Snapshot:
     def digest_at(self, size: int) -> bytes | None:
         """Return the digest of the first ``size`` bytes; None if the file is shorter, or has grown by much.
 
-        Takes at most a few ms. Raises OSError.
+        Raises OSError.
         """
         if self._data is not None:
             return hashlib.sha256(self._data[:size]).digest() if size <= len(self._data) else None
@@ -170,7 +170,6 @@ class FileSender:
         self._compresses = compresses
 
     def batch(self, paths: dict[str, None]) -> list[str]:
-        """Remove several small files or one large from ``paths``."""
         taken: list[str] = []
         weight = 0
         for path in paths:
@@ -183,7 +182,7 @@ class FileSender:
         return taken
 
     async def send(self, paths: list[str]) -> list[str]:
-        """Send files; return those that kept changing, to be sent again later."""
+        """Send files; return those that kept changing."""
         if self._compresses and len(paths) > 1:
             sent = await self._send_compressed(paths)
             paths = [path for path in paths if path not in sent]
@@ -209,7 +208,7 @@ class FileSender:
         return contents.keys()
 
     async def _send(self, path: str, expected: Content | None, snapshot: Snapshot | None) -> bool:
-        """Send one file if possible. Does not yield between checking the manifest and pushing."""
+        """Send one file if possible, without yielding between checking the manifest and pushing."""
         content = self._project.history.files.get(path)
         if content is None:
             self._push(Part(path, self._project.history.head, gone=True))

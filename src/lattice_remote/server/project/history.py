@@ -77,8 +77,6 @@ Content = tuple[int, bytes]
 
 
 class Start(NamedTuple):
-    """Where a listener starts: it lacks the changes after ``position``."""
-
     outcome: Literal["kept", "expired", "ahead", "epoch"]
     """``kept``: they can be sent. Otherwise they have expired, the position is ahead of the head, or the position is
     not in the present history."""
@@ -86,10 +84,7 @@ class Start(NamedTuple):
 
 
 class Subscriber(Protocol):
-    """Recipient of changes. No method waits or raises."""
-
-    def change_committed(self, seq: int, frame: bytes) -> None:
-        """Handle a durable change in a WebSocket frame that all share."""
+    def change_committed(self, seq: int, frame: bytes) -> None: ...
 
     def end(self, bye: Bye) -> None: ...
 
@@ -116,14 +111,11 @@ class History:
 
     @property
     def used(self) -> str | None:
-        """The project's first sign of use."""
         return first_sign_of_use((path, size) for path, (size, _) in self.files.items())
 
     @property
     def position(self) -> Position:
         return Position(self.epoch, self.head, self.mark)
-
-    # --- subscribers ---
 
     def join(self, subscriber: Subscriber) -> None:
         self._subscribers.add(subscriber)
@@ -148,7 +140,7 @@ class History:
         return known if known is not None else await asyncio.to_thread(self._journal.mark_at, seq)
 
     async def is_genuine(self, position: Position) -> bool:
-        """Return whether this project, or a copy of it, made this position's change id. Raises OSError."""
+        """Return whether this project, or a copy of it, made this change id. Raises OSError."""
         return await asyncio.to_thread(self._change_ids.is_genuine, position.epoch, position.seq, position.mark)
 
     async def lacks(self, position: Position) -> bool:
@@ -188,10 +180,8 @@ class History:
 
         return forget
 
-    # --- outcomes of the worker ---
-
     def publish(self, seq: int, mark: bytes, change: bytes, after: list[PathState], *, oldest: int) -> None:
-        """Send a durable change to every subscriber (I2); ``after`` are its files, ``oldest`` is 0 when unknown."""
+        """Send a durable change to every subscriber (I2); ``oldest`` is 0 when unknown."""
         assert seq == self.head + 1, f"{seq} follows {self.head}: a gap (I1)"
         frame = websocket_frame(change)
         self.head, self.mark = seq, mark
@@ -235,7 +225,7 @@ class History:
     async def _publish_missed(self, ready: Ready) -> None:
         """Publish the changes that the last worker made durable but did not report.
 
-        ``ready`` holds the files after them; the caller must adopt those in the same tick.
+        The caller must adopt the files in ``ready`` in the same tick.
         """
         missed: list[tuple[int, bytes]] = []
         while self.head + len(missed) < ready.head:
@@ -263,19 +253,16 @@ class CommitTimes:
         self._last = 0
 
     def committed(self, seq: int, now: float) -> None:
-        """Record a change; a gap in the numbers resets."""
         if seq != self._last + 1:
             self._times.clear()
         self._times.append(now)
         self._last = seq
 
     def age_of(self, seq: int, now: float) -> float | None:
-        """Return seconds, if known."""
         back = self._last - seq
         return now - self._times[-1 - back] if 0 <= back < len(self._times) else None
 
     def per_minute(self, now: float) -> int:
-        """Return the changes in the last minute, extrapolated if fewer are recorded."""
         times = self._times
         if len(times) == times.maxlen and now - times[0] < _MINUTE_S:
             return round(len(times) * _MINUTE_S / max(now - times[0], 1.0))

@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 class HookRunner:
     """Hooks of one project, off the write path; ``close()`` it.
 
-    They run in a thread: event loops differ in what happens when a subprocess ends before it has read its input.
+    They run in a thread: event loops differ if a subprocess ends before it has read its input.
     """
 
     def __init__(self, slug: str, cwd: Path, *, timeout_s: float = HOOK_TIMEOUT_S) -> None:
@@ -108,7 +108,6 @@ class HookRunner:
                         os.killpg(process.pid, signal.SIGKILL)
 
     def _watch(self, process: "subprocess.Popen[bytes]", stderr: IO[bytes]) -> tuple[int | None, bytes]:
-        """Return a hook's exit code (None on timeout) and the start of its stderr."""
         os.set_blocking(stderr.fileno(), False)
         deadline = time.monotonic() + self._timeout_s
         output = bytearray()
@@ -126,7 +125,7 @@ class HookRunner:
         return process.returncode, bytes(output)
 
     def _failed(self, seq: int, call: HookCall, how: str, output: bytes = b"") -> None:
-        """Log a failed hook, without its command line, which may contain a password."""
+        """Log a failed hook; its command line may contain a password."""
         line = output.decode(errors="replace").strip().splitlines()[:1]
         text = f": {printable(masked_output(line[0]))[:_MAX_SHOWN_CHARS]}" if line else ""
         event = call.env.get("LATTICE_EVENT_TYPE", "?")
@@ -160,7 +159,6 @@ def _event_file(text: str) -> Iterator[IO[bytes]]:
 
 
 def _read_some(stderr: IO[bytes], output: bytearray) -> bool:
-    """Read available output; return whether more may follow."""
     try:
         data = os.read(stderr.fileno(), 65536)
     except BlockingIOError:

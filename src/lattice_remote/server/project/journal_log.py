@@ -58,10 +58,6 @@ def read_version(
     It is rebuilt from the journal's operations, with its beginning from the file on disk if the first of them only
     appends, and verified by the record's digest.
 
-    Args:
-        change: epoch and number of a change that wrote it; an empty epoch selects the newest one.
-        head: epoch and number of the last durable change; later records are ignored (I2).
-
     Raises Rejected: REMOTE_NOT_FOUND, or REMOTE_TOO_LARGE, over ``MAX_VERSION_BYTES``; or OSError.
     """
     (epoch, seq), paths = change, paths_of_text(task, kind)
@@ -189,15 +185,15 @@ class LogReader:
 
 
 def present_epoch(paths: ProjectPaths) -> str:
-    """Return the epoch; "" without a readable journal. Blocking. Raises OSError."""
+    """Return the epoch; "" without a readable journal. Blocking; raises OSError."""
     headers = map(header_of, reversed(segment_paths(paths.journal)))
     return next((header.epoch for header in headers if header is not None), "")
 
 
 def read_log(paths: ProjectPaths, task: str, limit: int) -> tuple[list[LogEntry], bool]:
-    """Return the newest changes, of one task if named, and whether there are more. Blocking.
+    """Return the newest changes, of one task if named, and whether there are more.
 
-    Raises Misuse if there is no such task, or OSError.
+    Blocking; raises OSError, or Misuse if there is no such task.
     """
     task_id = find_task(paths.lattice, task) if task else ""
     if task_id is None:
@@ -221,12 +217,11 @@ def read_page(
     before: int | None = None,
     head: tuple[str, int] | None = None,
 ) -> LogPage:
-    """Return the newest ``limit`` changes before a record; fewer over ``MAX_SCAN_BYTES``. Blocking. Raises OSError.
+    """Return the newest ``limit`` changes before a record; fewer over ``MAX_SCAN_BYTES``. Blocking; raises OSError.
 
     Args:
         task: a task's id: only changes that touched it.
         text: only changes that wrote this text of the task.
-        before: of the previous page.
         head: epoch and number of the last change to include.
     """
     found: list[LogEntry] = []
@@ -268,7 +263,7 @@ def _ids(lattice: Path) -> dict[str, str]:
 def _entries(
     data: bytes, task: str, text: TextKind | None, before: int | None, head: tuple[str, int] | None
 ) -> Iterator[tuple[int, LogEntry]]:
-    """Yield the changes of one segment with their record numbers, up to the first damaged record."""
+    """Yield the changes of one segment with their record numbers."""
     epoch, position = "", -1
     paths = set(paths_of_text(task, text)) if text else set[str]()
     for _, payload in frames(data):

@@ -25,7 +25,7 @@ _BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.
 
 
 class Metrics:
-    """All metrics of one server, in a registry of its own: two servers in one process share nothing."""
+    """All metrics of one server, in a registry of its own."""
 
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -52,7 +52,7 @@ class Metrics:
         self._projects: dict[str, ProjectMetrics] = {}
 
     def of(self, slug: str) -> "ProjectMetrics":
-        """Return the metrics of one project, which continue when it is closed and opened again."""
+        """Return the metrics of one project, which outlast its closing."""
         if slug not in self._projects:
             self._projects[slug] = ProjectMetrics(self, slug)
         return self._projects[slug]
@@ -104,9 +104,7 @@ class RequestOutcome:
     """Outcome of one request.
 
     Attributes:
-        command: its words, for example ``resource acquire``; "" if unknown.
         outcome: ``done``, ``failed`` (by lattice), ``again`` (already done) or ``refused``.
-        status: the exit code, or the status of an operation.
         ms: from arrival to reply.
     """
 

@@ -36,29 +36,25 @@ class Order(Protocol):
     def unavailable(self) -> str:
         """Why the project cannot be used here at the moment; "" if it can."""
 
-    def attach(self, project: "Project") -> None:
-        """Serve this project from now on."""
+    def attach(self, project: "Project") -> None: ...
 
     async def prepare(self) -> Sequence[str]:
-        """Bring the project's files on disk to a state from which a worker may start; return its further arguments.
+        """Bring the project's files to a state from which a worker may start; return its further arguments.
 
         Raises StorageError, or OSError.
         """
 
-    def opened(self, ready: Ready) -> None:
-        """Note that a worker is ready."""
+    def opened(self, ready: Ready) -> None: ...
 
     def pass_on(self, deliver: Callable[[], None], done: RequestDone | None = None) -> None:
         """Call ``deliver`` in order, an outcome's once it is final: on an owner that lost the project, never."""
 
-    def applied(self, message: RecordApplied) -> None:
-        """Note that the worker has applied a record."""
+    def applied(self, message: RecordApplied) -> None: ...
 
     def copy_missing(self, reason: str) -> None:
-        """Note that the worker cannot use this node's files."""
+        """The worker cannot use this node's files."""
 
-    def committed(self, seq: int) -> None:
-        """Note that change ``seq`` is the head now."""
+    def committed(self, seq: int) -> None: ...
 
     async def reach(self, seq: int) -> bool:
         """Wait a moment until change ``seq`` is here; return whether it is."""
@@ -66,8 +62,7 @@ class Order(Protocol):
     def forward(self, message: WriteRequest, requester: Requester, on_result: OutcomeListener | None) -> None:
         """Have the owner answer a request, on a node that is not the owner."""
 
-    def forget(self, requester: Requester, request_ids: set[str]) -> None:
-        """Stop answering a requester."""
+    def forget(self, requester: Requester, request_ids: set[str]) -> None: ...
 
     def withdraw(self, requester: Requester, request_id: str, code: str) -> bool:
         """Withdraw a forwarded request; return True if it never has an effect."""
@@ -77,7 +72,7 @@ class Order(Protocol):
         """Metrics of the order, by name; none on a server of its own."""
 
     async def close(self) -> None:
-        """Hand the project over. Its worker runs nothing any more."""
+        """Hand the project over."""
 
 
 class EmbeddedOrder:

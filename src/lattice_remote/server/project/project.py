@@ -78,8 +78,6 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Current load of a project."""
-
     queued: int
     with_worker: int
     waiting: int
@@ -90,8 +88,6 @@ class Load:
 
 
 class Project:
-    """Queue, worker, history and subscribers. Belongs to the event loop's thread."""
-
     def __init__(
         self,
         slug: str,
@@ -154,10 +150,8 @@ class Project:
         self._supervisor: asyncio.Task[None] | None = None
         self.order.attach(self)
 
-    # --- life ---
-
     def start(self) -> None:
-        """Keep a worker running; ``opened()`` waits for it."""
+        """Keep a worker running."""
         self._supervisor = asyncio.get_running_loop().create_task(self._keep_worker(), name=f"project {self.slug}")
 
     async def opened(self) -> None:
@@ -181,7 +175,7 @@ class Project:
 
     @property
     def stopping(self) -> bool:
-        """Whether requests are ignored; they get no reply."""
+        """Whether requests get no reply."""
         return self._stopping
 
     @property
@@ -200,7 +194,6 @@ class Project:
             requester.end(bye)
 
     async def drain(self, timeout_s: float) -> None:
-        """Accept no requests; wait for those with the worker."""
         self._stopping = True
         self._open.set()  # opened() then raises
         self._queue.waiting.clear()
@@ -210,7 +203,6 @@ class Project:
                 await asyncio.wait_for(self._idle.wait(), timeout_s)
 
     async def stop(self, timeout_s: float) -> None:
-        """Stop the worker, by force after ``timeout_s``, after ``drain()``."""
         self._stopping = True
         if self._supervisor is not None:
             self._supervisor.cancel()
@@ -237,7 +229,7 @@ class Project:
     def _settled_state(self) -> object | None:
         """Return a name of the tree's state at the head; None while a request is with the worker.
 
-        It includes the number of attempts: readers may have seen the files of an undone command.
+        The name has the number of attempts: readers may have seen the files of an undone command.
         """
         settled = self.is_ready and not self._queue.sent and self.order.is_settled
         return (self.history.epoch, self.history.head, self._queue.attempts) if settled else None
@@ -266,10 +258,11 @@ class Project:
         requester: Requester,
         on_result: OutcomeListener | None = None,
     ) -> None:
-        """Queue a request. Calls ``requester.answer()`` exactly once, possibly before returning.
+        """Queue a request.
 
-        A duplicate id joins the running request (I6). ``on_result`` is called just before the reply and
-        writes the log line; without it the line is written here.
+        Calls ``requester.answer()`` exactly once, possibly before returning. A duplicate id joins the running request
+        (I6). ``on_result`` is called just before the reply and writes the log line; without it the line is written
+        here.
         """
         if self._stopping or self._failure is not None:
             return  # the Bye on this connection gives the reason
@@ -317,7 +310,7 @@ class Project:
         requester.answer(message.id, encode(Refused(message.id, code, why)))
 
     def forget(self, requester: Requester, request_ids: set[str]) -> None:
-        """Remove a closed connection. Its requests continue, except waits for a resource."""
+        """Remove a closed connection; its requests continue, except waits for a resource."""
         self.pushes.forget(requester)
         self.order.forget(requester, request_ids)
         for request_id in request_ids:
@@ -343,7 +336,7 @@ class Project:
         return True
 
     def files_touched(self, paths: set[str] | None) -> None:
-        """Have the worker check files that another program may have changed (I12)."""
+        """Have the worker check files that may have changed (I12)."""
         if paths is None:
             self._rescan = True
         else:
@@ -395,7 +388,8 @@ class Project:
         return position.seq == self.history.head or position.seq + 1 >= self.history.oldest
 
     async def find_start(self, epoch: str = "", seq: int | None = None, mark: bytes = b"") -> Start:
-        """Return where a listener starts that knows change ``seq``; None: the head. Does not yield after its last look.
+        """Return where a listener starts that knows change ``seq`` (None: the head), without yielding after the last
+        look.
 
         Without a change id the position is a user's guess: it gets the changes after that number in the current
         history.
@@ -447,8 +441,6 @@ class Project:
         self._reconciling = True
         self._enqueue(QueuedRequest(Reconcile(paths)))
 
-    # --- messages from the worker ---
-
     def _received(self, message: ToServer) -> None:
         match message:
             case Ready():
@@ -488,14 +480,10 @@ class Project:
         self._pump()
 
     def _applied(self, message: RecordApplied) -> None:
-        """Publish a change of the project's owner."""
         if message.change is not None:
             self.history.publish(message.seq, message.mark, message.change, message.after, oldest=message.oldest)
 
-    # --- a node of a cluster ---
-
     def apply(self, records: ApplyRecords) -> None:
-        """Have the worker apply records of the owner."""
         assert self._worker is not None, "the order sends records to a ready worker"
         self._worker.send(records)
 

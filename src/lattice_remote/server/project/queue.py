@@ -47,7 +47,7 @@ __all__ = [
 
 
 class Requester(Protocol):
-    """Recipient of a reply. No method waits or raises."""
+    """Recipient of a reply; no method waits or raises."""
 
     @property
     def fairness_key(self) -> Hashable:
@@ -59,7 +59,7 @@ class Requester(Protocol):
 
 
 class FairQueue[T]:
-    """Queue that serves fairness keys in turn; ``None`` is the server's own."""
+    """Queue that serves fairness keys in turn; ``None`` is the server's."""
 
     def __init__(self) -> None:
         self._first: deque[T] = deque()
@@ -84,7 +84,6 @@ class FairQueue[T]:
         return self._first[0] if self._first else next(iter(self._by_key.values()))[0]
 
     def pop(self) -> T:
-        """Remove the next item; its key then comes last."""
         self._length -= 1
         if self._first:
             return self._first.popleft()
@@ -110,8 +109,6 @@ class FairQueue[T]:
 
 
 class FairLock:
-    """Lock acquired by fairness keys in turn. Belongs to the event loop's thread."""
-
     def __init__(self) -> None:
         self._is_taken = False
         self._waiting: FairQueue[asyncio.Future[None]] = FairQueue()
@@ -193,14 +190,12 @@ _LOCK_RETRY_S, _MAX_LOCK_RETRY_S = 0.02, 0.25
 
 
 class ResourceWaitQueue:
-    """Waiters of one project, by resource. Calls ``retry`` with the request to try again."""
-
     def __init__(self, retry: Callable[[QueuedRequest], None]) -> None:
         self._retry = retry
         self._lines: dict[str, dict[QueuedRequest, asyncio.TimerHandle | None]] = {}  # None: being tried
 
     def add(self, job: QueuedRequest, done: RequestDone, *, ahead: list[str]) -> None:
-        """Wait for ``done.waiting_for``; ``ahead`` are the resources that had earlier waiters at the last try."""
+        """Wait for ``done.waiting_for``; ``ahead`` had earlier waiters at the last try."""
         assert done.waiting_for is not None, "only waiting outcomes are added"
         if job.resource != done.waiting_for:
             self.leave(job)
@@ -224,7 +219,6 @@ class ResourceWaitQueue:
         return min(delay, _LOCK_RETRY_S * 1.5**job.lock_tries, _MAX_LOCK_RETRY_S)
 
     def ahead_of(self, job: QueuedRequest) -> list[str]:
-        """Return the resources with longer waiters."""
         return [
             resource
             for resource, line in self._lines.items()
@@ -235,7 +229,6 @@ class ResourceWaitQueue:
         return sum(map(len, self._lines.values()))
 
     def touched(self, done: RequestDone) -> None:
-        """Wake the first waiter of each changed resource."""
         if not self._lines:
             return
         names = {after.path.split("/")[1] for after in done.after if after.path.startswith("resources/")}
@@ -309,10 +302,9 @@ class QueueLimits:
 
 
 class RequestQueue:
-    """Requests of one project without a reply. Belongs to the event loop's thread; ``close()`` it.
+    """Requests of one project without a reply. ``close()`` it.
 
     Args:
-        limits: limits of count, weight and time.
         ready: called when a waiting request is queued again.
         overdue: called with the oldest request of the worker when it exceeds its time limit.
     """
@@ -372,10 +364,7 @@ class RequestQueue:
             self._weight[token_id] += request.weight
         self.turns.add(request, request.fairness_key)
 
-    # --- the worker ---
-
     def take(self) -> list[ToWorker]:
-        """Return the messages to send to the worker now."""
         batch: list[ToWorker] = []
         while self.turns and self._has_room(self.turns.next()):
             request = self.turns.pop()
@@ -402,7 +391,7 @@ class RequestQueue:
         self._watch()
 
     def settle(self) -> QueuedRequest:
-        """Remove and return the worker's oldest request, to ``wait()`` or ``drop()``."""
+        """Remove and return the worker's oldest request."""
         request = self.sent.popleft()
         self._weight_sent -= request.weight
         request.suspect, request.deaths = False, 0
@@ -410,7 +399,6 @@ class RequestQueue:
         return request
 
     def wait(self, request: QueuedRequest, done: RequestDone) -> None:
-        """Have a settled request wait for ``done.waiting_for``."""
         assert isinstance(request.message, RunCommand | RunCall), "only commands and calls wait"
         request.state = "waiting"
         self.waiting.add(request, done, ahead=request.message.ahead)
@@ -424,8 +412,6 @@ class RequestQueue:
             request.state, request.suspect = "queued", True
             self.turns.add_first(request)
         return unanswered
-
-    # --- ends ---
 
     def drop(self, request: QueuedRequest) -> None:
         self.waiting.leave(request)
@@ -451,11 +437,11 @@ class RequestQueue:
         self._weight.clear()
 
     def unanswered(self) -> list[QueuedRequest]:
-        """Return every request of a client, in the order of arrival."""
+        """Return every client's request, in the order of arrival."""
         return list(self._by_id.values())
 
     def reset(self) -> None:
-        """Forget everything, also what the worker has: it does not answer any more."""
+        """Forget everything, also the worker's: it does not answer any more."""
         self.clear()
         self.sent.clear()
         self._weight_sent = 0
@@ -473,8 +459,6 @@ class RequestQueue:
         request.state = "queued"
         self.turns.add(request, request.fairness_key)
         self._ready()
-
-    # --- time limit ---
 
     def _watch(self) -> None:
         if self._timer is None:
@@ -499,7 +483,7 @@ class RequestQueue:
 
 
 def refusal_to_join(job: QueuedRequest, message: RunCommand | RunCall | Edit | ImportProject) -> tuple[str, str] | None:
-    """Return code and reason why a request may not join the running one with its id, None if it may (I6)."""
+    """Return code and reason why a request may not join the running one with its id (I6)."""
     running = job.message
     assert isinstance(running, RunCommand | RunCall | Edit | ImportProject | AbandonRequest), "others have no id"
     if running.token_id != message.token_id:

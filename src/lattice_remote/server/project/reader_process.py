@@ -40,8 +40,6 @@ _ITEM_BYTES = 160
 
 
 class ReadCache:
-    """Newest results of one state of the tree. Belongs to the event loop's thread."""
-
     def __init__(self) -> None:
         self._state: object | None = None
         self._answers: dict[Read, tuple[float, ReadResult]] = {}  # the oldest first
@@ -51,13 +49,12 @@ class ReadCache:
         return len(self._answers)
 
     def get(self, request: Read, state: object | None) -> ReadResult | None:
-        """Return the result of a read in this state; None if not cached or ``state`` is None."""
         since, found = self._answers.get(request, (0.0, None))
         is_fresh = state is not None and state == self._state and _now() - since < _MAX_AGE_S
         return found if is_fresh else None
 
     def keep(self, request: Read, state: object, found: ReadResult) -> None:
-        """Cache a result; evict results of other states, expired ones, and the oldest above the size limit."""
+        """Cache a result; evict those of other states, expired ones, and the oldest above the size limit."""
         if state != self._state:
             self._answers.clear()
             self._bytes, self._state = 0, state
@@ -118,7 +115,6 @@ class ReaderProcess:
         state: returns a name of the tree's state; None while a request is with the worker. While the name is the same,
             no file changes.
         durable: returns the epoch and the number of its newest durable change.
-        count_files: returns the number of the project's files.
         idle_s: time after the last read when the process ends.
     """
 
@@ -153,8 +149,7 @@ class ReaderProcess:
     async def read(self, request: Read, share: ResponseShare | None = None) -> ReadResult:
         """Return the result of a read; it includes every change acknowledged before the call.
 
-        The read waits for the turn and the room of ``share``, the response that it is part of; None for the server's
-        own.
+        It waits for the turn and the room of ``share``, its response; None for the server's own.
 
         Raises:
             Rejected: REMOTE_BUSY, too many reads of the token wait, it has too many responses outstanding, or the
@@ -232,7 +227,7 @@ class ReaderProcess:
         """Return the results of several reads, and whether all of them show the current state of the tree.
 
         Under constant writes they may show no common state; each still includes every change acknowledged before the
-        call. Raises as ``read``.
+        call.
         """
         for _ in range(_TRIES_TOGETHER):
             if share is not None:
@@ -244,7 +239,7 @@ class ReaderProcess:
         return found, False
 
     async def _settled(self) -> object | None:
-        """Return the state of the tree, waiting briefly for one."""
+        """Return the state of the tree, briefly waited for."""
         for _ in range(_SETTLE_POLLS):
             if (state := self._state()) is not None:
                 return state

@@ -58,7 +58,7 @@ class _Content:
 
 
 class Staging:
-    """Staged contents on disk. Blocking; used by one thread. Methods raise OSError."""
+    """Staged contents on disk. Blocking, for one thread; raises OSError."""
 
     def __init__(self, paths: ProjectPaths, limits: LimitSettings) -> None:
         self._paths = paths
@@ -93,8 +93,6 @@ class Staging:
         for name, content in list(self._known().items()):
             if now - content.used_at > EXPIRE_S:
                 self._remove(name)
-
-    # --- admission ---
 
     def _admitted(self, frame: Upload, name: str) -> _Content:
         """Return the content of a piece, registering it if new. Raises Rejected: too large, no room, another size than
@@ -144,10 +142,8 @@ class Staging:
         if _bytes_of(others) + size > limits.upload_bytes:
             raise Rejected("the server holds too many uploads of this project; try again later", code="REMOTE_BUSY")
 
-    # --- on the disk ---
-
     def _known(self) -> dict[str, _Content]:
-        """Return the staged contents. The first call scans the directory and removes foreign files."""
+        """Return the staged contents, at first by scanning the directory."""
         if self._contents is None:
             self._paths.uploads.mkdir(mode=0o700, exist_ok=True)
             with self._directory() as directory:
@@ -157,7 +153,6 @@ class Staging:
 
     @contextlib.contextmanager
     def _directory(self) -> Iterator[int]:
-        """Open the directory. Raises OSError if it is a symbolic link."""
         descriptor = os.open(self._paths.uploads, READ | os.O_DIRECTORY)
         try:
             yield descriptor
@@ -222,7 +217,6 @@ def _bytes_of(contents: Mapping[str, _Content]) -> int:
 
 
 def _found(directory: int) -> Iterator[tuple[str, _Content]]:
-    """Yield contents left by an earlier server; remove other files."""
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
         matched = _NAME.fullmatch(entry.name)
         if matched is None or not entry.is_file(follow_symlinks=False):
@@ -243,7 +237,7 @@ _log = logging.getLogger(__name__)
 
 
 class Uploads:
-    """Uploads of one project, in the event loop's thread. ``refused`` gets the code of each refusal. ``close()`` it."""
+    """Uploads of one project, in the event loop's thread; ``refused`` gets the code of each refusal."""
 
     def __init__(
         self, paths: ProjectPaths, limits: LimitSettings, refused: Callable[[str], None] = lambda _: None
@@ -255,7 +249,7 @@ class Uploads:
         self._closed = False
 
     def take(self, frame: Upload, token_id: str, requester: Requester) -> None:
-        """Queue a piece. ``requester.answer()`` follows."""
+        """Queue a piece; ``requester.answer()`` follows."""
         weight = len(frame.data) + _FRAME_BYTES
         waits_too_much = self._waiting[token_id] + weight > _WAITING_BYTES_PER_TOKEN
         if self._closed or waits_too_much or self._waiting.total() + weight > _WAITING_BYTES:
@@ -284,12 +278,12 @@ class Uploads:
         self._do(self._staging.sweep)
 
     def close(self) -> None:
-        """Accept no more. Queued pieces are finished; incomplete content continues after a restart."""
+        """Accept no more; queued pieces are finished."""
         self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _do(self, work: Callable[[], None]) -> None:
-        """Run work without a caller; a failing disk is reported to the next upload."""
+        """Run work; a failing disk is reported to the next upload."""
 
         def ignoring_os_errors() -> None:
             with contextlib.suppress(OSError):
@@ -308,8 +302,6 @@ class Uploads:
             return Refused(frame.id, "REMOTE_STORAGE", f"the server cannot write the upload: {error.strerror}")
 
 
-# --- whole projects ---
-
 _MAX_UNDER_WAY = 8
 Submit = Callable[[ImportProject, Requester], None]
 
@@ -326,14 +318,14 @@ class _Push:
 
 
 class Pushes:
-    """Pushes in progress: whole projects in uploaded bundles. Belongs to the event loop's thread; ``close()`` it.
+    """Pushes in progress: whole projects in uploaded bundles. ``close()`` it.
 
         requested --> checked in isolation --refused--> answered
                                            --passed---> replaces the project in the worker --> answered
 
     The worker decides whether the project is empty and whether the request was already done (I1, I6).
 
-    ``submit`` queues a request for the worker; ``refused`` is called with the code of each refusal.
+    ``refused`` gets the code of each refusal.
     """
 
     def __init__(
@@ -356,9 +348,9 @@ class Pushes:
     def take(
         self, frame: Push, token: Token, first_sent_at: float | None, used: str | None, requester: Requester
     ) -> None:
-        """Start or join a push. Calls ``requester.answer()`` when it is done.
+        """Start or join a push; ``requester.answer()`` follows.
 
-        ``first_sent_at`` as in ``ipc.RunCommand``; ``used`` is the project's first sign of use.
+        ``used`` is the project's first sign of use.
         """
         push = self._under_way.get(frame.id)
         if push is not None and push.token.id != token.id:
@@ -442,7 +434,6 @@ class Pushes:
         requester.answer(request_id, encode(Refused(request_id, code, message[:4096])))
 
     def _settled(self, push: _Push, place: Path) -> None:
-        """Remove a rejected candidate, or the bundle of an accepted one."""
         self._under_way.pop(push.frame.id, None)
         if place.exists():
             asyncio.get_running_loop().run_in_executor(None, lambda: shutil.rmtree(place, ignore_errors=True))

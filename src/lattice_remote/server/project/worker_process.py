@@ -29,8 +29,6 @@ _decoder: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
 
 
 class WriterLock:
-    """Lock of a project's writer, which workers inherit; ``release()`` it."""
-
     def __init__(self, paths: ProjectPaths) -> None:
         self._path = paths.writer_lock
         self._descriptor: int | None = None
@@ -79,7 +77,7 @@ class WorkerProcess(asyncio.Protocol):
     ) -> "WorkerProcess":
         """Start the process; it sends ``Ready`` once it has opened the project.
 
-        Raises LockedElsewhere if the worker of an earlier server is still running after 40 s, or OSError.
+        Raises LockedElsewhere after 40 s, or OSError.
         """
         worker = cls(on_message, on_end)
         held = await writer_lock.acquire()
@@ -98,18 +96,18 @@ class WorkerProcess(asyncio.Protocol):
         return self._process.pid
 
     def send(self, *messages: ToWorker) -> None:
-        """Send messages in order, in one write. They are lost once the process has ended, which ``on_end`` reports."""
+        """Send messages in order, in one write; an ended process gets none."""
         if self._transport is None or self._transport.is_closing():
             return
         self._transport.write(encode_frames(*messages))
 
     def kill(self) -> None:
-        """Kill the process; ``on_end`` follows. The next start undoes the running command."""
+        """Kill the process; the next start undoes the running command."""
         assert self._process is not None, "start() sets it before anybody gets the writer"
         self._process.kill()
 
     async def wait(self, timeout_s: float) -> bool:
-        """Wait until the process has ended and ``on_end`` was called; return False on timeout. Reaps the process."""
+        """Wait until the process has ended and ``on_end`` was called; return False on timeout."""
         assert self._process is not None, "start() sets it before anybody gets the writer"
         deadline = asyncio.get_running_loop().time() + timeout_s
         while not self._process.has_ended() or self._transport is not None:
@@ -117,8 +115,6 @@ class WorkerProcess(asyncio.Protocol):
                 return False
             await asyncio.sleep(0.005)
         return True
-
-    # --- asyncio.Protocol ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass of it

@@ -86,7 +86,6 @@ class TokenBucket:
         self._at = now
 
     def take(self, now: float, *, rate: float, burst: float) -> float:
-        """Take one and return 0.0; else return the seconds to wait."""
         self._left = min(burst, self._left + (now - self._at) * rate)
         self._at = now
         if self._left < 1.0:
@@ -96,7 +95,7 @@ class TokenBucket:
 
 
 def counted_as(host: str) -> str:
-    """Return an address's name: an IPv6 address stands for its /64, usually one customer."""
+    """Return an address, or the /64 of an IPv6 address, usually one customer."""
     address = _parsed(host)
     if isinstance(address, IPv6Address):
         return str(ip_network((address, 64), strict=False))
@@ -144,7 +143,6 @@ def _parsed(host: str) -> IPv4Address | IPv6Address | None:
 
 
 def _without_port(hop: str) -> str:
-    """Return the address of ``1.2.3.4:5`` or ``[::1]:5``."""
     if hop.startswith("["):
         return hop[1:].partition("]")[0]
     return hop.partition(":")[0] if hop.count(":") == 1 else hop
@@ -177,8 +175,6 @@ class _Address:
 
 
 class ConnectionQuota:
-    """One connection in the counts; its owner calls ``leave()`` when it is closed."""
-
     def __init__(self, admission: "AdmissionControl", host: str) -> None:
         self.cut: Callable[[], object] = lambda: None
         """Set by its owner."""
@@ -199,7 +195,6 @@ class ConnectionQuota:
 
     @property
     def address(self) -> str:
-        """The client's; behind a proxy known with the first request."""
         return self._host if self._origin is None else self._origin.name
 
     @property
@@ -241,14 +236,13 @@ class ConnectionQuota:
         self._admission.log(reason, self.address)
 
     def log_cut(self, reason: str) -> None:  # noqa: ARG002 - the figures in it differ each time
-        """Log, at a limited rate, a client that does not read."""
         self._admission.log("cut: the client does not read", self.address)
 
     def failed(self) -> ApiError | None:
         return self._admission.count_failed_login(self._admission.known(self.address))
 
     def admit(self, token_id: str) -> ApiError | None:
-        """Count it for this token (a proxy's: the last one), no longer as unauthenticated; or return the refusal."""
+        """Count the connection for this token, no longer as unauthenticated; or return the refusal."""
         if token_id == self._token_id:
             return None
         if self._gone:  # closed while its request was checked: no later call would uncount it
@@ -295,7 +289,7 @@ class ConnectionQuota:
 
 
 class AdmissionControl:
-    """All connections and addresses. Raises Misuse for a bad proxy."""
+    """Admission of all connections and addresses. Raises Misuse for a bad proxy."""
 
     def __init__(
         self, limits: LimitSettings, trusted_proxies: Sequence[str] = (), *, clock: Callable[[], float] = time.monotonic
@@ -335,7 +329,7 @@ class AdmissionControl:
         leaving.cut()
 
     def log(self, reason: str, address: str) -> None:
-        """Log a refusal at a limited rate per reason, which has no text of the client's."""
+        """Log a refusal at a limited rate per reason."""
         now = self.clock()
         at, silent = self._logged.get(reason, (float("-inf"), 0))
         if now - at < _LOG_EVERY_S:
@@ -344,10 +338,7 @@ class AdmissionControl:
             _log.warning("%s: %s%s", address, reason, f" (and {silent} more since the last time)" if silent else "")
             self._logged[reason] = now, 0
 
-    # --- for its quotas ---
-
     def known(self, name: str) -> _Address:
-        """Return an address's state; drop the one not seen for longest if there are too many."""
         known = self._addresses.get(name)
         if known is None:
             known = self._addresses[name] = _Address(name, self.limits, self.clock())
@@ -357,7 +348,6 @@ class AdmissionControl:
         return known
 
     def _forget_one(self) -> None:
-        """Drop the oldest address without a connection. Open files bound the others."""
         for _ in range(100):
             name, oldest = self._addresses.popitem(last=False)
             if not oldest.connections:
@@ -380,7 +370,6 @@ class AdmissionControl:
         return _too_many(f"your address has {most} connections already", 10)
 
     def check_rate_of_address(self, origin: _Address) -> ApiError | None:
-        """Count a new connection or request; return the refusal if there are too many."""
         rate = self.limits.new_connections_per_second
         wait_s = origin.arrivals.take(self.clock(), rate=rate, burst=rate * _BURST_S)
         if not wait_s:

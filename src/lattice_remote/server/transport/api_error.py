@@ -35,7 +35,6 @@ class ApiError(Exception):
 
     Attributes:
         code: one of ``errors.CODES``, or a code of lattice.
-        message: one line for people.
         closes: whether the response ends the connection.
     """
 
@@ -51,7 +50,6 @@ class ApiError(Exception):
 
     @classmethod
     def from_remote_error(cls, error: RemoteError) -> "ApiError":
-        """Return the response to an error of an admitted request."""
         status = _STATUSES.get(error.code, HTTPStatus.INTERNAL_SERVER_ERROR)
         return cls(status, error.code, error.message, 1 if error.code in _RETRYABLE else None, closes=False)
 

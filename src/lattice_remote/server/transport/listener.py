@@ -105,8 +105,6 @@ _NO_ROOM = ApiError(
 
 
 class Acceptor:
-    """One listening socket. ``close()`` and ``wait_closed()`` are as of an ``asyncio.Server``."""
-
     def __init__(
         self,
         listener: socket.socket,
@@ -126,7 +124,6 @@ class Acceptor:
         self._accepting = asyncio.get_running_loop().create_task(self._accept(), name="accept")
 
     def close(self) -> None:
-        """Stop accepting; abort TLS handshakes."""
         for task in (self._accepting, *self._opening):
             if task is not None:
                 task.cancel()
@@ -167,7 +164,6 @@ class Acceptor:
         quota.cut = task.cancel
 
     async def _open(self, connection: socket.socket, quota: ConnectionQuota) -> None:
-        """Do the TLS handshake, then give the connection to its protocol."""
         tls = self._context is not None
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
@@ -190,7 +186,7 @@ def service_manager() -> Callable[[str], None]:
 
 
 def notify(address: str, state: str) -> None:
-    """Report ``READY=1`` or ``STOPPING=1``. A failure is logged."""
+    """Report ``READY=1`` or ``STOPPING=1``; only log a failure."""
     if not address:
         return
     try:

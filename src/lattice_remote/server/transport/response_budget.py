@@ -2,7 +2,7 @@
 
 A body is counted from its creation to the end of its response, once for all responses that share it. A request waits
 for room before a large body is made, so a token holds at most ``answer_bytes_per_token`` and one response of each of
-its projects. Small bodies are not counted.
+its projects.
 """
 
 import asyncio
@@ -87,7 +87,6 @@ class ResponseBudget:
                 await self._released(token_id)
 
     async def _released(self, token_id: str) -> None:
-        """Wait until a body is released, of this token unless the total was exceeded."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[token_id].append(waiter)
         try:
@@ -112,7 +111,6 @@ class ResponseBudget:
         self._all.add(body)
 
     def remove(self, token_id: str, body: bytes) -> None:
-        """Uncount a body, and wake waiting requests."""
         self._of[token_id].remove(body)
         self._all.remove(body)
         if not self._of[token_id].bytes:
@@ -138,7 +136,6 @@ class ResponseShare:
         return bool(self._bodies) or self._budget.has_room(self.token_id)
 
     async def room(self) -> None:
-        """Wait until ``has_room``; raises as ``ResponseBudget.room``."""
         if not self.has_room:
             await self._budget.room(self.token_id)
 
@@ -154,7 +151,6 @@ class ResponseShare:
         return len(body) <= COUNTED_BYTES or self.has_room or self._budget.has(self.token_id, body)
 
     def hold(self, body: bytes) -> None:
-        """Count a body, once."""
         if len(body) > COUNTED_BYTES and self.token_id and not any(body is held for held in self._bodies):
             self._bodies.append(body)
             self._budget.add(self.token_id, body)
@@ -173,7 +169,6 @@ class ResponseShare:
             self.drop(held)
 
     def drop(self, body: bytes) -> None:
-        """Uncount a body. Idempotent."""
         if any(body is held for held in self._bodies):
             self._bodies = [held for held in self._bodies if held is not body]
             self._budget.remove(self.token_id, body)

@@ -84,7 +84,7 @@ _log = logging.getLogger(__name__)
 
 
 def websocket_frame(payload: bytes) -> bytes:
-    """Return a binary WebSocket message from a server (RFC 6455 section 5.2): final, unmasked, one frame."""
+    """Return a binary message in one final, unmasked frame (RFC 6455 section 5.2)."""
     size = len(payload)
     if size < 126:
         return b"\x82" + bytes((size,)) + payload
@@ -112,7 +112,7 @@ def _flush_due(due: list["SendQueue"]) -> None:
 
 
 class SendQueue:
-    """The queue in front of one transport; its owner passes on ``pause()``, ``resume()`` and ``close()``."""
+    """Queue in front of one transport; its owner passes on ``pause()``, ``resume()`` and ``close()``."""
 
     def __init__(
         self,
@@ -220,7 +220,6 @@ class SendQueue:
         self._due.append(self)
 
     def _next_write(self) -> bytes:
-        """Take small frames together, or one large one."""
         first = self._frames.popleft()
         size = len(first)
         if not self._frames:
@@ -258,10 +257,9 @@ class SendQueue:
             self._check = self._loop.call_later(min(_CHECK_S, self._deadline_s / 4), self._check_progress)
 
     def _untaken(self) -> int:
-        """Return the bytes that the client has not acknowledged.
+        """Return the bytes that the client has not acknowledged, those in the kernel included.
 
-        Bytes in the kernel count: it takes no more until a good part of its queue is sent, which takes a slow client
-        longer than the deadline.
+        It takes no more until much of its queue is sent, which takes a slow client longer than the deadline.
         """
         left = self._transport.get_write_buffer_size()
         descriptor = self._transport.get_extra_info("socket")
@@ -281,7 +279,7 @@ MAX_UNSENT_BYTES_PER_TOKEN = 128 * 1024 * 1024
 
 
 class SendBudget:
-    """Unread bytes by token. Belongs to the event loop's thread."""
+    """Unread bytes by token."""
 
     def __init__(self, max_bytes: int = MAX_UNSENT_BYTES_PER_TOKEN) -> None:
         self._max_bytes = max_bytes
@@ -299,7 +297,7 @@ class SendBudget:
         return True
 
     def give_back(self, token_id: str, size: int) -> None:
-        """Uncount bytes; wake the waiters that now fit."""
+        """Uncount bytes, and wake waiters."""
         self._held[token_id] -= size
         if not self._held[token_id]:
             del self._held[token_id]
@@ -349,8 +347,6 @@ _HIGH_WATER_BYTES = 64 * 1024
 
 
 class PlainHttp(H11Protocol):
-    """uvicorn's HTTP protocol with a time limit for a request's head."""
-
     def __init__(
         self,
         config: Config,
@@ -370,8 +366,8 @@ class PlainHttp(H11Protocol):
     def stream(self, name: str, lost: Callable[[], None], *, max_bytes: int) -> SendQueue:
         """Return a queue for the body of the response whose head was sent: past uvicorn, and bounded (I10).
 
-        Push whole chunks, or any bytes to a client of HTTP/1.0; then call ``end_stream()`` and end the response as
-        usual: it is the last of its connection. ``lost`` is called if the connection ends before.
+        Push whole chunks, or any bytes to a client of HTTP/1.0; then call ``end_stream()``: it is the connection's last
+        response. ``lost`` is called if the connection ends before.
         """
         outbox = SendQueue(self.transport, name, max_bytes=max_bytes)
         self._streamed = outbox, lost
@@ -462,7 +458,7 @@ class PlainHttp(H11Protocol):
 
 
 class Handoff(ServerConnection):
-    """One client's WebSocket, made by uvicorn. Send only through ``outbox``."""
+    """One client's WebSocket, made by uvicorn."""
 
     outbox: SendQueue
 
@@ -570,7 +566,7 @@ class Handoff(ServerConnection):
         self.outbox.resume()
 
     def shutdown(self) -> None:
-        """Abort: uvicorn stops, and the goodbye was sent before."""
+        """Abort: the goodbye was sent before."""
         self.transport.abort()
 
 
@@ -579,9 +575,9 @@ def websocket_server(
     check: Callable[[Handoff, Request], Awaitable[Response | None] | Response | None],
     is_serving: Callable[[], bool],
 ) -> Server:
-    """Return the server object of the connections; it has no port of its own.
+    """Return the server object of the connections.
 
-    ``check`` may refuse a request before the upgrade. When ``handler`` returns, the connection is closed.
+    ``check`` may refuse a request before the upgrade.
     """
     server = serve(
         cast("Callable[[ServerConnection], Awaitable[None]]", handler),

@@ -64,7 +64,7 @@ HARMLESS = frozenset(
         *("shutil.copyfile", "shutil.copymode", "shutil.copystat", "shutil.copytree", "shutil.move", "shutil.rmtree"),
         *("tempfile.mkstemp", "tempfile.mkdtemp", "os.walk", "os.fwalk", "glob.glob", "glob.glob/2"),
         *("pathlib.Path.glob", "pathlib.Path.rglob", "pathlib.Path.walk"),
-        # Operations on descriptors, whose opening was checked.
+        # Operations on descriptors.
         *("fcntl.flock", "fcntl.lockf", "fcntl.fcntl", "os.lockf"),
         # Lattice's locks block.
         "time.sleep",
@@ -127,8 +127,6 @@ class AccessDenied(BaseException):
 
 @dataclass(frozen=True)
 class Move:
-    """Rename within the tree; both paths relative."""
-
     source: str
     target: str
 
@@ -154,13 +152,11 @@ class AccessLog:
 
 
 class PreImages(Protocol):
-    """Receiver of each change before it is made, by absolute path; ``status`` is a regular file's."""
+    """Receiver of each change before it is made, by absolute path."""
 
-    def keep_for_append(self, path: str, status: os.stat_result | None) -> None:
-        """The file will be appended to, or created."""
+    def keep_for_append(self, path: str, status: os.stat_result | None) -> None: ...
 
-    def keep_for_rewrite(self, path: str, status: os.stat_result | None) -> None:
-        """The file will be changed in place, or created."""
+    def keep_for_rewrite(self, path: str, status: os.stat_result | None) -> None: ...
 
     def keep_for_replace(self, path: str, status: os.stat_result | None) -> None:
         """The name will be removed, or given to another file."""
@@ -182,11 +178,10 @@ class Replacement:
 class Announced(Protocol):
     """Pre-images that distinguish a transaction's changes from another process's."""
 
-    def expect(self, statuses: Mapping[str, os.stat_result | None]) -> None:
-        """These files will be changed next."""
+    def expect(self, statuses: Mapping[str, os.stat_result | None]) -> None: ...
 
     def announce(self, path: str, after: bytes | Replacement) -> None:
-        """The next change of this file appends these bytes, or replaces it by this file."""
+        """The file's next change appends these bytes, or replaces it by this file."""
 
 
 class Capture:
@@ -194,7 +189,6 @@ class Capture:
 
     Args:
         tree, private: the ``.lattice`` and the scratch directory, as real paths.
-        undo: gets the pre-image of every file.
         code: directories of Python and its packages.
     """
 
@@ -241,10 +235,7 @@ class Capture:
         """Note that an expected file is replaced without an event.
 
         Args:
-            source: the replacing file, written in this transaction.
-            target, status: the expected file's.
-            inode: the replacing file's.
-            digest: needed only if users edit the file in place.
+            ``digest`` is needed only if users edit the file in place.
         """
         self._announce(target, Replacement(inode, digest))
         self._undo.keep_for_move(source, None)
@@ -330,7 +321,6 @@ class Capture:
             self._examine(path)
 
     def _examine(self, path: str) -> os.stat_result | None:
-        """Return the status of a path; refuse it as ``_check_real`` does."""
         self._check_real(path[: path.rindex("/")])
         status = _status(path)
         if status is None:
@@ -470,7 +460,6 @@ class Capture:
 
 
 def _is_temporary(path: str) -> bool:
-    """Return whether lattice will rename this file once it is whole."""
     return path.startswith(".tmp.", path.rfind("/") + 1)
 
 

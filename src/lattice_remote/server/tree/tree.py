@@ -101,8 +101,6 @@ class SyncFailed(OSError):
 
 
 class FileState(msgspec.Struct, frozen=True, array_like=True):
-    """Size, SHA-256 and signature of a file."""
-
     size: int
     digest: bytes
     mtime_ns: int
@@ -130,7 +128,6 @@ _decoder = msgspec.msgpack.Decoder(ManifestFile)
 
 
 def load_manifest(path: Path) -> ManifestFile | None:
-    """Return the manifest, None if it is missing or unreadable."""
     try:
         return _decoder.decode(path.read_bytes())
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
@@ -170,9 +167,8 @@ def sync_files(paths: Iterable[str]) -> None:
 
 
 def _sync_file_systems(directories: Iterable[str]) -> bool:
-    """Make whole file systems durable; return False where that reports no errors (Linux before 5.8). Raises SyncFailed.
-
-    Takes less than a second; fsyncs of 10,000 files take 40 s.
+    """Make whole file systems durable; return False where that reports no errors (Linux before 5.8). Raises
+    SyncFailed.
     """
     release = re.match(r"(\d+)\.(\d+)", os.uname().release)
     if sys.platform != "linux" or release is None or tuple(map(int, release.groups())) < (5, 8):
@@ -256,7 +252,7 @@ class TrustedDigest:
 
 @dataclass(frozen=True)
 class _Content:
-    """A file as read at one moment; ``data`` is None if it is too large to hold."""
+    """File as read at one moment; ``data`` is None if it is too large to hold."""
 
     state: FileState
     data: bytes | None
@@ -268,15 +264,13 @@ class _Content:
 
 @dataclass(frozen=True, slots=True)
 class _Log:
-    """Hasher of an appended file's first ``size`` bytes, and the last ``TAIL_BYTES`` of these."""
-
     size: int
     hasher: "hashlib._Hash"
     tail: bytes
 
 
 class ProjectTree:
-    """The files below ``root`` (a ``.lattice`` directory). Not thread-safe. Methods raise OSError as the disk does."""
+    """The files below ``root`` (a ``.lattice`` directory). Methods raise OSError as the disk does."""
 
     def __init__(self, root: Path, files: dict[str, FileState]) -> None:
         self.root = root
@@ -292,7 +286,7 @@ class ProjectTree:
                 self.files[path] = state
 
     def distrust(self, paths: Iterable[str]) -> None:
-        """Read these files at the next ``reconcile``, even with unchanged signatures."""
+        """Read these files at the next ``reconcile``."""
         for path in paths:
             if (state := self.files.get(path)) is not None:
                 self.files[path] = msgspec.structs.replace(state, settled=False)
@@ -308,7 +302,6 @@ class ProjectTree:
         """Compare the files that a command touched with their states before.
 
         Args:
-            before: returns the earlier content of an absolute path, None if unknown.
             vouched: trusted digests by inode; large files among them are not read.
         """
         return _Comparison(self, touched, before, None, vouched or {}).run()
@@ -347,7 +340,7 @@ class ProjectTree:
         return _Comparison(self, touched, lambda _: None, limit, {}).run()
 
     def scan(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Yield every replicated regular file on disk; no symbolic links."""
+        """Yield every replicated regular file on disk."""
         pending = [""]
         while pending:
             directory = pending.pop()
@@ -408,11 +401,7 @@ class ProjectTree:
         """Return the content of a file; None if there is none or the server may not read it.
 
         Args:
-            path: relative.
-            old: its previous state, or that of the file renamed to it.
-            appended: its status before its first touch, if it was only appended to since.
-            vouched: as in ``after_command``.
-            written: its status after its newest write, and the appended bytes or the whole new content.
+            ``old`` is its previous state, or that of the file renamed to it; the others as in ``after_command``.
         """
         status = self.status(path) if written is None else _lstat(self._prefix + path)  # the capture checked the path
         if status is None:
@@ -500,7 +489,6 @@ class _Comparison:
         self._moves = self._lasting_moves()
 
     def _lasting_moves(self) -> dict[str, str]:
-        """Return source by target of the renames whose outcome still exists."""
         moves: dict[str, str] = {}
         for step in self._touched.steps:
             if isinstance(step, Move):
@@ -626,5 +614,5 @@ def _state(status: os.stat_result, size: int, digest: bytes) -> FileState:
 
 
 def _reading_order(path: str) -> tuple[bool, str]:
-    """Sort event logs before other files, as lattice writes them (I8)."""
+    """Sort event logs first, as lattice writes them (I8)."""
     return "events/" not in path, path

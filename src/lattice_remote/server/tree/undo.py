@@ -25,8 +25,6 @@ SMALL_BYTES = 32 * 1024
 
 
 class Begin(msgspec.Struct, frozen=True, tag="begin"):
-    """The transaction that would become change ``seq``."""
-
     epoch: str
     seq: int
     boot_id: str
@@ -76,7 +74,7 @@ class UndoLog:
     On disk they are relative to the project: a copy started at another path must not restore the original.
 
     Order: ``begin``, then a ``keep_`` method before each change, then ``clear`` (it stays) or ``restore``. All raise
-    OSError if the storage fails. ``TreeState`` shows readers the current stage.
+    OSError if the storage fails.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -116,7 +114,6 @@ class UndoLog:
 
     @property
     def pending(self) -> Begin | None:
-        """The transaction to undo, if there are pre-images."""
         return self._begin if self._size else None
 
     def begin(self, transaction: Begin) -> None:
@@ -145,7 +142,6 @@ class UndoLog:
             self._state = state
 
     def show_open(self) -> None:
-        """Show readers that files change, without a transaction: ``clear`` ends it."""
         self._show(self._state._replace(is_open=True))
 
     @property
@@ -232,7 +228,6 @@ class UndoLog:
             self._keep(_Directory(path))
 
     def before(self, path: str) -> bytes | None:
-        """Return the content before the transaction, None if unknown or costly."""
         match self._images.get(path):
             case _Content(data=data):
                 return data

@@ -110,16 +110,13 @@ class Identity:
         return any(re.fullmatch(pattern, fold(actor), re.DOTALL) for pattern in patterns)
 
     def require(self, actor: str, *, ignore_case: bool = False) -> None:
-        """Raise Rejected, with the allowed actors, unless this token may act as ``actor``."""
+        """Raise Rejected unless this token may act as ``actor``."""
         if not self.may_act_as(actor, ignore_case=ignore_case):
             allowed = ", ".join((self.actor, *self.act_as))
             raise Rejected(f"token may act as {allowed}; not as {actor}", code="REMOTE_FORBIDDEN")
 
     def require_session(self, name: str, session: str, *, to_end: bool) -> None:
-        """Raise Rejected unless this token may act as a session, or end it.
-
-        A session belongs to the token that started it. Any token of the same actor may end it, such as one left behind.
-        """
+        """Raise Rejected unless this token may act as a session, or end it: any token of its actor may end it."""
         owner = self.owners.of(name, session)
         if owner is None or owner.token_id == self.token_id or (to_end and owner.actor == self.actor):
             return
@@ -135,8 +132,7 @@ class Identity:
 def _as_regex(pattern: str) -> str:
     """Return a pattern of actors as a regular expression that never backtracks past a star.
 
-    The first match of each piece suffices, because the next star matches the rest. Without the atomic groups a few
-    stars could occupy the worker for hours.
+    Without the atomic groups a few stars could occupy the worker for hours.
     """
     first, *pieces = (re.escape(piece) for piece in pattern.split("*"))
     if not pieces:
@@ -155,8 +151,7 @@ def check_actor(
 ) -> str | None:
     """Return the actor that the command names, checked, in every way in which lattice takes one.
 
-    These are: a session, the session to end, a new session, ``--actor``, and a command's default. A malformed name is
-    left to lattice if the command ``is_lattices``.
+    A malformed name is left to lattice if the command ``is_lattices``.
     """
     from lattice.core.actors import validate_base_name
     from lattice.core.ids import validate_actor
@@ -221,7 +216,6 @@ def _actor_to_be(values: Mapping[str, Any]) -> str:
 
 
 def is_plain(value: str) -> bool:
-    """Return whether a text is printable and in NFC."""
     return value.isprintable() and unicodedata.is_normalized("NFC", value)
 
 
@@ -297,7 +291,6 @@ class Attached:
         return path
 
     def _link(self, content: Path, path: Path, size: int, digest: bytes) -> None:
-        """Hard-link uploaded content; copy it where hard links are impossible."""
         try:
             os.link(content, path, follow_symlinks=False)
         except FileNotFoundError:

@@ -62,7 +62,6 @@ class Transaction:
     """Checked work, ready to run.
 
     Attributes:
-        name: for messages, for example ``'lattice create'``.
         run: called again if an outside change was in the way.
         answer: makes the reply from the outcome and the sequence number that it is valid from.
         vouched: verified digests of uploaded files.
@@ -202,7 +201,6 @@ class Editor:
             raise cannot_store("the text", error) from error
 
     def _replace(self, path: str, text: bytes) -> TreeDiff:
-        """Replace a plan or notes, or change nothing. Raises Rejected."""
         failure: OSError | AccessDenied | None = None
         with self._store.transaction() as touched:
             try:
@@ -267,7 +265,6 @@ class Dispatcher:
         self._editor = Editor(store, self._lattice_dir)
 
     def ready(self, notes: list[str]) -> None:
-        """Report, after all earlier commits, that the project is open."""
         self._store.show_head()
         journal, files = self._store.journal, self._store.tree.files
         message = Ready(
@@ -324,7 +321,6 @@ class Dispatcher:
         self._follower = None
 
     def _name_of(self, message: ToWorker) -> str:
-        """Return the log's name of an unchecked request, in which the caller chooses nothing freely."""
         match message:
             case RunCommand():
                 return command_words(self._executor.cli, message.argv)
@@ -387,7 +383,6 @@ class Dispatcher:
             raise Rejected(f"{why}; nothing was changed", code="REMOTE_BUSY")
 
     def _import_project(self, request: ImportProject) -> None:
-        """Accept a project that replaces this one; the next worker puts it in place and replies."""
         # The files on disk decide, including those that are not numbered yet.
         require_empty(self._lattice_dir, {path: status.st_size for path, status in self._store.tree.scan()})
         if not request.candidate:

@@ -45,9 +45,9 @@ _MAX_WAIT_S = 7 * 24 * 3600.0
 
 @dataclass(frozen=True)
 class ResourceBusy:
-    """Request to wait for a resource, or for a lock (``locks/tasks_...``).
+    """Request to wait for a resource, or for a lock (``locks/tasks_...``), at most ``timeout_s`` in all.
 
-    ``timeout_s`` is the total wait, ``retry_at`` the expiry of the first holder's claim in seconds since the epoch.
+    ``retry_at``: expiry of the first holder's claim in seconds since the epoch.
     """
 
     resource: str
@@ -56,7 +56,6 @@ class ResourceBusy:
 
     @property
     def is_lock(self) -> bool:
-        """Whether it waits for a lock; its writes are then undone."""
         return self.resource.startswith(LOCK_PREFIX)
 
 
@@ -65,11 +64,7 @@ class CommandOutcome:
     """Result of a command or operation, besides the files it wrote.
 
     Attributes:
-        answer: of an operation that did not crash.
-        failure: one line if it crashed.
-        no_room: the error of a full disk.
         is_final: it would end the same again; otherwise the reply is not remembered.
-        waiting: it must wait; nothing was printed.
         timeout: lattice's message, if another process held a lock for the whole timeout.
     """
 
@@ -99,10 +94,7 @@ class _WouldWait(BaseException):
 
 @cache
 def load_lattice() -> click.Group:
-    """Load lattice and its plugins, prepare what does not depend on a project, and return the command group.
-
-    The template process calls it for all the processes that it forks.
-    """
+    """Load lattice and its plugins, prepare what does not depend on a project, and return the command group."""
     os.environ["LATTICE_REMOTE_SERVER"] = "1"
     os.environ.pop("_LATTICE_COMPLETE", None)  # Click would complete the line for a shell
     import mimetypes
@@ -130,7 +122,6 @@ class Executor:
         lazy: omit lattice's fsyncs; the journal repairs files after a power cut.
         capture: of a shared project: writes to existing files are published only after the command succeeds.
         make_id: makes the ULIDs, by which the repair identifies the writes of commands.
-        locks: takes lattice's locks.
     """
 
     def __init__(
@@ -224,7 +215,7 @@ class Executor:
         may_wait: bool = False,
         ahead: Collection[str] = (),
     ) -> CommandOutcome:
-        """Run an operation of a surface as ``run`` does, commands only by ``run_step``. Output is discarded."""
+        """Run an operation of a surface as ``run`` does, commands only by ``run_step``."""
         self._begin("", ahead, last_try=True, may_wait=may_wait)
         outcome = CommandOutcome()
         with _captured_output(), self._ending(outcome, label):
@@ -248,7 +239,6 @@ class Executor:
             self._checked = ""
 
     def release_locks(self) -> None:
-        """Call after commit or rollback."""
         self._locks.release_all()
 
     def _begin(
@@ -286,7 +276,6 @@ class Executor:
             self._writes.forget()
 
     def _guard(self, group: click.Group, words: list[str]) -> None:
-        """Make every command below ``group`` verify that it is the checked one."""
         for word, command in group.commands.items():
             path = [*words, word]
             if isinstance(command, click.Group):
@@ -318,7 +307,6 @@ class Executor:
             _log.error("%s failed", label, exc_info=error)
 
     def _describe(self, error: Exception) -> str:
-        """Return the error as one line, without the server's directories."""
         line = " ".join(f"{type(error).__name__}: {error}".split())
         return line.replace(f"{self._root}/", "")[:1000]
 
@@ -357,7 +345,6 @@ def _pause() -> NoReturn:
 
 
 def _waiting() -> ResourceBusy:
-    """Return the resource that the running ``resource acquire`` waits for."""
     from lattice.cli.helpers import require_root, resolve_resource
 
     values = click.get_current_context().params

@@ -31,8 +31,6 @@ class CopyNeeded(Exception):
 
 
 class Follower:
-    """Appends records to the journal of ``store`` and applies them to its tree."""
-
     def __init__(self, store: Store, committer: Committer, owners: SessionOwners) -> None:
         self._store = store
         self._owners = owners
@@ -58,7 +56,7 @@ class Follower:
         self._committer.flush()
 
     def restore_outside_changes(self, paths: Iterable[str] | None) -> None:
-        """Restore files that another program has changed, all of them for ``paths`` None. Raises as ``apply``."""
+        """Restore files that another program has changed (None: all). Raises as ``apply``."""
         _restore_differing(self._store, paths)
         self._is_restored = self._is_restored or paths is None
 
@@ -79,7 +77,6 @@ class Follower:
         self._committer.submit(CommitJob(applied, descriptor))
 
     def _note_sessions(self, record: Record) -> None:
-        """Note who has started a session, before the journal has it, as the owner's worker does."""
         change = change_of(record)
         if change.command.startswith("session start"):
             with contextlib.suppress(Rejected):  # an unreadable file: this node's administrator must look

@@ -1,7 +1,7 @@
 """Large lists of lattice's dashboard, read again at the cost of what changed.
 
-Lattice's handlers run unchanged, in full. They get the parsed values of files that have not changed since, and their
-response is encoded faster, to the same text. A client that has an earlier response gets the difference to it.
+Lattice's handlers run unchanged, on the parsed values of unchanged files; their response is encoded faster, to the same
+text. A client that has an earlier response gets the difference to it.
 """
 
 import gc
@@ -39,21 +39,16 @@ _SETTLED_NS = 100_000_000
 
 
 class _Text(str):
-    """A file's text and its parsed value, which the handlers do not change."""
-
     __slots__ = ("value",)
     value: Any
 
 
 class _TaskFile(PosixPath):
-    """One version of a task's file, read and parsed once."""
-
     signature: Signature | None = None
     """None if it is read every time."""
     text: _Text | None = None
 
     def __lt__(self, other: Any) -> bool:
-        """Compare as lattice's handlers do, which sort the files of one directory."""
         return self.order < other.order if isinstance(other, _TaskFile) else super().__lt__(other)
 
     @cached_property
@@ -88,7 +83,7 @@ class CachedTasks:
 
     @contextmanager
     def at(self, state: str) -> Iterator[None]:
-        """Read within this context; a scan of the same state is not repeated for a moment ("" for no state)."""
+        """Read within this context; a scan of the same ``state`` is not repeated for a moment."""
         self._tasks.state = state
         yield
 
@@ -169,10 +164,7 @@ def _ok(data: Any) -> str:
 
 @contextmanager
 def installed() -> Iterator[None]:
-    """Have lattice's dashboard parse and encode as above within this context.
-
-    Without garbage collection, which would visit every parsed value: the lists have no cycles.
-    """
+    """Let lattice's dashboard parse and encode as above, without garbage collection: the lists have no cycles."""
     from lattice.dashboard import server
 
     before = {name: server.__dict__[name] for name in ("json", "_ok")}
@@ -195,12 +187,11 @@ _MAX_LISTS, _MAX_STEPS, _MAX_STEP_SHARE = 4, 32, 4
 
 
 def tag_of(body: bytes) -> str:
-    """Return the entity tag of a body, the same for the same bytes."""
     return f'"{sha256(body).hexdigest()[:32]}"'
 
 
 def difference(old: bytes, new: bytes) -> list[Part]:
-    """Return the parts that make ``new``; both are ASCII."""
+    """Return the parts of which ``new`` consists; both are ASCII."""
     head = _common_start(old, new)
     tail = min(_common_end(old, new), min(len(old), len(new)) - head)
     if not head + tail:
@@ -284,8 +275,6 @@ def _add_range(parts: list[Part], start: int, end: int) -> None:
 
 @dataclass
 class _Versions:
-    """The newest body of a list, and the steps that led to it."""
-
     tag: str
     body: bytes
     steps: deque[tuple[str, bytes]] = field(default_factory=lambda: deque(maxlen=_MAX_STEPS))
@@ -299,10 +288,7 @@ class Differences:
         self._lists: OrderedDict[str, _Versions] = OrderedDict()
 
     def since(self, base: str, path: str, tag: str, body: bytes) -> bytes | None:
-        """Return the steps from the body tagged ``base`` to this one, as a JSON list of lists of parts.
-
-        None if they are unknown, or not much shorter than the body.
-        """
+        """Return the steps from the body tagged ``base`` to this one, as JSON, if they are much shorter."""
         known = self._advance(path, tag, body)
         steps: list[bytes] = []
         for start, step in reversed(known.steps):

@@ -62,7 +62,6 @@ _decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the worker until it must stop; return the exit code."""
     parser = argparse.ArgumentParser(prog="lattice-remote-worker")
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--project-dir", type=Path, required=True)

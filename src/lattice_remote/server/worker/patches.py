@@ -121,7 +121,6 @@ def _has_fixed_default(option: click.Option) -> bool:
 
 
 def _use_default(command: click.Command, option: click.Option) -> None:
-    """Keep the value of an option for the lines that omit it."""
     assert option.name is not None, "an exposed option has a name"
     name, handle, probe = option.name, option.handle_parse_result, click.Context(command)
     handle(probe, {}, [])
@@ -140,7 +139,7 @@ def _use_default(command: click.Command, option: click.Option) -> None:
 
 
 def root_finder(root: Path, find_root: Callable[[Path | None], Path | None]) -> Callable[..., Path | None]:
-    """Return a replacement of ``find_root`` for a process with one project, at ``root``: one look at the disk."""
+    """Return a replacement of ``find_root`` for the project at ``root``: one look at the disk."""
     directory = str(root / ".lattice")
     return lambda start=None: root if os.path.isdir(directory) else find_root(start)
 
@@ -171,7 +170,7 @@ class LockTable:
         self._behind: Collection[str] = ()
 
     def begin(self, behind: Collection[str] = ()) -> None:
-        """Start a command that must not take the locks in ``behind``, awaited by earlier requests."""
+        """Start a command that must not take the locks in ``behind``: earlier requests wait for them."""
         self._behind = behind
 
     def acquire(self, path: Path, timeout_s: float) -> None:
@@ -237,8 +236,7 @@ class Lock:
     def acquire(self) -> None:
         self._take(self._path, self._timeout_s)
 
-    def release(self) -> None:
-        """Do nothing: the transaction holds the lock to its end."""
+    def release(self) -> None: ...
 
 
 def _open_lock(path: str) -> _LockFile | None:
@@ -256,7 +254,6 @@ def _open_lock(path: str) -> _LockFile | None:
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock an open file; otherwise close it and return False."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -285,8 +282,7 @@ class WriteSet:
     """Pending writes of the running command to existing files, published when it succeeds.
 
     Deferred are ``atomic_write`` to a file, ``jsonl_append`` to a log, and ``write_text`` to a plan or notes, if it
-    exists. Plain ``lattice`` reads a snapshot before it locks, so it never builds on a command that is refused later.
-    Any other write first publishes the pending ones, the event log before the snapshot (I8).
+    exists. Any other write first publishes these, the event log before the snapshot (I8).
 
     Args:
         sync_directory: makes a rename durable; None if lattice's fsyncs are omitted.
@@ -379,7 +375,6 @@ class WriteSet:
             os.unlink(before)
 
     def open_log(self, file: str | Path, mode: str = "r", **options: Any) -> IO[Any]:
-        """Replace ``open`` in lattice's file functions."""
         name = os.fspath(file)
         if mode != "a" or not os.path.isfile(name):
             return self.open(file, mode, **options)
@@ -410,7 +405,6 @@ class WriteSet:
         self.replace(scratch, path)
 
     def open(self, file: Any, mode: str = "r", *arguments: Any, **options: Any) -> IO[Any]:
-        """Replace ``io.open``, through which ``pathlib`` reads and writes."""
         if mode == "w" and isinstance(file, Path) and is_editable("/".join(file.parts[-2:])) and file.is_file():
             return _Deferred(partial(self.rewrite, str(file)))
         if mode not in {"r", "rb"} or isinstance(file, int):
@@ -427,7 +421,6 @@ class WriteSet:
         return self._open(content if is_replaced else file, mode, *arguments, **options)
 
     def _read_often(self, path: str) -> bytes | None:
-        """Return the content of a file, read again only after a change; None if it is no regular file."""
         with suppress(OSError):
             signature = _signature(os.stat(path))
             known = self._often_read.get(path)
@@ -451,10 +444,9 @@ def _signature(status: os.stat_result) -> tuple[int, ...]:
 
 
 def _replace(source: str, target: str) -> None:
-    """Replace a file by exchanging the two names, then removing the old one.
+    """Exchange the two names, then remove the old file.
 
-    A rename over a file makes ext4 write the content at once (``auto_da_alloc``), which costs more than the rest of a
-    command. The journal is the durable copy.
+    A rename over a file makes ext4 write the content at once (``auto_da_alloc``), which takes longer than all the rest.
     """
     if _exchange(source, target):
         os.unlink(source)
@@ -509,7 +501,7 @@ class _Deferred(io.StringIO):
 
 
 class Disk:
-    """Replacement of ``os`` in lattice's file functions. ``writes`` defers replacements; ``lazy`` omits fsyncs."""
+    """Replacement of ``os`` in lattice's file functions, with deferred ``writes`` and without fsyncs if ``lazy``."""
 
     def __init__(self, writes: WriteSet | None, *, lazy: bool) -> None:
         self._lazy = lazy

@@ -72,12 +72,12 @@ _NESTING = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
 def check(kind: Kind, name: str, value: str) -> None:
-    """Check a parameter's value. Raises Rejected, with the reason in one line."""
+    """Check a parameter's value. Raises Rejected."""
     _CHECKS[kind](name, value)
 
 
 def _check_text(name: str, value: str) -> None:
-    """Accept any text; the size of the line was checked before."""
+    """Accept any text."""
 
 
 def _check_json(name: str, value: str) -> None:
@@ -228,7 +228,6 @@ class Command:
     Attributes:
         path: the command's words; empty if the line only prints help or a usage error.
         values: given parameters by name: a text, True for a flag, or a tuple.
-        actor: named by the command.
     """
 
     path: str
@@ -249,13 +248,10 @@ def parse(
     lattice_dir: Path,
     plugin_commands: Collection[str] = (),
 ) -> Command:
-    """Parse and check a command line. Runs nothing and reads only the file of a session.
+    """Parse and check a command line.
 
     Args:
-        cli: lattice's top-level command.
-        argv: without the program's name.
         files: the private paths of attached files.
-        lattice_dir: the project's ``.lattice``.
         plugin_commands: those of the server's plugins that the administrator allows.
 
     Raises:
@@ -287,7 +283,7 @@ def parse(
 
 
 def _split_line(cli: click.Group, argv: list[str], files: Collection[str]) -> tuple[str | None, dict[str, Any]]:
-    """Return the command's words and raw parameters; None for a line that only prints. Raises click.UsageError."""
+    """Return the command's words and raw parameters; None for a line that only prints. Raises UsageError."""
     command: click.Command = cli
     words: list[str] = []
     while True:
@@ -373,7 +369,7 @@ def _context_of(command: click.Command) -> click.Context:
 def _check_files(path: str, values: Mapping[str, Any], kinds: Mapping[str, Kind], files: Collection[str]) -> None:
     """Check that only attached files are given, and only for file parameters.
 
-    Comes first: later messages quote refused values, and must not reveal the server's paths.
+    Comes first: later messages quote values, and must not reveal the server's paths.
     """
     given = {value for name in values if kinds.get(name) is Kind.FILE for value in _as_tuple(values[name])}
     if not given.issuperset(files):
@@ -418,7 +414,7 @@ def _check_plain(name: str | None) -> None:
 
 
 def _check_spelling(name: str | None, others: Iterable[str]) -> None:
-    """Refuse a name that case-insensitive file systems cannot distinguish from an existing one."""
+    """Refuse a name that differs from an existing one by case alone, for case-insensitive file systems."""
     for other in others:
         if name and name != other and name.casefold() == other.casefold():
             raise unsupported(f"{shown(name)} differs from {other!r} only in case: choose another name")
@@ -457,7 +453,6 @@ def describe_command(argv: Sequence[str]) -> str:
 
 
 def command_words(cli: click.Group, argv: Sequence[str]) -> str:
-    """Return the words of a line's command, for example ``resource acquire``."""
     words: list[str] = []
     command: click.Command | None = cli
     for word in argv:

@@ -41,7 +41,7 @@ _decoder = msgspec.msgpack.Decoder(ImportProject)
 
 
 def require_empty(lattice: Path, sizes: Mapping[str, int]) -> None:
-    """Raise Rejected if the project was ever used, by the sizes of its files and its short ids."""
+    """Raise Rejected if the project was ever used, by its files and its short ids."""
     used = first_sign_of_use(sizes.items())
     if used is None and _has_ids(lattice / "ids.json"):
         used = "short ids that were given out"
@@ -116,7 +116,7 @@ def answer_to(request: ImportProject, seq: int) -> Pushed:
 
 
 def first_difference(tree: ProjectTree) -> TreeDiff:
-    """Return the first change of the new epoch: it records the import and changes nothing."""
+    """Return the first change of the new epoch, which records the import."""
     content = tree.read(_SETTINGS, None)
     assert content is not None, "no project is taken in without its settings"
     operation = AnnounceFile(_SETTINGS, content.state.size, content.state.digest)
@@ -124,6 +124,5 @@ def first_difference(tree: ProjectTree) -> TreeDiff:
 
 
 def finish(project: Path) -> None:
-    """Remove the replaced project, once the journal records the new one."""
     shutil.rmtree(project / "adopting")
     sync_directory(project)

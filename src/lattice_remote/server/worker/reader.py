@@ -39,12 +39,8 @@ class _Identified(msgspec.Struct, frozen=True):
 def laid_out(envelope: bytes, place: Sequence[str]) -> tuple[bytes, ListIndex]:
     """Return an envelope whose data is the list at ``place``, put last, and the index of its items.
 
-    Args:
-        envelope: as printed by a successful command.
-        place: the keys that lead to the list, for example ``("data", "events")``.
-
     Raises:
-        ValueError: there is no list.
+        Raises ValueError: there is no list.
     """
     try:
         return _laid_out(envelope, place)
@@ -120,7 +116,6 @@ class Reads:
         return found
 
     def _shortened(self, request: ReadPage, found: ReadResult) -> ReadResult:
-        """Return a result without the content that the client has."""
         steps = None
         if request.path in lists.LISTS:
             steps = self._differences.since(request.base, request.path, found.etag, found.body)
@@ -138,7 +133,6 @@ _decoder: msgspec.msgpack.Decoder[Read] = msgspec.msgpack.Decoder(Read)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Answer reads until the server is gone; return the exit code."""
     parser = argparse.ArgumentParser(prog="lattice-remote-reader")
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--project-dir", type=Path, required=True)
@@ -174,7 +168,7 @@ def _prepare(project: Path) -> Reads:
     lattice_dir = project / ".lattice"
     capture = Capture(str(lattice_dir), str(lattice_dir), NoWrites(), [*code, str(lattice.dashboard.server.STATIC_DIR)])
     gc.collect()
-    gc.freeze()  # exempt the loaded modules from collection
+    gc.freeze()
     return Reads(executor, capture, lattice_dir)
 
 

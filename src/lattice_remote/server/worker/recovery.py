@@ -43,7 +43,6 @@ class Opened:
     """A project that is ready for requests.
 
     Attributes:
-        notes: actions taken, one line each.
         can_repair: power cuts are detected and repaired, so lattice's own fsyncs may be omitted.
     """
 
@@ -60,11 +59,8 @@ class _History:
     Attributes:
         journal: None if it cannot be read or does not match the manifest.
         abandoned: the journal that does not match the manifest.
-        files: at the journal's head.
-        unsynced: paths changed since the manifest was written.
         listed: the manifest's files; other versions on disk are at least that new.
         is_in_doubt: the machine may have stopped before the last worker: a differing file may be a lost write.
-        notes: problems found.
     """
 
     journal: Journal | None
@@ -84,8 +80,6 @@ def open_store(
     A project waiting in ``adopting/`` is put in place first, see ``project_import``.
 
     Args:
-        project, scratch: real paths.
-        committer: commits the differences found.
         code: directories of Python and its packages, which commands may read.
     """
     adopted = put_in_place(project)
@@ -161,8 +155,6 @@ def open_member(
     retention: Retention | None = None,
 ) -> Opened:
     """Open a node's copy of the project in ``project`` at its journal's head; no change is numbered.
-
-    Args: as for ``open_store``.
 
     Raises:
         CopyNeeded: the journal or a file cannot be used.

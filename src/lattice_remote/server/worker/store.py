@@ -100,9 +100,7 @@ class OutsideChange(BaseException):
 
 @dataclass(frozen=True)
 class ChangeOrigin:
-    """Origin of a change: a request (``id``) of a token, or the server. ``actor`` acts with the token of
-    ``token_actor``.
-    """
+    """Origin of a change: a request (``id``) of a token, or the server."""
 
     id: str
     token_id: str
@@ -118,9 +116,9 @@ def server_origin(cause: str) -> ChangeOrigin:
 
 
 class Store:
-    """Durable state of one project, opened by ``recovery.open_store``.
+    """Durable state of one project.
 
-    Raises OSError when the storage fails. Then the process must end; the next start recovers.
+    Raises OSError when the storage fails: then the process must end, and the next start recovers.
     """
 
     def __init__(
@@ -162,7 +160,7 @@ class Store:
 
     @contextmanager
     def transaction(self) -> Iterator[AccessLog]:
-        """Record accesses and pre-images in the block; then ``difference`` and ``commit``, or ``roll_back``.
+        """Record accesses and pre-images in the block; ``commit`` or ``roll_back`` follows.
 
         Raises OutsideChange, with the block undone, before it changes a file with an outside change.
         """
@@ -199,11 +197,11 @@ class Store:
     def find_outside_changes(
         self, paths: Iterable[str] | None = None, *, trust_signatures: bool = True, rest: Sequence[str] = ()
     ) -> tuple[TreeDiff, bool]:
-        """Return the differences of these files and their tasks' other files (None: of all), and whether a task was
-        busy. With ``rest``, continue a scan that found too many.
+        """Return the differences of these files and their tasks' files (None: all), and whether a task was busy. With
+        ``rest``, continue a scan that found too many.
 
         Files of tasks are compared under lattice's locks, so no half of a command is numbered, and stale snapshots are
-        repaired first. Those of a busy task are omitted.
+        repaired first.
         """
         if paths is not None:
             paths = {file for path in paths for file in files_of_task(path)}
@@ -238,17 +236,16 @@ class Store:
 
     @contextmanager
     def applying(self) -> Iterator[None]:
-        """Show readers, while the files of a journalled change are written, that the tree is between two numbers."""
+        """Show readers that the tree is between two numbers."""
         self._undo.show_open()
         yield
         self._undo.clear(self.journal.head)
 
     def show_head(self) -> None:
-        """Publish to readers that the tree is at the journal's head."""
         self._undo.clear(self.journal.head)
 
     def difference(self, touched: AccessLog, vouched: Mapping[int, TrustedDigest] | None = None) -> TreeDiff:
-        """Return the transaction's changes, before its end. ``vouched`` as for ``after_command``.
+        """Return the transaction's changes, before its end.
 
         Raises OutsideChange, with the transaction undone, if another program has changed a file since.
         """
@@ -294,7 +291,6 @@ class Store:
             answer: makes the reply, given the sequence number that it is valid from.
             waiting: the request waits instead of getting a reply.
             report: send ``RequestDone``; otherwise the change is only journalled.
-            is_extra: the running request is still unanswered.
             retry_at: when to look for outside changes again.
 
         Raises:
@@ -393,7 +389,6 @@ class Store:
         raise _cannot_journal(error)
 
     def _after(self, difference: TreeDiff) -> list[PathState]:
-        """Return the changed files, before ``adopt``."""
         files, after = self.tree.files, []
         for path, state in difference.states.items():
             if state is None:
@@ -432,7 +427,7 @@ class Store:
             self._committer.submit(CommitJob(then=lambda: remove_segments(expired)))
 
     def _rotate(self) -> None:
-        """Start a new segment, write the manifest, remove expired segments, in a crash-safe order."""
+        """Start a new segment, in a crash-safe order."""
         old = self.journal.rotate()
         self._whole.clear()
         content, segment = self.manifest(clean=False), self.journal.segment
@@ -491,14 +486,13 @@ class Store:
             os.link(self._manifest_path, list_beside(segment))
 
     def new_epoch(self) -> None:
-        """Start a new history with the current files (I7); after ``Committer.wait``."""
         sync_files(self._take_unsynced())  # the journal that could repair them is removed
         self.journal = start_new_epoch(self.journal)
         self._whole.clear()
         self.save_manifest(clean=False)
 
     def close(self) -> None:
-        """Shut down in order, so that the next start trusts the manifest."""
+        """Shut down so that the next start trusts the manifest."""
         self._committer.finish()
         self._settle()
         self.save_manifest(clean=True)

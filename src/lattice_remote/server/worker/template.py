@@ -40,7 +40,6 @@ Main = Callable[[list[str]], int]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Fork children until the server is gone; return the exit code."""
     parser = argparse.ArgumentParser(prog="lattice-remote-template")
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--immortal", action="store_true", help="share more memory, for 0.2 s of processor time")
@@ -113,9 +112,8 @@ def _serve(control: socket.socket, programs: dict[str, Main]) -> None:
 def make_immortal(tracked: list[object]) -> None:
     """Make objects of the collector and what they refer to immortal, as Python's own constants are (PEP 683).
 
-    A reference to an object is counted in the object, so a child would get a copy of each page that it only reads.
-    References to immortal objects are not counted. That halves a child's memory. Python has no function for it: the
-    count is written to the object's address. Does nothing in an interpreter that counts otherwise.
+    Otherwise a child gets a copy of each page that it only reads, because it counts references there: twice the memory.
+    Python has no function for it: the count is written to the object's address.
     """
     if not _counts_as_expected():
         return
@@ -133,7 +131,6 @@ def make_immortal(tracked: list[object]) -> None:
 
 
 def _parts_of(code: CodeType) -> list[object]:
-    """Return the objects of a code object, which the collector does not know."""
     own = (code.co_consts, code.co_names, code.co_varnames, code.co_name, code.co_qualname)
     return [*own, *code.co_consts, *code.co_names]
 

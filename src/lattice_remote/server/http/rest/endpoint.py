@@ -69,10 +69,8 @@ class EndpointRequest[Q: Query, B: Json | Nothing | bytes]:
     """A validated request to a project.
 
     Attributes:
-        path: the values of the parts in braces.
         query, body: of the types that the handler declares.
         once: id and fingerprint of a write.
-        http: for its headers.
     """
 
     context: RequestContext
@@ -84,7 +82,6 @@ class EndpointRequest[Q: Query, B: Json | Nothing | bytes]:
 
 
 def header_of(request: Request, name: str) -> str:
-    """Return a list header with its lines joined."""
     return ", ".join(request.headers.getlist(name)).strip()
 
 
@@ -119,7 +116,7 @@ def _query(request: Request, kind: type[Query]) -> Query:
 
 
 def _json(request: Request, content: bytes, kind: type[Any]) -> Any:
-    """Return a decoded body, by default an empty object."""
+    """Return a decoded body, or an empty object."""
     media_type = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if content and media_type != "application/json":
         why = "send the body with Content-Type: application/json"
@@ -179,7 +176,6 @@ class Endpoint:
 
 
 def routes_of(endpoints: Sequence[Endpoint]) -> list[Route]:
-    """Return one route for each path."""
     by_path: dict[str, dict[str, Endpoint]] = defaultdict(dict)
     for endpoint in endpoints:
         by_path[endpoint.path][endpoint.method] = endpoint
@@ -304,19 +300,17 @@ def _option(name: str, value: object) -> list[str]:
 
 
 async def read(request: EndpointRequest[Any, Any], path: str, *arguments: str) -> Response:
-    """Return the output of a read-only command, for example ``resource list``."""
     return output_response(await read_output(request, path, *arguments))
 
 
 def output_response(printed: ReadResult) -> Response:
-    """Return a response with ``printed``; a very long text is passed on unchanged."""
     return envelope_response(printed.body) if printed.status else _in_json(printed.body, HTTPStatus.OK)
 
 
 async def read_output(
     request: EndpointRequest[Any, Any], path: str, *arguments: str, list_at: tuple[str, ...] = ()
 ) -> ReadResult:
-    """Return the output of a read-only command; ``list_at`` as in ``ReadCommand``. Raises StorageError: it crashed."""
+    """Return the output of a read-only command. Raises StorageError: it crashed."""
     asking = ReadCommand(path, (*path.split(), "--json", *arguments), list_at)
     printed = await request.context.project.reader.read(asking, request.context.share)
     if not printed.body:
@@ -327,7 +321,6 @@ async def read_output(
 async def write(
     request: EndpointRequest[Any, Any], path: str, *arguments: str, success: HTTPStatus = HTTPStatus.OK
 ) -> Response:
-    """Run a command for the request's actor; return its output."""
     done = await run(request.context, [*path.split(), "--json", *arguments], once=request.once)
     if not done.stdout:
         raise Rejected(_error_message(done.stderr.decode(errors="replace")), code="REMOTE_INVALID")
@@ -337,13 +330,11 @@ async def write(
 async def write_together(
     request: EndpointRequest[Any, Any], name: str, payload: dict[str, object]
 ) -> tuple[Returned, Response]:
-    """Run commands that take effect together or not at all."""
     done = await call(request.context, "commands", name, json.dumps(payload).encode(), once=request.once)
     return done, await with_position(request, done.seq, envelope_response(done.payload))
 
 
 async def with_position(request: EndpointRequest[Any, Any], seq: int, response: Response) -> Response:
-    """Add the position up to which a response is true."""
     history = request.context.project.history
     epoch, mark = history.epoch, (await history.mark_at(seq) if seq <= history.head else None)
     response.headers["Lattice-Change"] = str(Position(epoch, seq, mark or b""))
@@ -365,6 +356,5 @@ def _in_json(content: bytes, status: HTTPStatus) -> Response:
 
 
 def _error_message(message: str) -> str:
-    """Return the message of a command without JSON output."""
     lines = [line for line in message.splitlines() if line.strip()]
     return (lines[-1].removeprefix("Error: ") if lines else "the command printed nothing")[:_MESSAGE_CHARS]

@@ -283,7 +283,6 @@ async def unarchive_task(request: EndpointRequest[Nothing, Provenance]) -> Respo
 
 
 def _one(task: str) -> str:
-    """Return a single id: a comma separates several."""
     if "," in task or not task.strip():
         why = f"Invalid task ID format: {task[:60]!r}."
         raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "INVALID_ID", why)

@@ -135,8 +135,6 @@ class Text(msgspec.Struct):
 
 @dataclass(frozen=True)
 class _Place:
-    """Path of a task's text, and its path while the task is active."""
-
     task: str
     kind: str
     is_archived: bool
@@ -200,7 +198,6 @@ async def read_notes_version(request: EndpointRequest[Nothing, Nothing]) -> Resp
 async def _with_place[B: Nothing | bytes, Q: Query](
     request: EndpointRequest[Q, B], kind: str, work: Callable[[EndpointRequest[Q, B], _Place], Awaitable[Response]]
 ) -> Response:
-    """Return the response of ``work`` on a task's text, or lattice's error if there is no such task."""
     printed = await read_output(request, "show", "--compact", "--", request.path["id"])
     if printed.status:
         return envelope_response(printed.body)
@@ -268,7 +265,7 @@ async def _store(request: EndpointRequest[Nothing, bytes], place: _Place) -> tup
 
 
 async def _save(request: EndpointRequest[Nothing, bytes], place: _Place) -> tuple[Stored, bytes]:
-    """Store the text as an editor that had read the present one does. Of two that change one line, the later wins."""
+    """Store the text as an editor that had read the present one; of two that change one line, the later wins."""
     project, once = request.context.project, request.once
     for number in range(_TRIES):
         base = await text_at_head(project, place.active, request.context.share)

@@ -1,7 +1,6 @@
 """Call surfaces of the worker (commands, dashboard, mcp, storage): common types and the registry of surfaces.
 
-A surface runs operations of another interface of lattice with lattice's own code. Its module is imported when a worker
-first needs it.
+Its module is imported when a worker first needs it.
 """
 
 import importlib
@@ -84,7 +83,7 @@ class Operation:
 
 class Surface(Protocol):
     def load(self) -> None:
-        """Import the surface's dependencies, outside any transaction. Idempotent; the first call may take a second."""
+        """Import the surface's dependencies, outside any transaction, which may take a second. Idempotent."""
 
     def prepare(self, request: CallRequest) -> Operation:
         """Check a call completely; run nothing. Raises Rejected."""
@@ -134,7 +133,6 @@ _SURFACES: Mapping[str, _Entry] = {
 
 @cache
 def is_offered(name: str) -> bool:
-    """Return whether a surface exists and its dependencies are installed."""
     entry = _SURFACES.get(name)
     return entry is not None and importlib.util.find_spec(entry.needs) is not None
 

@@ -38,12 +38,10 @@ class _Claim(msgspec.Struct, forbid_unknown_fields=True):
     line: _Line
 
 
-def load() -> None:
-    """Do nothing: the modules that run commands suffice."""
+def load() -> None: ...
 
 
 def prepare(request: CallRequest) -> Operation:
-    """Check every line; see ``Surface``."""
     if request.name == "together":
         return _together(request, _payload(request, _Together))
     if request.name == "claim":
@@ -127,7 +125,7 @@ def _claim(request: CallRequest, claim: _Claim) -> Operation:
 
 @contextmanager
 def _choosing(task: str) -> Iterator[None]:
-    """Make ``next`` pick this task within the context; lattice's own code still applies every rule of claiming."""
+    """Make ``next`` pick this task; lattice's own code still applies every rule of claiming."""
     from lattice.cli import query_cmds
     from lattice.cli.helpers import read_snapshot_or_exit, require_root, resolve_task_id
 

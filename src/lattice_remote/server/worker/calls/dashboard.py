@@ -1,7 +1,6 @@
 """Dashboard surface: POST requests served by the handlers of lattice's own dashboard, without a socket.
 
-``name`` is the request's path, ``payload`` its body; the response is the handler's status and body. Pages of a client's
-machine and of the server use it alike.
+``name`` is the request's path, ``payload`` its body; the response is the handler's status and body.
 """
 
 import io
@@ -23,7 +22,7 @@ __all__ = ["handler_class", "load", "prepare"]
 
 @cache
 def handler_class(lattice_dir: Path) -> Any:
-    """Return lattice's request handler for this project: an instance, made from a path and a body, serves one request.
+    """Return lattice's request handler for this project; an instance, made from a path and a body, serves one request.
 
     ``get()`` and ``post()`` return the response and set ``content_type`` and ``etag``.
     """
@@ -56,7 +55,7 @@ def handler_class(lattice_dir: Path) -> Any:
                     self.etag = value
 
         def end_headers(self) -> None:
-            """Ignore the others: no client reads them."""
+            """Send none: no client reads them."""
 
     return CapturedHandler
 
@@ -128,7 +127,6 @@ def _route(path: str) -> str:
 
 
 def _handler_refuses(body: bytes) -> bool:
-    """Return whether the handler refuses a body itself: too large, or not JSON."""
     from lattice.dashboard.server import MAX_REQUEST_BODY_BYTES
 
     if len(body) > MAX_REQUEST_BODY_BYTES:
@@ -164,7 +162,7 @@ def _check(route: str, values: dict[str, Any], takes: Mapping[str, Kind], identi
 
 
 def _objection(route: str, values: dict[str, Any], takes: Mapping[str, Kind]) -> str:
-    """Return why the server refuses values that the handler might accept; "" if it does not."""
+    """Return why the server refuses values that the handler might accept; "" for no reason."""
     unknown = sorted(values.keys() - takes.keys())
     if unknown:
         return _UNKNOWN.format(route, shown(unknown[0]))
@@ -206,8 +204,6 @@ def _post(handler: Any, path: str, body: bytes) -> CallResponse:
 
 @cache
 def _routing(lattice_dir: Path) -> Any:
-    """Return the request handler with its handlers replaced by functions that raise ``_HandlerExists``."""
-
     def refuse(*_: object) -> None:
         raise _HandlerExists
 

@@ -60,7 +60,6 @@ def load() -> None:
 
 
 def prepare(request: CallRequest) -> Operation:
-    """Check a tool call; see ``Surface``."""
     from lattice.core.ids import validate_actor
 
     takes = _TOOLS.get(request.name)

@@ -47,8 +47,7 @@ class _Text(_Arguments):
     text: str
 
 
-def load() -> None:
-    """Do nothing: the modules that run commands suffice."""
+def load() -> None: ...
 
 
 def prepare(request: CallRequest) -> Operation:
@@ -71,14 +70,12 @@ def prepare(request: CallRequest) -> Operation:
 
 
 def _require(identity: Identity, actor: str, *, session: Mapping[str, Any] | None = None) -> None:
-    """Check that this token may write as the actor, or in the session."""
     identity.require(actor, ignore_case=session is not None)
     if session is not None:
         identity.require_session(session["name"], session["session"], to_end=False)
 
 
 def _actor(storage: LocalStorage, events: list[dict[str, Any]], identity: Identity) -> str:
-    """Return the actor of the first event, after checking all. Raises Rejected."""
     actors = [storage.require_actor(event) for event in plain(events)]
     return actors[0] if actors else identity.actor
 
