@@ -43,7 +43,7 @@ class FileWatcher:
         self._thread: threading.Thread | None = None
 
     def add(self, directory: str, touched: Touched) -> None:
-        """Watch a directory. ``touched(None)`` follows once the watch has begun, for earlier changes."""
+        """Watch a directory; ``touched(None)`` follows once the watch has begun, for earlier changes."""
         self._listeners[directory] = touched
         self._restart()
 
@@ -65,8 +65,6 @@ class FileWatcher:
             arguments = (_identities(self._listeners), self._stop, asyncio.get_running_loop())
             self._thread = threading.Thread(target=self._watch, args=arguments, name="watching", daemon=True)
             self._thread.start()
-
-    # --- in the thread ---
 
     def _watch(self, watched: _Identities, stop: threading.Event, loop: asyncio.AbstractEventLoop) -> None:
         def tell(function: Callable[..., None], *arguments: object) -> None:
@@ -125,7 +123,7 @@ class FileWatcher:
             self._restart()
 
     def _failed(self, thread: threading.Event, why: str) -> None:
-        """Report that every file may have changed. One undecodable file name in any directory is enough to fail."""
+        """Report that every file may have changed; one undecodable file name is enough to fail."""
         if thread is self._stop:
             if self.trouble is None:
                 _log.warning("cannot watch files (%s); they are compared periodically", why)

@@ -39,12 +39,11 @@ Signature = tuple[int, int, int, int]
 
 
 def signature_of(status: os.stat_result) -> Signature:
-    """Return the values that change when the file is written or replaced."""
     return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
 
 
 def write_all(descriptor: int, data: bytes | bytearray, offset: int | None = None) -> None:
-    """Write all of ``data``, at ``offset`` if given, else at the descriptor's position. Raises OSError."""
+    """Write all of ``data``, at ``offset`` if given. Raises OSError."""
     view = memoryview(data)
     while view:
         if offset is None:
@@ -68,12 +67,9 @@ def write_atomically(
     Once this returns, the file survives a power cut. On any error the old file remains.
 
     Args:
-        path: of the file, in an existing directory.
-        data: the new content.
         mode: of the new file, reduced by the umask.
         temporary: a path in the same directory, for recovery to know it; a leftover is overwritten. None: random.
         sync: makes a descriptor durable; None leaves that to the caller.
-        is_parent_synced: also make the name durable.
     """
     target = os.fspath(path)
     directory, name = os.path.split(target)
@@ -142,7 +138,6 @@ def payload_at(data: bytes | memoryview, offset: int) -> bytes | None:
 
 
 def frames(data: bytes | memoryview) -> Iterator[tuple[int, bytes]]:
-    """Yield each whole record's offset and payload, up to the first that is torn or damaged."""
     offset = 0
     while (payload := payload_at(data, offset)) is not None:
         yield offset, payload

@@ -27,7 +27,7 @@ _MAX_TASKS_SHOWN = 3
 
 
 def as_records(entries: Sequence[LogEntry], short_ids: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return the entries for ``--json``: all fields, tasks with short ids (or null), always a ``token_actor``."""
+    """Return the entries for ``--json``, tasks with short ids (or null)."""
     records = []
     for entry in entries:
         record = msgspec.to_builtins(entry)
@@ -42,7 +42,7 @@ def as_records(entries: Sequence[LogEntry], short_ids: Mapping[str, str]) -> lis
 def as_lines(entries: Sequence[LogEntry], short_ids: Mapping[str, str], epoch: str = "") -> list[str]:
     """Return a table for a terminal, empty without entries. A heading separates epochs.
 
-    ``epoch`` is the current one if known: it may have no entry yet.
+    ``epoch``: the current one if known, which may have no entry yet.
     """
     if not entries:
         return []
@@ -65,7 +65,6 @@ def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
-    """Return ``1 token`` or ``2 tokens``."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
@@ -81,7 +80,6 @@ def _row(entry: LogEntry, short_ids: Mapping[str, str]) -> tuple[str, str, str, 
 
 
 def local_time(time: str, form: str = "%Y-%m-%d %H:%M:%S") -> str:
-    """Return a time in the local zone; return other text unchanged."""
     try:
         return datetime.fromisoformat(time).astimezone().strftime(form)
     except (ValueError, OverflowError, OSError):
@@ -102,6 +100,6 @@ def describe_difference(here: str, there: str, *, here_is: str, there_is: str) -
 
 
 def _numbers(version: str) -> list[int]:
-    """Return the leading numbers of a version, bounded in size since a peer may have sent it."""
+    """Return the leading numbers of a version, bounded: a peer may have sent it."""
     found = re.match(r"\d{1,9}(?:\.\d{1,9}){0,7}", version)
     return [int(number) for number in found[0].split(".")] if found else []

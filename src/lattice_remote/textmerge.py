@@ -55,8 +55,6 @@ def merge_text(base: bytes | None, mine: bytes, theirs: bytes | None) -> MergeRe
 
 
 class _Text:
-    """A text's lines, the end of each, and whether a byte order mark precedes them."""
-
     def __init__(self, text: bytes) -> None:
         self.bom = _BOM if text.startswith(_BOM) else b""
         whole = text[len(self.bom) :].splitlines(keepends=True)
@@ -140,7 +138,7 @@ class _Matcher:
         return [*_joined(found), (len(a), len(b), 0)]
 
     def _between(self, alo: int, ahi: int, blo: int, bhi: int) -> Iterator[Block]:
-        """Yield the matches of two ranges: common prefix, common suffix, and difflib's matches in between."""
+        """Yield the matches of two ranges: common prefix and suffix, and difflib's in between."""
         a, b = self._a, self._b
         head = 0
         while alo + head < ahi and blo + head < bhi and a[alo + head] == b[blo + head]:
@@ -157,7 +155,7 @@ class _Matcher:
 
 
 def _anchors(a: Sequence[bytes], b: Sequence[bytes]) -> list[tuple[int, int]]:
-    """Return the places of the lines that occur once in each text: as many as stand in the same order in both."""
+    """Return the places of the lines that occur once in each text, as many as have the same order."""
     once_a, once_b = _once(a), _once(b)
     pairs = [(i, once_b[line]) for line, i in once_a.items() if line in once_b]  # in the order of a
     ends: list[int] = []  # of the best row of each length: its last place in b
@@ -182,7 +180,6 @@ def _once(lines: Sequence[bytes]) -> dict[bytes, int]:
 
 
 def _joined(blocks: Iterable[Block]) -> list[Block]:
-    """Return the non-empty blocks, with adjacent ones combined."""
     joined: list[Block] = []
     for i, j, size in blocks:
         if joined and (joined[-1][0] + joined[-1][2], joined[-1][1] + joined[-1][2]) == (i, j):
@@ -205,7 +202,7 @@ class _Work:
 class _Bounded(SequenceMatcher[bytes]):
     def __init__(self, a: Sequence[bytes], b: Sequence[bytes], work: _Work) -> None:
         often = Counter(b)
-        # Like difflib, match lines that are very frequent, such as blank ones, only beside others.
+        # Match very frequent lines, such as blank ones, only beside others.
         popular = len(b) if len(b) < 200 else len(b) // 100 + 1
         work.spend(sum(often[line] for line in a if often[line] <= popular))
         self._work = work

@@ -102,7 +102,7 @@ def pass_request_id(text: str) -> None:
 
 
 def send_request(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:
-    """Return the answer to a request, starting an agent if needed. Raises the error in the answer.
+    """Return the answer to a request, starting an agent if needed.
 
     If the agent ends, a new one gets the request: a command's id makes it run once (I6).
     """
@@ -137,7 +137,6 @@ def agent_enabled() -> bool:
 
 
 def send_if_running(request: dict[str, Any]) -> dict[str, Any] | None:
-    """Like ``send_request``, but return None if no agent runs."""
     place = _place()
     return None if place is None else send_to_agent(place, request)
 
@@ -158,7 +157,6 @@ def send_to_agent(place: agent_runtime.Runtime, request: dict[str, Any]) -> dict
 
 
 def stay_connected() -> AbstractContextManager[object]:
-    """Keep the agent running while the returned context is open."""
     place = _place()
     stream = None if place is None else _connect(place)
     return nullcontext() if stream is None else closing(stream)
@@ -181,7 +179,6 @@ def _checked(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_inline(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:
-    """Like ``send_request``, but run the steps in this process."""
     from lattice_remote.client.agent.service import serve_once
 
     with allow_writes(""):  # a serving command may send while under its guard
@@ -190,8 +187,6 @@ def run_inline(request: dict[str, Any], on_progress: Progress | None = None) -> 
 
 @dataclass(frozen=True)
 class SurfaceResponse:
-    """Result of an operation: ``status`` as in HTTP, ``payload`` a JSON text."""
-
     status: int
     payload: str
 
@@ -199,9 +194,9 @@ class SurfaceResponse:
 def call(
     directory: str, surface: str, name: str, payload: str, files: list[dict[str, Any]] | None = None
 ) -> SurfaceResponse:
-    """Run an operation on the server; its change is then in the cache. Thread-safe.
+    """Run an operation on the server; its change is then in the cache. Thread-safe; raises RemoteError.
 
-    Notices go to stderr. ``files`` are as in ``CallersFiles``. Raises RemoteError.
+    Notices go to stderr.
     """
     # The id is created here, so that it runs once even if the agent is killed and asked again (I6).
     asked = request("call", directory, id=agent_runtime.new_request_id(), surface=surface, name=name, payload=payload)
@@ -232,7 +227,6 @@ def _exchange(stream: socket.socket, request: dict[str, Any], on_progress: Progr
 
 
 def _connect(place: agent_runtime.Runtime) -> socket.socket | None:
-    """Return a connection to the agent; None without one, or if it is another user's."""
     stream = socket.socket(socket.AF_UNIX)
     try:
         agent_runtime.check(place)
@@ -346,7 +340,6 @@ def ensure_current(
 
 
 def describe_age(age_s: float) -> str:
-    """Return ``8 s``, ``3 min``, ``5 h`` or ``2 days``."""
     if age_s < 120:
         return f"{age_s:.0f} s"
     if age_s < 7200:

@@ -48,7 +48,7 @@ _NAMESPACES = ("mnt", "net", "user")
 
 
 class Runtime:
-    """The agent's files. ``name`` is a digest of package version and environment."""
+    """The agent's files; ``name`` is a digest of package version and environment."""
 
     def __init__(self, directory: str, name: str) -> None:
         self.directory = directory
@@ -94,7 +94,6 @@ def _short_prefix() -> str:
 
 
 def short_directories() -> list[str]:
-    """Return this user's directories that replace those with too long a path."""
     found = []
     for parent in {os.environ.get("TMPDIR") or "/tmp", "/tmp"}:  # noqa: S108 - only this user's are returned
         with contextlib.suppress(OSError), os.scandir(parent) as entries:
@@ -221,7 +220,6 @@ def _check_owner(runtime: Runtime) -> os.stat_result:
 
 
 def _remove_what_others_left(directory: str) -> None:
-    """Remove files that other users could have placed here."""
     for entry in os.scandir(directory):
         if entry.is_symlink() or entry.stat(follow_symlinks=False).st_uid != _user():
             os.unlink(entry.path)

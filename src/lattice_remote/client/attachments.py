@@ -66,7 +66,6 @@ class CallersFiles:
 
     @classmethod
     def of_value(cls, source: str | None) -> Self:
-        """Return the regular file of a file argument; none for a URL."""
         files = cls()
         if source is not None and not _is_url(source):
             files._add(0, source, only_regular=True)
@@ -114,7 +113,6 @@ class CallersFiles:
         return {"path": place, "identity": identity(status)}
 
     def _spool(self, data: bytes, file: Any) -> tuple[str, os.stat_result]:
-        """Store ``data`` and the rest of a pipe in a private file."""
         import tempfile
 
         handle, place = tempfile.mkstemp(prefix="lattice-", dir=temporary_directory())
@@ -136,7 +134,7 @@ def _is_url(source: str) -> bool:
 
 
 def identity(status: os.stat_result) -> list[int]:
-    """Return a file's identity, which changes when it is written."""
+    """Return an identity, which changes when the file is written."""
     return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
 
 

@@ -53,7 +53,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """Project on a server, as in ``remote.json``. May be committed; never holds a token."""
+    """Project on a server, as in ``remote.json``, which may be committed and never holds a token."""
 
     name: str
     """The user's name for it, usually ``origin``."""
@@ -124,7 +124,6 @@ def is_unpushed(directory: str) -> bool:
 
 
 def is_cache(directory: str) -> bool:
-    """Return whether a ``.lattice`` is a cache, also without its ``remote.json``."""
     return any(os.path.isfile(os.path.join(directory, name)) for name in (REMOTE_FILE, STATE_FILE))
 
 
@@ -142,7 +141,6 @@ def detachment(directory: str) -> str | None:
 
 
 def lost_remote(directory: str) -> Remote | None:
-    """Return the remote of a cache without ``remote.json``, from its state."""
     try:
         with open(os.path.join(directory, STATE_FILE), "rb") as file:
             found = json.load(file)
@@ -192,7 +190,6 @@ def identify(directory: str) -> list[int | str]:
 
 
 def check_name(name: object) -> str:
-    """Return a valid name of a remote. Raises Misuse."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise Misuse(f"not a remote's name: {name!r}; letters, digits, dots and dashes, at most 63")
     return name

@@ -36,7 +36,6 @@ _LOCK_TIMEOUT_S = 10.0
 
 
 def directory() -> str:
-    """Return the configuration directory's absolute path; it need not exist."""
     base = os.environ.get("XDG_CONFIG_HOME", "")
     if not os.path.isabs(base):  # a relative one is ignored, as its specification says
         base = os.path.abspath(os.path.join(os.path.expanduser("~"), ".config"))
@@ -48,7 +47,6 @@ def path_of(name: str) -> str:
 
 
 def signature(path: str) -> Signature | None:
-    """Return a signature that changes with the file; None if there is none."""
     try:
         return signature_of(os.lstat(path))
     except OSError:
@@ -141,13 +139,11 @@ def check_token(token: str) -> str:
 
 
 def stored(url: str, project: str) -> str | None:
-    """Return the stored token for a project, else for its server."""
     of_server = _load().get(url, {})
     return of_server.get(project) or of_server.get(ANY_PROJECT)
 
 
 def projects(url: str) -> list[str]:
-    """Return a server's projects with a stored token of their own."""
     return sorted(slug for slug in _load().get(url, {}) if slug != ANY_PROJECT)
 
 
@@ -156,7 +152,7 @@ def is_known(url: str) -> bool:
 
 
 def store(url: str, project: str, token: str) -> None:
-    """Store a token, readable by this user only. Durable on return. Raises Misuse, StorageError."""
+    """Store a token, readable by this user only; durable on return. Raises Misuse, StorageError."""
     check_token(token)
 
     def with_it(found: dict[str, Any]) -> _Tokens:

@@ -35,7 +35,7 @@ _let: ContextVar[str | None] = ContextVar("_let", default=None)
 
 @contextmanager
 def allow_writes(folder: str) -> Iterator[None]:
-    """Allow writes to a folder of the cache ("": all) in this context: the remote's own, or a plan to be edited."""
+    """Allow writes to a folder of the cache ("": all) in this context."""
     before = _let.set(folder and folder + os.sep)
     try:
         yield
@@ -53,7 +53,6 @@ class Guard:
     """Guard of one ``.lattice`` directory between ``start()`` and ``stop()``; ``refused`` keeps the first refusal."""
 
     def __init__(self, directory: str, *, plugins: str = "") -> None:
-        """``plugins`` are the words of the running command if it is a plugin's."""
         self._directory = directory
         self._plugins = plugins
         self._inside = tuple({os.path.abspath(directory) + os.sep, os.path.realpath(directory) + os.sep})
@@ -61,7 +60,7 @@ class Guard:
         self.refused: WriteRefused | None = None
 
     def start(self) -> None:
-        """Start to refuse writes. An audit hook cannot be removed, only disabled."""
+        """Start to refuse writes."""
         self._on = True
         sys.addaudithook(self._hook)
 

@@ -20,7 +20,7 @@ SERVER_ENV = "LATTICE_REMOTE_SERVER"
 
 
 def register(cli_group: click.Group) -> None:
-    """Add the ``remote`` command and a hook for all others. Does nothing inside our own server."""
+    """Add the ``remote`` command and a hook for all others."""
     if SERVER_ENV in os.environ:
         return
     cli_group.add_command(_RemoteCommand("remote", help="Share this project through a server.", add_help_option=False))
@@ -73,7 +73,7 @@ def remote_directory() -> str | None:
 
 
 class _RemoteCommand(click.Command):
-    """``lattice remote``: a Typer app, loaded on use. Its commands are no Click commands of this group."""
+    """``lattice remote``: a Typer app, loaded on use."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:  # noqa: ARG002 - Click's signature
         """Return none: ``--help`` and every option belong to Typer."""
@@ -93,7 +93,6 @@ class _RemoteCommand(click.Command):
         ]
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the Typer app, which exits by itself."""
         from lattice_remote.client.cli.app import main
 
         main(ctx.args, prog_name=ctx.command_path)

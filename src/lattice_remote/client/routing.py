@@ -80,7 +80,6 @@ _REQUIRE_CURRENT = click.Option(
 
 
 def hooked(command: click.Command, path: tuple[str, ...], directory: str, argv: list[str]) -> click.Command:
-    """Return a copy of ``command`` at ``path`` that is routed after parsing ``argv``."""
     if in_warm_process and not isinstance(command, click.Group) and _is_plugins(command):
         raise NeedsOwnProcess
     twin = copy.copy(command)
@@ -130,7 +129,7 @@ def _invoke(command: click.Command, path: tuple[str, ...], directory: str, argv:
 
 def _may_run_warm(path: tuple[str, ...], ctx: click.Context, directory: str) -> bool:
     """Return whether the warm process may run a command: it reads no file of the caller, serves nothing and starts no
-    program but git, which ``show`` asks for branches.
+    program but git.
     """
     if path in _ELSEWHERE or path == ("dashboard",) or is_unpushed(directory):
         return False
@@ -184,9 +183,6 @@ def fail(error: RemoteError, *, is_json: bool) -> None:
     output_error(error.message, error.code, is_json)
 
 
-# --- local execution ---
-
-
 def _serve_dashboard(command: click.Command, ctx: click.Context, directory: str) -> Any:
     from lattice_remote.client.surfaces.dashboard import remote_dashboard
 
@@ -214,9 +210,6 @@ def _run_here(command: click.Command, ctx: click.Context, directory: str, *, plu
     if guard.refused is not None:
         raise guard.refused
     return result
-
-
-# --- remote execution ---
 
 
 def _run_there(

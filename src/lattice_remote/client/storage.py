@@ -62,12 +62,9 @@ class RemoteStorage:
         return self._root
 
     def freshness(self) -> Freshness:
-        """Bring the cache up to date if the server is reachable, and return its state."""
         answer = self._ready()
         message = "" if answer["current"] else answer["message"]
         return Freshness(answer["current"], answer["seq"], 0.0 if answer["current"] else answer["age_s"], message)
-
-    # --- tasks ---
 
     def list_tasks(self, *, archived: bool = False) -> list[Snapshot]:
         return self._copy().list_tasks(archived=archived)
@@ -81,8 +78,6 @@ class RemoteStorage:
     def write_task(self, task: str, events: Sequence[Event], base: str | None) -> Written[Snapshot] | Conflict:
         return self._write_events("write-task", {"task": task}, events, base)
 
-    # --- resources ---
-
     def list_resources(self) -> list[Snapshot]:
         return self._copy().list_resources()
 
@@ -91,8 +86,6 @@ class RemoteStorage:
 
     def write_resource(self, resource: str, events: Sequence[Event], base: str | None) -> Written[Snapshot] | Conflict:
         return self._write_events("write-resource", {"resource": resource}, events, base)
-
-    # --- plans and notes ---
 
     def read_plan(self, task: str) -> str | None:
         return self._copy().read_plan(task)
@@ -105,8 +98,6 @@ class RemoteStorage:
 
     def write_notes(self, task: str, text: str, base: str | None) -> Written[str] | Merged | Conflict:
         return self._write_text("write-notes", task, text, base)
-
-    # --- the cache ---
 
     def _copy(self) -> LocalStorage:
         """Return the cache for reading, current if possible. Raises RemoteError."""
@@ -126,8 +117,6 @@ class RemoteStorage:
         for notice in answer["notices"]:
             _warn(notice)
         return answer
-
-    # --- the server ---
 
     def _write_events(
         self, name: str, of: Mapping[str, str], events: Sequence[Event], base: str | None
@@ -166,7 +155,6 @@ class RemoteStorage:
 
 
 def _warn(message: str) -> None:
-    """Warn at the program's call, outside this module."""
     warnings.warn(message, RemoteWarning, stacklevel=2, skip_file_prefixes=(os.path.dirname(__file__),))
 
 

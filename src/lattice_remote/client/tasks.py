@@ -25,7 +25,6 @@ _OF_TASKS = frozenset({"source_id", "target_task_id", "task_id", "task_ids"})
 
 
 def completing(command: "click.Command", directory: str) -> "click.Command":
-    """Return a copy of one of lattice's commands that completes its tasks."""
     twin = copy.copy(command)
     twin.params = [_completing(parameter, directory) for parameter in command.params]
     return twin
@@ -60,16 +59,12 @@ def _title(directory: str, task: str) -> str:
     return one_line(title[:_MAX_TITLE_CHARS]) if isinstance(title, str) else ""
 
 
-# --- files ---
-
-
 def task_of(directory: str, name: str) -> str:
     """Return the id of the task with this id or short id; ``name`` if there is none."""
     return short_ids(directory).get(name.upper(), name)
 
 
 def short_ids(directory: str) -> dict[str, str]:
-    """Return the task's id by short id."""
     known = read_object(directory, "ids.json").get("map")
     if not isinstance(known, dict):
         return {}
@@ -77,7 +72,7 @@ def short_ids(directory: str) -> dict[str, str]:
 
 
 def read_object(directory: str, path: str) -> dict[str, Any]:
-    """Return the JSON object in a file of a cache; empty if it is missing or invalid."""
+    """Return the JSON object in a file of a cache; empty without one."""
     try:
         with open(os.path.join(directory, path), "rb") as file:
             found = json.load(file)

@@ -29,11 +29,11 @@ CHECK_TIMEOUT_S = 45.0
 
 
 class CheckFailed(Exception):
-    """The implementation does not behave as the specification says."""
+    """The implementation violates the specification."""
 
 
 class NotOffered(Exception):
-    """The implementation lacks the optional part that the check is about."""
+    """The implementation lacks an optional part."""
 
 
 def expect(condition: object, message: str) -> None:
@@ -63,8 +63,6 @@ async def all_of(parts: Iterable[Coroutine[None, None, None]]) -> None:
 
 @dataclass(frozen=True)
 class Check[T]:
-    """One check: ``run`` returns if it holds."""
-
     section: str
     """Of SPEC.md, or the invariant."""
     name: str
@@ -101,7 +99,6 @@ def summary(outcomes: Sequence[Outcome], seconds: float) -> str:
 
 
 async def run_checks[T](checks: Iterable[Check[T]], target: T, *, concurrency: int) -> AsyncIterator[Outcome]:
-    """Yield the outcomes in the order of the checks."""
     turn = asyncio.Semaphore(concurrency)
 
     async def run(check: Check[T]) -> Outcome:

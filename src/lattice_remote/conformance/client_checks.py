@@ -61,7 +61,6 @@ class ClientTarget:
 
     @contextlib.asynccontextmanager
     async def play(self, files: Files | None = None) -> AsyncIterator["Play"]:
-        """Yield a server with these files, and a directory for the client."""
         self._plays += 1
         play = Play(self.command, self._directory / str(self._plays), FILES if files is None else files)
         await play.server.start()
@@ -73,7 +72,6 @@ class ClientTarget:
 
     @contextlib.asynccontextmanager
     async def filled(self, files: Files | None = None) -> AsyncIterator["Play"]:
-        """Yield a server and a client that has its files and follows."""
         async with self.play(files) as play:
             await play.follow()
             await play.equal()
@@ -153,7 +151,6 @@ class Play:
             await asyncio.sleep(max(0.02, 3 * (time.monotonic() - began)))
 
     async def until(self, condition: Callable[[], object], what: str, seconds: float = EQUAL_TIMEOUT_S) -> None:
-        """Wait for a condition. Raises CheckFailed."""
         end = time.monotonic() + seconds
         while not condition():
             expect(time.monotonic() < end, f"no {what} within {seconds:.0f} s")
@@ -501,7 +498,7 @@ async def _(target: ClientTarget) -> None:
 
 @contextlib.asynccontextmanager
 async def edited(target: ClientTarget, text: bytes, outcome: str = "") -> AsyncIterator[Play]:
-    """Yield a client that follows, with an edit of its plan, which the server answers with ``outcome``."""
+    """Yield a following client with an edit of its plan, which the server answers with ``outcome``."""
     async with target.filled() as play:
         play.server.outcome = outcome
         (play.lattice / PLAN).write_bytes(text)

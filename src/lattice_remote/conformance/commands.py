@@ -94,7 +94,6 @@ def chosen[T](checks: CheckList[T], text: str) -> CheckList[T]:
 
 
 async def _report(outcomes: AsyncIterator[Outcome], *, as_json: bool) -> int:
-    """Print each outcome at once; return the exit code."""
     began, found = time.monotonic(), list[Outcome]()
     async for outcome in outcomes:
         found.append(outcome)

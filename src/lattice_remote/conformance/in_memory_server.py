@@ -89,8 +89,6 @@ def delta(before: Files, after: Files, *, announced: frozenset[str] = frozenset(
 
 @dataclass(frozen=True)
 class Moment:
-    """A point of a history: the tree there, and the change that led to it."""
-
     mark: bytes
     files: Files
     change: Change | None = None
@@ -102,7 +100,7 @@ class InMemoryConnection:
     def __init__(self) -> None:
         self.to_client: deque[bytes] = deque()
         self.to_server: deque[bytes] = deque()
-        self.cursor: int | None = None  # last change sent; None before the greeting
+        self.cursor: int | None = None  # last change sent
         self.takes_parts = False
         self.pending: deque[ServerFrame | str] = deque()
         """Pieces of files and manifests, and paths whose files are read when their turn comes."""
@@ -133,8 +131,6 @@ class InMemoryServer:
     @property
     def files(self) -> Files:
         return self.history[-1].files
-
-    # --- the project ---
 
     def write(
         self, operations: list[Operation], after: Files, *, request_id: str | None = None, cause: str = "edit"
@@ -171,15 +167,12 @@ class InMemoryServer:
         self.trees[self.epoch, b""] = self.files
         self.connections.clear()
 
-    # --- the conversation ---
-
     def accept(self) -> InMemoryConnection:
         connection = InMemoryConnection()
         self.connections.append(connection)
         return connection
 
     def take(self, connection: InMemoryConnection) -> None:
-        """Handle the next frame of a client, unless its connection has ended."""
         if connection not in self.connections:
             connection.to_server.clear()
             return
@@ -232,7 +225,6 @@ class InMemoryServer:
         connection.pending.extend(frames[1:])
 
     def _parts(self, path: str, seq: int) -> Iterator[Part]:
-        """Return the pieces of a file as of the last change sent."""
         data = self.history[seq].files.get(path)
         if data is None:
             yield Part(path, seq, gone=True)
@@ -241,7 +233,7 @@ class InMemoryServer:
             yield Part(path, seq, len(data), digest_of(data), offset, data[offset : offset + self.piece])
 
     def _compressed(self, connection: InMemoryConnection) -> Parts | None:
-        """Take the files at the front of the queue that exist; return them in one frame, None if there are none."""
+        """Return the files at the front of the queue in one frame, if there are any."""
         assert connection.cursor is not None, "files are sent after the greeting"
         files = self.history[connection.cursor].files
         taken = list(takewhile(lambda item: isinstance(item, str) and item in files, connection.pending))
@@ -260,7 +252,7 @@ class InMemoryServer:
         return True
 
     def send_next(self, connection: InMemoryConnection, *, piece_first: bool) -> bool:
-        """Send one more frame: a change that is being replayed, or a piece; return False if there is none."""
+        """Send a change that is being replayed, or a piece; return False if there is none."""
         if connection not in self.connections:
             return False
         if not (piece_first and connection.pending) and self._replay_one(connection):

@@ -44,8 +44,6 @@ def new_id() -> str:
 
 
 class _Connection(ClientConnection):
-    """Connection that notes the server's pings."""
-
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.pinged = asyncio.Event()
@@ -74,7 +72,6 @@ class ServerTarget:
             raise NotOffered(f"the server does not name {capability!r}")
 
     def get(self, path: str, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
-        """Return status, headers in lower case, and body."""
         address = urlsplit(self.url)
         make = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
         connection = make(address.hostname or "", address.port, timeout=FRAME_TIMEOUT_S)
@@ -87,9 +84,7 @@ class ServerTarget:
 
     @contextlib.asynccontextmanager
     async def open(self, **options: Any) -> AsyncIterator["Probe"]:
-        """Open a WebSocket; the client has yet to greet. Options are those of ``websockets``. Raises CheckFailed:
-        refused.
-        """
+        """Open a WebSocket; the client has yet to greet. Raises CheckFailed: refused."""
         headers = {"Authorization": f"Bearer {options.pop('token', self.token)}"}
         slug = options.pop("slug", self.project)
         address = f"ws{self.url.removeprefix('http').rsplit('/', 1)[0]}/{slug}/ws"
@@ -125,8 +120,6 @@ class ServerTarget:
 
 
 class Refusal(CheckFailed):
-    """An HTTP response instead of the upgrade."""
-
     def __init__(self, status: int, body: bytes) -> None:
         self.status, self.body = status, body
         super().__init__(f"the upgrade was refused: {status} {body[:200]!r}")
@@ -153,7 +146,7 @@ class Probe:
         """Their bytes, by number."""
 
     async def send(self, *frames: ClientFrame | bytes | str) -> None:
-        """Send frames, or messages as they are. A closed connection is noticed when reading."""
+        """Send frames, or messages as they are; a closed connection is noticed when reading."""
         with contextlib.suppress(ConnectionClosed):
             for frame in frames:
                 await self.socket.send(frame if isinstance(frame, bytes | str) else encode(frame))
@@ -186,7 +179,6 @@ class Probe:
         return frame
 
     async def until[F](self, kind: type[F], fits: Callable[[F], bool] = lambda _: True) -> F:
-        """Return the next frame of a kind that fits; others are skipped."""
         async with within(2 * FRAME_TIMEOUT_S, _kind_name(kind)):
             while True:
                 frame = await self.receive()
@@ -200,7 +192,7 @@ class Probe:
         return await self.until(Response, lambda answer: answer.id == request.id)  # type: ignore[arg-type]
 
     async def farewell(self) -> tuple[Bye | None, int]:
-        """Read to the end; return the Bye, which must be the last frame, and the close code (0: there was none)."""
+        """Read to the end; return the Bye, which must be the last frame, and the close code or 0."""
         bye: Bye | None = None
         try:
             async with within(FRAME_TIMEOUT_S, "end of the connection"):
@@ -221,7 +213,6 @@ class Probe:
             await self.socket.pinged.wait()
 
     async def ends(self, code: str, close_code: int) -> Bye:
-        """Check that the connection ends with a Bye of these codes."""
         bye, closed = await self.farewell()
         found = f"{bye.code if bye else 'no Bye'}, close code {closed}"
         expect(bye is not None and bye.code == code and closed == close_code, f"{found}; not {code}, {close_code}")

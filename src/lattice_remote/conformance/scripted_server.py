@@ -73,8 +73,6 @@ class Link:
 
 
 class _Connection(ServerConnection):
-    """Connection that notes the client's pings."""
-
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.on_ping: Callable[[], None] = lambda: None
@@ -122,7 +120,7 @@ class ScriptedServer:
         return self.model.files
 
     async def start(self) -> None:
-        """Listen on a free port, or on the one of before."""
+        """Listen on a free port, or on the earlier one."""
         self._server = await serve(
             self._serve,
             "127.0.0.1",
@@ -176,8 +174,6 @@ class ScriptedServer:
         for link in list(self.links):
             await link.send(encode(Bye(code, "ended by a check", retry_after_s)))
             await link.socket.close(close_code)
-
-    # --- connections ---
 
     def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
         if request.headers.get("Authorization") != f"Bearer {TOKEN}":
@@ -250,7 +246,6 @@ class ScriptedServer:
         self.model.take(link.connection)
 
     async def pieces(self, count: int) -> None:
-        """Send this number of pieces that are held back."""
         for link in list(self.links):
             for _ in range(count):
                 self.model.send_next(link.connection, piece_first=True)
@@ -273,8 +268,6 @@ class ScriptedServer:
 
     def _is_behind(self, link: Link) -> bool:
         return (link.connection.cursor or 0) < self.model.head
-
-    # --- requests ---
 
     async def _request(self, link: Link, request: Run | Put) -> None:
         plain = msgspec.structs.replace(request, age_s=0.0)

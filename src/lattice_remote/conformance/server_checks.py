@@ -109,7 +109,6 @@ async def manifest(probe: Probe) -> dict[str, Entry]:
 
 
 async def fetch(probe: Probe, path: str) -> tuple[Part, bytes]:
-    """Return a file's first part and its content."""
     await probe.send(Fetch([path]))
     first = part = await probe.until(Part, lambda part: part.path == path)
     data = part.data

@@ -54,11 +54,7 @@ _ABSOLUTE = re.compile(rb"""(\s(?:src|href|action|data-remote-src)\s*=\s*["'])/(
 
 
 def with_script(page: bytes) -> bytes:
-    """Return the page with the script before its own; unchanged if it has no head.
-
-    ``libraries.js`` loads the scripts of other servers: on a closed network the browser would wait for them before it
-    shows anything.
-    """
+    """Return the page with the script before its own; unchanged if it has no head."""
     page = _FOREIGN.sub(rb'\1type="text/plain" data-remote-src=', page)
     page = _DEFERRED.sub(rb'\1type="text/plain" data-remote-src=', page)
     added = f'\n<link rel="stylesheet" href="{STYLE}">\n<script src="{SCRIPT}"></script>'.encode()
@@ -158,7 +154,7 @@ def _renamed(text: str) -> str:
 
 
 def _calls(handler: str) -> set[str] | None:
-    """Return the functions that a handler calls; None if it has a statement of an unknown form."""
+    """Return the functions that a handler calls; None if it has another statement."""
     calls, at = set(), 0
     while at < len(handler):
         statement = _STATEMENT.match(handler, at)

@@ -51,10 +51,7 @@ class Unpacker:
         self._hasher = hashlib.sha256()
 
     def receive(self, data: bytes) -> Iterator[Entry | bytes]:
-        """Yield an ``Entry`` where a file begins, then its content in non-empty pieces; consume all.
-
-        Raises ProtocolError: the data is no pack.
-        """
+        """Yield an ``Entry`` where a file begins, then its content in pieces. Raises ProtocolError."""
         self._received += data
         if not self._started:
             if not MAGIC.startswith(self._received[: len(MAGIC)]):
@@ -149,7 +146,7 @@ class Layout:
         self._directories: set[str] = set()
 
     def add(self, path: str, size: int) -> None:
-        """Add a file. Raises Misuse, with a message for the project's owner: a project cannot have it."""
+        """Add a file. Raises Misuse: a project cannot have it."""
         try:
             check_path(path)
         except HostilePath as error:
@@ -192,7 +189,6 @@ class Layout:
 def first_sign_of_use(files: Iterable[tuple[str, int]]) -> str | None:
     """Return a description of the first content that no empty project has; None if the project is empty.
 
-    An empty project has only the files of ``lattice init``: settings, context, table of short ids and empty log.
     ``files`` has path and size of each replicated file.
     """
     used = sorted(path for path, size in files if path not in _OF_AN_EMPTY_PROJECT and (path != _LIFECYCLE or size))

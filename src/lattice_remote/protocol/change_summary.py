@@ -48,7 +48,6 @@ def is_log(path: str) -> bool:
 
 
 def snapshot_of(path: str) -> str | None:
-    """Return the id of the task whose snapshot this is, archived or not."""
     match = _SNAPSHOT.fullmatch(path)
     return match[1] if match else None
 
@@ -60,7 +59,6 @@ def texts_of(change: Change) -> list[tuple[str, str, str]]:
 
 
 def summarize(change: Change) -> ChangeSummary:
-    """Summarize a change, without malformed content."""
     paths = [path for operation in change.ops for path in paths_of(operation)]
     found = ChangeSummary(tasks=tasks_in(paths))
     found.resources = sorted({match[1] for path in paths if (match := _RESOURCE.fullmatch(path))})
@@ -76,7 +74,7 @@ def summarize(change: Change) -> ChangeSummary:
             case AppendBytes():
                 found.events += _events(operation.data)
             case PutFile() if change.cause not in _NOT_BY_COMMAND:
-                found.events += _events(operation.data)  # a new log
+                found.events += _events(operation.data)
             case PutFile() | AnnounceFile():
                 found.is_complete = False
             case _:
@@ -114,7 +112,6 @@ def _snapshots(change: Change) -> Iterable[tuple[str, Mapping[str, Any]]]:
 
 
 def _events(data: bytes, *, whole: bool = False) -> list[dict[str, Any]]:
-    """Return the objects in ``data``: JSON lines, or one ``whole`` JSON."""
     objects = []
     for line in [data] if whole else data.splitlines():
         try:

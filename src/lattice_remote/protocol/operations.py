@@ -97,14 +97,12 @@ class Tree(Protocol):
 
     def read(self, path: str, offset: int = 0) -> bytes: ...
 
-    def replace(self, path: str, data: bytes) -> None:
-        """Replace the file atomically (I8); create its parent directories."""
+    def replace(self, path: str, data: bytes) -> None: ...
 
     def append(self, path: str, data: bytes) -> None:
         """Append in one write; create the file if it is missing."""
 
-    def move(self, path: str, to: str) -> None:
-        """Rename the file, replacing one at ``to``."""
+    def move(self, path: str, to: str) -> None: ...
 
     def delete(self, path: str) -> None: ...
 
@@ -126,7 +124,7 @@ _flat_encoder = msgspec.json.Encoder(order="sorted")
 def flat_json(value: object) -> bytes | None:
     """Return what ``canonical_json`` returns, in a sixth of the time; None if ``value`` is not a simple flat object.
 
-    Excluded is all that msgspec writes in another way than ``json``: floats, and texts that need an escape.
+    Not for floats, and texts that need an escape: msgspec writes these in another way.
     """
     try:
         msgspec.convert(value, FlatObject)
@@ -160,7 +158,6 @@ def flat_value(data: bytes) -> FlatObject | None:
 
 
 def remember_flat(data: bytes, value: FlatObject) -> None:
-    """Let ``flat_value(data)`` return ``value``, unless it is small or large."""
     if MIN_MEMO_BYTES <= len(data) <= _MAX_MEMO_BYTES:
         _recent_flat.append((data, value))
         del _recent_flat[:-_MAX_RECENT_FLAT]

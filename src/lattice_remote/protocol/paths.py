@@ -95,7 +95,7 @@ def is_resource_name(name: str) -> bool:
 
 
 def is_session_name(name: str) -> bool:
-    """Return whether a session of this name can be shared: lattice makes a file with the name, beside its index."""
+    """Return whether a session of this name can be shared: lattice makes a file with the name."""
     return name.casefold() != "index" and is_component(name, _MAX_SESSION_BYTES)
 
 

@@ -101,7 +101,6 @@ class Arriving:
         return self._kept_bytes <= _MAX_KEPT_BYTES
 
     def forget(self, path: str) -> list[_Kept]:
-        """Remove a file, complete or to be fetched again; return its operations."""
         kept = self._files.pop(path, [])
         self._kept_bytes -= sum(weight_of(operation) for _, operation in kept)
         return kept
@@ -119,8 +118,6 @@ MAX_BUFFERED_BYTES = 64 * 1024 * 1024
 
 @dataclass(slots=True)
 class ManifestComparison:
-    """A manifest under transfer, and the changes received during it."""
-
     repair: bool
     seq: int = -1  # of the manifest; -1 before its first piece
     mark: bytes = b""
@@ -148,7 +145,7 @@ class ManifestComparison:
         self.seq, self.mark, self.later = seq, mark, later
 
     def add(self, entries: Iterable[Entry], *, last: bool) -> None:
-        """Add a piece. Only the last may be empty; others could repeat forever."""
+        """Add a piece; only the last may be empty."""
         before = len(self.entries)
         pairs = [(entry.path, (entry.size, entry.digest)) for entry in entries]
         self.entries.update(pairs)
@@ -174,8 +171,6 @@ class State(enum.Enum):
 
 
 class Replica:
-    """One cache of a project. Not thread-safe."""
-
     def __init__(
         self,
         position: Position = NOWHERE,
@@ -208,15 +203,11 @@ class Replica:
 
     @property
     def is_current(self) -> bool:
-        """Whether the files hold every known change, apart from local edits."""
         return (
             self.state is State.FOLLOWING and self.position.seq >= self.head and len(self.missing) == len(self.blocked)
         )
 
-    # --- connection ---
-
     def hello(self, *, client_version: str, lattice_version: str) -> Hello:
-        """Start a session on a new connection; return its first frame."""
         self.state = State.GREETING
         self.welcome = None
         self._forget_requests()
@@ -234,7 +225,7 @@ class Replica:
         )
 
     def disconnected(self) -> None:
-        """Reset the session. The shell resends unanswered requests."""
+        """Reset the session; the shell resends unanswered requests."""
         self.state = State.IDLE
         self.welcome = None
 
@@ -291,8 +282,6 @@ class Replica:
         self._set_deferred({})
         self.blocked.clear()
         return [Save(), *self.compare(repair=True)]
-
-    # --- changes ---
 
     def _changed(self, change: Change) -> Iterator[Effect]:
         if not self._follow:
@@ -370,8 +359,6 @@ class Replica:
         for path in paths:
             self._mark_missing(path, self.position.seq)
         return self._requests()
-
-    # --- deferred contents ---
 
     def may_defer(self, path: str, size: int) -> bool:
         return self.defers and size > LARGE_BYTES and is_payload(path)
@@ -548,8 +535,6 @@ class Replica:
         self._comparison = None
         self.state = State.FOLLOWING
         return comparison
-
-    # --- replies ---
 
     def _answers_ready(self) -> list[Effect]:
         if not self._answers or self._comparison is not None:

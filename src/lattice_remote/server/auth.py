@@ -42,8 +42,6 @@ _log = logging.getLogger(__name__)
 
 
 class Login(msgspec.Struct, frozen=True):
-    """An authenticated client: the token at that time, and the digest of the text it showed."""
-
     token: Token
     sha256: str
 
@@ -65,9 +63,9 @@ class Logins:
         self._next_end: datetime | None = None  # when the next token, or old text of one, expires
 
     def refresh(self) -> bool:
-        """Read the file again if it has changed; return whether an ``objection()`` may have arisen since the last call.
+        """Read the file again if it has changed; return whether an ``objection()`` may have arisen.
 
-        Raises StorageError if it cannot be read; the tokens read before stay valid, and the next call tries again.
+        Raises StorageError if it cannot be read; the tokens read before stay valid.
         """
         ended = self._next_end is not None and self._next_end <= self._now()
         if ended:
@@ -88,7 +86,7 @@ class Logins:
         return True
 
     def find(self, text: str) -> Login | None:
-        """Return the login of a token's text, None if it is unknown. ``objection()`` checks whether it is still valid.
+        """Return the login of a token's text; ``objection()`` checks whether it is still valid.
 
         The lookup's time reveals nothing: a client cannot choose the digest of its text.
         """
@@ -97,7 +95,6 @@ class Logins:
         return None if token is None else Login(token, digest)
 
     def recall(self, token_id: str, sha256: str) -> Login | None:
-        """Return the login of a text shown before, by its digest; None if the token is gone."""
         token = self._by_id.get(token_id)
         return None if token is None else Login(token, sha256)
 
@@ -142,7 +139,7 @@ class LastUse:
             self._changed = True
 
     async def save(self, known: set[str]) -> None:
-        """Write changes, without tokens that are no longer ``known``. A failure is logged."""
+        """Write changes, without tokens that are no longer ``known``; only log a failure."""
         if not self._changed:
             return
         self._changed = False
@@ -182,7 +179,7 @@ class Authenticator:
         return (quota.failed() or found) if isinstance(found, ApiError) else found
 
     def identify_again(self, token_id: str, sha256: str) -> Login | ApiError:
-        """Return the login of a token shown before, by its digest. An ended one is no failed login."""
+        """Return the login of a token shown before; an ended one is no failed login."""
         if self.stopping:
             return _stopping()
         self.refresh()
@@ -200,14 +197,12 @@ class Authenticator:
         return self._valid_id(self._logins.find(bearer(authorization)))
 
     def shown_before(self, token_id: str, sha256: str) -> str:
-        """Return the id of a token shown before if it is valid, else ""."""
         return self._valid_id(self._logins.recall(token_id, sha256))
 
     def _valid_id(self, login: Login | None) -> str:
         return "" if login is None or self._logins.objection(login) is not None else login.token.id
 
     def ended(self, login: Login) -> ApiError | None:
-        """Return why an admitted client, whose request may take its time, may not continue."""
         self.refresh()
         objection = self._logins.objection(login)
         return None if objection is None else _unauthorized(objection.reason)
@@ -257,7 +252,6 @@ class Authenticator:
 
 
 def bearer(values: Sequence[str]) -> str:
-    """Return the token's text in Authorization headers, "" if there is none or more than one."""
     scheme, _, text = values[0].partition(" ") if len(values) == 1 else ("", "", "")
     return text.strip() if scheme.lower() == "bearer" else ""
 
@@ -274,7 +268,7 @@ def _stopping() -> ApiError:
 def signing_key(path: Path) -> bytes:
     """Return the server's key, created if missing. The caller holds the data directory's lock.
 
-    An invalid key, or one that others could read, is replaced: browsers must sign in again. Raises StorageError.
+    An invalid key is replaced: browsers must sign in again. Raises StorageError.
     """
     try:
         key, is_private = path.read_bytes(), not path.stat().st_mode & 0o077

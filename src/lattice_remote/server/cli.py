@@ -62,7 +62,6 @@ TokenName = Annotated[str, typer.Argument(help="Its id, or the token itself.")]
 
 
 def main() -> None:
-    """Run the console script."""
     try:
         app(prog_name="lattice-remote")
     except RemoteError as error:
@@ -92,7 +91,7 @@ def _common(
 
 
 def _data(context: typer.Context, after: Path | None) -> DataDir:
-    """Return the data directory: named after the subcommand, before it, or the default one, which is shown."""
+    """Return the data directory: named after the subcommand, before it, or the default one."""
     named = after or context.find_root().obj
     data = administered(named)
     if named is None and "LATTICE_REMOTE_DATA" not in os.environ:
@@ -101,7 +100,6 @@ def _data(context: typer.Context, after: Path | None) -> DataDir:
 
 
 def _created(context: typer.Context, after: Path | None) -> DataDir:
-    """Return the data directory; raise Misuse if it is none."""
     data = _data(context, after)
     data.config()
     return data
@@ -138,9 +136,6 @@ def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None
     typer.echo("\n".join(columns([head, *rows])))
 
 
-# --- the server ---
-
-
 @app.command()
 def init(
     context: typer.Context,
@@ -162,7 +157,6 @@ def init(
 
 
 def _finds(target: DataDir) -> bool:
-    """Return whether the following commands find this directory without ``--data``."""
     try:
         return default_location().absolute() == target.path.absolute()
     except Misuse:
@@ -302,9 +296,6 @@ def status(context: typer.Context, as_json: JsonOption = False, data: DataOption
     else:
         typer.echo("\n".join(status_lines(found)))
     raise typer.Exit(0 if found.running else NOT_RUNNING)
-
-
-# --- projects ---
 
 
 @_projects.command("create")
@@ -581,9 +572,6 @@ def fsck(
     raise typer.Exit(1 if report.left else 0)
 
 
-# --- tokens ---
-
-
 @_tokens.command("create")
 def create_token(  # noqa: PLR0917 - Typer calls it
     context: typer.Context,
@@ -637,7 +625,6 @@ def create_token(  # noqa: PLR0917 - Typer calls it
 
 
 def _print_secret(notice: str, token: Token, text: str, as_json: bool) -> None:
-    """Print a token's text, alone on stdout or in an object with the token's fields."""
     if as_json:
         _print_json({"token": text, **_details(token, {})})
         return
@@ -805,9 +792,6 @@ def _expiry_of(token: Token) -> str:
         return f"revoked {shown(token.revoked, '')}"
     has_passed = token.expires is not None and token.expires <= datetime.now(UTC)
     return "expired" if has_passed else shown(token.expires, "never")
-
-
-# --- the cluster ---
 
 
 @_cluster.command("status")

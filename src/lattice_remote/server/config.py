@@ -17,7 +17,7 @@ _Bytes = Annotated[int, Meta(ge=1, le=1 << 40)]
 
 
 class LimitSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Limits per token, per address and in total. An IPv6 address stands for its /64.
+    """Limits per token, per address and in total.
 
     Enforced in ``transport/admission`` (connections, rates), ``transport/response_budget`` (answers),
     ``transport/websocket`` (messages), ``project/connection`` (frames), ``project/queue`` and ``project/uploads``.
@@ -90,8 +90,6 @@ class JournalSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
-    """All settings, read by ``DataDir.config()``."""
-
     hooks: bool = True
     """Whether the hooks of the projects' own ``config.json`` run on this server."""
     pushed_hooks: bool = False

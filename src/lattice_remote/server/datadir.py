@@ -65,8 +65,6 @@ _SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
 class ProjectSummary(msgspec.Struct, frozen=True):
-    """A project in ``lattice-remote project list``; an ``archived`` one is not served."""
-
     slug: str
     code: str | None
     name: str | None
@@ -87,7 +85,6 @@ class ProjectPaths:
         """Held by the project's worker while it lives."""
 
     def upload(self, token_id: str, digest: bytes) -> Path:
-        """Return the path of a complete upload of any token id."""
         owner = hashlib.sha256(token_id.encode(errors="surrogatepass")).hexdigest()[:16]
         return self.uploads / f"{owner}-{digest.hex()}"
 
@@ -144,8 +141,6 @@ class DataDir:
                 f"another server (pid {error.holder}) runs on {self.path}; stop it, or use another --data"
             ) from error
 
-    # --- projects ---
-
     def slugs(self) -> list[str]:
         return _projects_in(self.projects)
 
@@ -160,7 +155,6 @@ class DataDir:
         return _projects_in(self.archived)
 
     def renamed(self) -> dict[str, str]:
-        """Return the current names of projects by their former ones."""
         try:
             return msgspec.json.decode(self._renamed.read_bytes(), type=dict[str, str])
         except (OSError, msgspec.DecodeError):
@@ -178,9 +172,7 @@ class DataDir:
         """Create a project with lattice's own ``init``, in one step, and return its code.
 
         Args:
-            slug: lower case letters, digits and dashes, at most 63.
             code: the prefix of its tasks' short ids, 1 to 5 letters; None: derived from the slug.
-            actor: the default actor of commands.
 
         Raises Misuse: not a data directory, a bad slug, code or actor, or the project exists; StorageError: a file
         could not be written.
@@ -276,7 +268,7 @@ class _LatticeConfig(msgspec.Struct):
 def administered(named: Path | None) -> DataDir:
     """Return the data directory of a command: the named one, or the default one.
 
-    Raises Misuse if root runs the command and another user owns it: that user's server could not read root's files.
+    Raises Misuse if root runs the command and another user owns it: its server could not read root's files.
     """
     path = named or default_location()
     if os.geteuid() == 0 and path.exists() and (owner := path.stat().st_uid) != 0:
@@ -289,9 +281,8 @@ def administered(named: Path | None) -> DataDir:
 
 
 def default_location() -> Path:
-    """Return the directory of ``LATTICE_REMOTE_DATA``, else this user's only one, else where one would be.
-
-    Raises Misuse if this user has several.
+    """Return the directory of ``LATTICE_REMOTE_DATA``, else this user's only one, else where one would be. Raises
+    Misuse if there are several.
     """
     if named := os.environ.get("LATTICE_REMOTE_DATA"):
         return Path(named)
@@ -306,7 +297,6 @@ def default_location() -> Path:
 
 
 def remember(path: Path) -> None:
-    """Note a new data directory for this user's next commands, if possible."""
     kept = [*(known for known in _remembered() if known.is_dir()), path.absolute()]
     with contextlib.suppress(OSError):
         file = _memory()
@@ -328,7 +318,7 @@ def _memory() -> Path:
 
 
 def _run_lattice_init(root: Path, *, code: str, name: str, actor: str | None) -> None:
-    """Run ``lattice init`` in this process. An actor, even an empty one, avoids its prompt.
+    """Run ``lattice init`` in this process.
 
     The command is called past its group, which would load our plugin for clients.
     """

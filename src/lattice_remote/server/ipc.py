@@ -57,9 +57,6 @@ class _Message(msgspec.Struct, frozen=True, tag_field="type"):
     pass
 
 
-# --- to the worker ---
-
-
 class RunCommand(_Message, frozen=True, tag="command"):
     """A command line to run once for this id (I6).
 
@@ -86,7 +83,7 @@ class RunCommand(_Message, frozen=True, tag="command"):
 
 
 class RunCall(_Message, frozen=True, tag="call"):
-    """An operation of a surface to run once for this id (I6); see ``CallRequest`` and ``RunCommand``."""
+    """An operation of a surface; see ``CallRequest`` and ``RunCommand``."""
 
     id: str
     surface: str
@@ -157,7 +154,7 @@ class AbandonRequest(_Message, frozen=True, tag="abandon"):
 
 
 class ApplyRecords(_Message, frozen=True, tag="apply"):
-    """Apply these records of the project's owner, see ``worker/follower.py``. Not answered like a request.
+    """Apply these records of the project's owner, see ``worker/follower.py``.
 
     ``contents`` has a file with each announced content, by digest in hexadecimal digits.
     """
@@ -196,12 +193,7 @@ ToWorker = (
 )
 
 
-# --- from the worker ---
-
-
 class PathState(msgspec.Struct, frozen=True):
-    """A file after a change; without digest it is gone."""
-
     path: str
     size: int
     digest: bytes | None
@@ -217,9 +209,6 @@ class ResultStats(msgspec.Struct, frozen=True):
     """The outcome of a request for log and metrics, without the caller's text.
 
     Attributes:
-        command: words of a command or the name of an operation; "" if unknown.
-        code: of a refusal.
-        status: exit code or HTTP status.
         seconds: in the worker, without the wait until it was durable.
         again: the reply was repeated.
         made: sequence number of its change.
@@ -246,7 +235,7 @@ class Ready(_Message, frozen=True, tag="ready"):
 
 
 class RequestDone(_Message, frozen=True, tag="done"):
-    """One finished, durable request, or a reconciliation (``id`` ""). ``change`` and ``reply`` are encoded frames.
+    """One finished, durable request, or a reconciliation (``id`` "").
 
     With ``waiting_for`` it is unanswered: it waits for another process's lock (``locks/tasks_...``), or for the next
     change of a resource or its expiry at ``retry_at`` (seconds since the epoch). A reconciliation with ``retry_at`` has
@@ -306,8 +295,6 @@ class CopyMissing(_Message, frozen=True, tag="copy-missing"):
 ToServer = Ready | RequestDone | RecordApplied | CopyMissing | WorkerFailed
 
 
-# --- framing ---
-
 _RECEIVE_BYTES = 256 * 1024
 _encoder = msgspec.msgpack.Encoder()
 
@@ -321,8 +308,6 @@ def encode_frames(*messages: object) -> bytearray:
 
 
 class FrameBuffer:
-    """Decoder of frames of at most ``max_bytes``."""
-
     def __init__(self, max_bytes: int = 2**32) -> None:
         self._max_bytes = max_bytes
         self._received = bytearray()
@@ -348,7 +333,7 @@ class FrameBuffer:
 
 
 class ReceivedFrames:
-    """Frames from a socket until the peer is gone. Blocking."""
+    """Frames from a socket until the peer is gone."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -365,13 +350,11 @@ class ReceivedFrames:
         return len(self._frames)
 
     def arrived(self) -> int:
-        """Return the number of whole frames that are there, without waiting."""
         with contextlib.suppress(BlockingIOError):
             self._receive(socket.MSG_DONTWAIT)
         return len(self._frames)
 
     def _receive(self, flags: int = 0) -> bool:
-        """Return False if the peer is gone."""
         try:
             size = self._connection.recv_into(self._received, 0, flags)
         except ConnectionError:
@@ -407,7 +390,6 @@ class TreeState(NamedTuple):
 
     @classmethod
     def read(cls, journal: Path) -> Self:
-        """Return the published state; an empty one before the first transaction."""
         try:
             descriptor = os.open(journal / _TREE_STATE, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -420,7 +402,6 @@ class TreeState(NamedTuple):
 
     @staticmethod
     def open(journal: Path) -> int:
-        """Return a descriptor for ``write``."""
         return os.open(journal / _TREE_STATE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def write(self, descriptor: int) -> None:
@@ -448,7 +429,6 @@ class ReadPage(msgspec.Struct, frozen=True, tag_field="type", tag="page"):
     Attributes:
         base: entity tag of the client's body, for a 304.
         takes_difference: the response may be 226, the difference from that body.
-        gzip: compress a large body.
         state: name of the tree's state, within which no file changes; "" if it has none.
     """
 
@@ -474,9 +454,7 @@ class ReadResult(msgspec.Struct, frozen=True):
     """The result of a read.
 
     Attributes:
-        status: exit code or HTTP status.
         body, message: standard output or page; standard error.
-        content_type, etag: of a page; the tag is that of the whole, uncompressed body.
         items: of the requested list; None if it could not be read.
     """
 

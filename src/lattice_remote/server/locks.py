@@ -18,8 +18,6 @@ __all__ = ["LockedElsewhere", "closed_because", "closing", "lock"]
 
 
 class LockedElsewhere(Exception):
-    """Another process holds the lock; ``holder`` is the text it wrote there, usually its process id."""
-
     def __init__(self, path: Path, holder: str) -> None:
         super().__init__(f"{path} is locked by process {holder or 'unknown'}")
         self.holder = holder
@@ -55,7 +53,7 @@ _RETRY_S = 0.05
 def closing(project: Path, why: str) -> Iterator[Callable[[], None]]:
     """Hold the project in this directory exclusively; it may be moved within. ``why`` is one line for its clients.
 
-    Yields a function that releases the worker's lock early, to start a worker here.
+    Yields a function that releases the worker's lock early.
 
     Raises Misuse: another command has it; StorageError: its worker does not end.
     """

@@ -38,7 +38,6 @@ def masked(text: str) -> str:
 
 
 def masked_output(line: str) -> str:
-    """Mask these in another program's line, and all that follows a word such as ``password``."""
     return _NAMED.sub(r"\1***", masked(line))
 
 
@@ -61,7 +60,6 @@ _MOST_A_SECOND = 1000
 
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record as one line, and below it a traceback with each line prefixed by a bar."""
         trace = self.formatException(record.exc_info) if record.exc_info else ""
         record.message = record.getMessage()
         if self.usesTime():
@@ -71,8 +69,6 @@ class _Text(logging.Formatter):
 
 
 class _Json(logging.Formatter):
-    """One line of plain ASCII for each record, its traceback included."""
-
     def __init__(self, context: Mapping[str, str]) -> None:
         super().__init__()
         self._context = context
@@ -98,8 +94,6 @@ class _Json(logging.Formatter):
 
 
 class _NonBlocking(logging.StreamHandler[TextIO]):
-    """Handler that writes without blocking, and counts dropped lines."""
-
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
         self._descriptor = -1
@@ -128,7 +122,6 @@ class _NonBlocking(logging.StreamHandler[TextIO]):
         self._dropped += not self._write_line(record)
 
     def _write_line(self, record: logging.LogRecord) -> bool:
-        """Write a line; return whether all of it was taken."""
         if self._descriptor < 0:
             super().emit(record)
             return True
@@ -143,7 +136,6 @@ class _NonBlocking(logging.StreamHandler[TextIO]):
         return not self._is_torn
 
     def _write(self, line: bytes) -> None:
-        """Write past Python's buffers, which would keep the rest."""
         rest = memoryview(b"\n" + line if self._is_torn else line)
         while True:
             rest = rest[os.write(self._descriptor, rest[: self._piece_bytes]) :]
@@ -153,10 +145,7 @@ class _NonBlocking(logging.StreamHandler[TextIO]):
 
 
 def log_to_stderr(pattern: str, context: Mapping[str, str] | None = None) -> None:
-    """Log as the environment says. Libraries' messages about single connections are omitted.
-
-    ``pattern`` is the format of a text line; ``context`` are further members of each JSON line.
-    """
+    """Log as the environment says. Libraries' messages about single connections are omitted."""
     handler = _NonBlocking(sys.stderr)
     is_json = os.environ.get(FORMAT_VARIABLE) == "json"
     handler.setFormatter(_Json(context or {}) if is_json else _Text(pattern))

@@ -55,8 +55,6 @@ _log = logging.getLogger(__name__)
 
 
 class Ongoing(Protocol):
-    """An HTTP request in progress; ``since`` is in seconds since 1970."""
-
     login: Login | None
     project: str
     since: float
@@ -165,8 +163,6 @@ class ProjectRegistry:
     def peers(self) -> Collection[ClientConnection]:
         return self._peers
 
-    # --- clients ---
-
     async def wait_until_alone(self, timeout_s: float) -> None:
         if self._peers:
             self._alone.clear()
@@ -238,7 +234,6 @@ class ProjectRegistry:
         return None
 
     def state_of(self, slug: str) -> State:
-        """Return the state of an existing project; an idle one is ``ready``."""
         if slug in self._releasing or closed_because(self.data.project(slug).root) is not None:
             return "closed"
         project = self._projects.get(slug)
@@ -247,7 +242,6 @@ class ProjectRegistry:
         return "starting" if project.failure is None else "failed"
 
     async def serve(self, connection: Handoff) -> None:
-        """Serve a client, or another node, admitted by ``check()``."""
         if callable(connection.who):
             await connection.who()
             return
@@ -263,7 +257,6 @@ class ProjectRegistry:
                 self._alone.set()
 
     def project(self, slug: str) -> Project:
-        """Return an existing project, started."""
         project = self._projects.get(slug)
         if project is None:
             paths = self.data.project(slug)
@@ -287,13 +280,10 @@ class ProjectRegistry:
         return project
 
     async def release(self, slug: str, why: str) -> None:
-        """Close a project for its clients, until it is used again; ``why`` is one line for them."""
         project = self._projects.get(slug)
         if project is not None and slug not in self._releasing:
             self._releasing.add(slug)
             await self._release(slug, project, why)
-
-    # --- in the background ---
 
     async def _watch_closing(self) -> None:
         """Release the projects that an administrator's command wants, see ``locks``."""
@@ -327,7 +317,6 @@ class ProjectRegistry:
                 project.uploads.sweep()
 
     def _keep(self, name: str, work: Coroutine[None, None, None]) -> None:
-        """Run work in the background; log its failure."""
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._forget_task)

@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 
 
 def bind(host: str, port: int, *, host_option: str = "--host", port_option: str = "--port") -> socket.socket:
-    """Return a listening socket; port 0 picks a free one. A message names the options.
+    """Return a listening socket; port 0 picks a free one; a message names the options.
 
     Raises Misuse if the address is taken, not ours, or cannot be resolved.
     """
@@ -76,7 +76,7 @@ def run(
     template: Template,
     cluster: ClusterSettings | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; print one line with the address once ready. The caller holds the directory's lock.
+    """Serve until SIGTERM or SIGINT; print one line with the address once ready.
 
     Raises Misuse: a setting, a listening address, the certificate or its key is invalid; StorageError: ``tokens.json``
     cannot be read.
@@ -162,7 +162,7 @@ def make_server(
 ) -> uvicorn.Server:
     """Return the server of a started registry, which it stops at its end; ``serve(sockets=[...])`` it.
 
-    ``notify`` reports to a service manager. ``figures`` is a second listening socket, for the metrics alone.
+    ``figures`` is a second listening socket, for the metrics alone.
     """
     sockets = websocket_server(registry.serve, registry.check, lambda: not registry.stopping)
     gauges = Gauges(registry)
@@ -188,8 +188,6 @@ def _http_config(app: ASGIApp, websockets: type[asyncio.Protocol] | Literal["non
 
 
 class _Server(uvicorn.Server):
-    """uvicorn with our start message, listener and shutdown order."""
-
     def __init__(
         self,
         config: uvicorn.Config,
@@ -206,7 +204,6 @@ class _Server(uvicorn.Server):
         self._upkeep: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start our listeners, which apply admission control."""
         assert sockets, "run() passes the one it listens on"
         [listener] = sockets
         context = None if self._certificate is None else self._certificate.context
@@ -239,7 +236,6 @@ class _Server(uvicorn.Server):
             certificate.refresh()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop accepting, let the registry disconnect the clients and uvicorn close the rest, within ``STOP_S``."""
         _log.info("stopping")
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + STOP_S

@@ -53,8 +53,6 @@ class ClientStatus(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         kind: ``cache``: has a cache; ``writer``: only writes; ``stream``: an HTTP stream.
         applied, behind: the last change in its cache, as it reports, and the number still missing; null for the others.
-        waiting_bytes: sent and not read yet.
-        client_version, lattice_version: as it reports.
     """
 
     kind: str
@@ -139,7 +137,6 @@ def stopped_status(data: DataDir) -> ServerStatus:
 
 
 def journal_bytes(journal: Path) -> int:
-    """Return the bytes of a journal, manifests included."""
     total = 0
     try:
         for entry in os.scandir(journal):
@@ -151,7 +148,6 @@ def journal_bytes(journal: Path) -> int:
 
 
 def _of_project(project: Project, state: str, files: ProjectStatus, clients: list[ClientStatus]) -> ProjectStatus:
-    """Return the status of a project, from the files until its worker has opened it."""
     history, load = project.history, project.load
     is_known = bool(history.epoch)
     return msgspec.structs.replace(
@@ -209,7 +205,6 @@ def _from_files(data: DataDir, slug: str, state: str) -> ProjectStatus:
 
 
 def _journal_on_disk(journal: Path) -> tuple[str, int | None, int | None]:
-    """Return epoch, first and last change of a journal; unreadable parts count as unknown."""
     try:
         paths = segment_paths(journal)
         newest = read_segment(paths[-1]) if paths else None
@@ -307,7 +302,7 @@ _log = logging.getLogger(__name__)
 def listen(directory: Path) -> socket.socket | None:
     """Return the listening socket of a locked data directory, if there can be one.
 
-    Call it before anything else runs: a long path makes it change the current directory for a moment.
+    A long path makes it change the current directory for a moment.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     umask = os.umask(0o177)
@@ -366,7 +361,6 @@ def ask(directory: Path) -> bytes | None:
 
 
 def _answer_of(directory: Path) -> bytes | None:
-    """Return the answer, perhaps incomplete; None without a server."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, _address(directory) as address:
             connection.settimeout(_TIMEOUT_S)
@@ -405,7 +399,7 @@ def _address(directory: Path) -> Iterator[str]:
 def present_status(data: DataDir) -> ServerStatus:
     """Return the status of a data directory's server; without one, that of the files.
 
-    Raises StorageError as ``ask``, or if the answer is incomplete or from an incompatible version.
+    Raises StorageError as ``ask``, or if the answer is incomplete or incompatible.
     """
     document = ask(data.path)
     if document is None:
@@ -434,7 +428,6 @@ class Gauges(Collector):
         registry.metrics.registry.register(self)
 
     async def scraped(self, accept: str) -> tuple[bytes, str]:
-        """Return all metrics for Prometheus, and their content type."""
         journals = {slug: project.paths.journal for slug, project in self._registry.projects.items()}
         self._journals = await asyncio.to_thread(lambda: {slug: journal_bytes(at) for slug, at in journals.items()})
         for peer in self._registry.peers:
@@ -447,7 +440,7 @@ class Gauges(Collector):
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the current values. Belongs to the event loop's thread."""
+        """Yield the current values, in the event loop's thread."""
         info = GaugeMetricFamily("lattice_remote_info", "The version of this server; always 1.", labels=["version"])
         info.add_metric([lattice_remote.__version__], 1)
         yield info

@@ -77,12 +77,12 @@ class Token(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @property
     def rights(self) -> tuple[object, ...]:
-        """Return the rights that a connection depends on: a change ends it."""
+        """Return the rights that a connection depends on."""
         return (self.projects, self.actor, self.act_as, self.read_only)
 
 
 class _Tokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The whole file. Without its one name, or with another, it is damaged rather than empty."""
+    """The whole file; without its one name it is damaged rather than empty."""
 
     tokens: list[Token]
 
@@ -100,7 +100,7 @@ def encode_tokens(tokens: list[Token]) -> bytes:
 
 
 def locked(path: Path) -> filelock.BaseFileLock:
-    """Return the lock of ``tokens.json``, acquired; any thread may release it. Raises StorageError."""
+    """Return the acquired lock of ``tokens.json``; any thread may release it. Raises StorageError."""
     lock = filelock.FileLock(path.with_name(".tokens.lock"), timeout=_LOCK_TIMEOUT_S, thread_local=False)
     try:
         lock.acquire()
@@ -112,8 +112,6 @@ def locked(path: Path) -> filelock.BaseFileLock:
 
 
 class SharedTokens(Protocol):
-    """Tokens of several servers, which their files follow."""
-
     def load(self) -> list[Token]: ...
 
     def store(self, tokens: list[Token]) -> bool:
@@ -131,7 +129,6 @@ class TokenFile:
         self._shared = shared
 
     def read(self) -> list[Token]:
-        """Return the valid and the expired tokens in order of creation."""
         return [token for token in self.read_all() if token.revoked is None]
 
     def read_all(self) -> list[Token]:
@@ -194,8 +191,7 @@ class TokenFile:
         return token, text
 
     def rotate(self, id_or_text: str, *, grace: timedelta = timedelta()) -> tuple[Token, str]:
-        """Give a token a new text and return both. The old text stays valid for ``grace``; one still in its grace stops
-        at once.
+        """Give a token a new text and return both; the old text stays valid for ``grace``.
 
         Raises Misuse if there is no such token, it has expired, or the grace ends after the year 9999.
         """
@@ -225,7 +221,7 @@ class TokenFile:
         read_only: bool | None = None,
         expires: datetime | EllipsisType | None = ...,
     ) -> Token:
-        """Change a token's rights and return it. Its live connections end and come back. ``expires`` None: never.
+        """Change a token's rights and return it. Its live connections end and come back.
 
         Raises Misuse if there is no such token, a pattern is malformed, or no project would remain.
         """
@@ -266,7 +262,6 @@ class TokenFile:
         return changed[-1]
 
     def rename_projects(self, renamed: Mapping[str, str]) -> int:
-        """Replace former names of projects; return the number of changed tokens."""
         if not any(slug in renamed for token in self.read() for slug in token.projects):
             return 0
         changed: list[Token] = []
@@ -280,7 +275,7 @@ class TokenFile:
         return len(changed)
 
     def forget_project(self, slug: str) -> int:
-        """Remove a project; revoke tokens without another. Return the number of changed tokens."""
+        """Remove a project, and tokens without another; return the number of changed tokens."""
         changed: list[Token] = []
 
         def edit(tokens: list[Token]) -> list[Token]:
@@ -322,7 +317,7 @@ def with_projects(token: Token, projects: set[str]) -> Token:
 
 
 def digest_of_text(text: str) -> str:
-    """Return the stored digest. A text is 256 random bits, so a plain digest cannot be reversed."""
+    """Return the stored digest; a text is 256 random bits, so it cannot be reversed."""
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 

@@ -176,10 +176,7 @@ def _encoded(event: Event) -> bytes:
 
 
 def _require_bounded(value: object) -> None:
-    """Raise unless ``value`` has bounded depth and numbers that every program reads alike.
-
-    Not recursive, because the depth is unknown.
-    """
+    """Raise unless ``value`` has bounded depth and numbers that every program reads alike; not recursive."""
     waiting: list[tuple[object, int]] = [(value, 0)]
     while waiting:
         item, depth = waiting.pop()

@@ -71,8 +71,6 @@ class LocalStorage:
     def root_path(self) -> Path:
         return self._root
 
-    # --- tasks ---
-
     def list_tasks(self, *, archived: bool = False) -> list[Snapshot]:
         paths = sorted((self._dir / "archive" / "tasks" if archived else self._dir / "tasks").glob("*.json"))
         return [found for path in paths if (found := _read_json(path)) is not None]
@@ -149,7 +147,7 @@ class LocalStorage:
         return {**task, "short_id": short_id}
 
     def _keep_task(self, task_id: str, events: list[Shaped], after: Snapshot) -> None:
-        """Write like ``operations.write_task_event``, with its locks held; then do the rest of the command's work."""
+        """Write like ``operations.write_task_event``, with its locks held; then as the command."""
         for event in events:
             fs.jsonl_append(self._dir / "events" / f"{task_id}.jsonl", serialize_event(event))
             if event["type"] == "task_created":
@@ -173,8 +171,6 @@ class LocalStorage:
         config = self._config()
         for event in events:
             execute_hooks(config, self._dir, task_id, event)
-
-    # --- resources ---
 
     def list_resources(self) -> list[Snapshot]:
         paths = sorted((self._dir / "resources").glob("*/resource.json"))
@@ -211,8 +207,6 @@ class LocalStorage:
         if (self._dir / "events" / f"{found}.jsonl").exists():
             raise invalid(f"{found} is the id of another resource")
         return found
-
-    # --- plans and notes ---
 
     def read_plan(self, task: str) -> str | None:
         return self._read_beside("plans", task)
@@ -254,8 +248,6 @@ class LocalStorage:
                 fs.atomic_write(path, merged)
         return Written(text) if merged == mine else Merged(merged.decode())
 
-    # --- actors ---
-
     def require_actor(self, event: Shaped) -> str:
         """Return the actor of a plain event by name.
 
@@ -276,8 +268,6 @@ class LocalStorage:
             return None  # not a session's file
         return actor
 
-    # --- files ---
-
     def _config(self) -> dict[str, Any]:
         return _read_json(self._dir / "config.json") or {}
 
@@ -297,7 +287,7 @@ class LocalStorage:
         return _read_json(self._dir / "archive" / "tasks" / f"{task_id}.json")
 
     def _log_now(self, path: Path) -> list[Snapshot]:
-        """Return the events of a log that may be growing; an incomplete last line is skipped."""
+        """Return the events of a log that may be growing, without an incomplete last line."""
         text = _read_text(path) or ""
         return _events(path, text[: text.rfind("\n") + 1])
 
@@ -326,7 +316,6 @@ class LocalStorage:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Refuse a write into a cache (I4), and convert system errors to ``StorageError``."""
         if any((self._dir / name).exists() for name in ("remote.json", "cache_state.json")):
             raise Misuse(
                 f"the files in {self._dir} belong to a remote; write with resolve_backend()", code="REMOTE_GUARD"
@@ -340,9 +329,7 @@ class LocalStorage:
 
 
 def _read_json(path: Path) -> Snapshot | None:
-    """Return the object in a file of lattice's; None if there is no file. Raises StorageError, also for a damaged
-    file.
-    """
+    """Return the object in a file of lattice's; None if there is no file. Raises StorageError."""
     text = _read_text(path)
     try:
         found = None if text is None else json.loads(text)

@@ -22,14 +22,12 @@ _Seconds = Annotated[int, Meta(ge=1, le=100 * 366 * 24 * 3600)]
 
 @dataclass(frozen=True, slots=True)
 class ResourceContext:
-    """The rules' view of the project: the resource's name, and whether there is a task of an id."""
-
     name: str
     is_task: Callable[[str], bool]
 
 
 def require_name(name: str, others: Sequence[str]) -> None:
-    """Raise Rejected unless a new resource's name can be a directory on every machine."""
+    """Raise Rejected unless a resource's name can be a directory on every machine."""
     plain = name.isprintable() and unicodedata.is_normalized("NFC", name)
     if not is_resource_name(name) or not plain:
         raise invalid(f"{name[:60]!r} cannot be a resource's name: it must be a directory name on every system")

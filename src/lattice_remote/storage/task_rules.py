@@ -21,15 +21,7 @@ __all__ = ["TaskContext", "add_to_task"]
 
 @dataclass(frozen=True, slots=True)
 class TaskContext:
-    """The rules' view of the project.
-
-    Attributes:
-        config: the project's ``config.json``.
-        log: the task's events so far.
-        is_active: whether there is an active task of that id.
-        has_artifact: whether there is an artifact of that id.
-        plan: the task's plan; None if it has none.
-    """
+    """The rules' view of the project."""
 
     config: dict[str, Any]
     log: list[Snapshot]

@@ -143,7 +143,7 @@ def _is_known(url: str) -> bool:
 
 
 def _which_project(url: str) -> str:
-    """Return the message about a missing project, with those that the token may use if the server lists them."""
+    """Return the message about a missing project, with those that the token may use."""
     try:
         slugs = [str(project["slug"]) for project in listed_projects(url)]
     except RemoteError:
@@ -169,7 +169,7 @@ def _warn(directory: str, token: str | None) -> None:
 def _signals_interrupt() -> Iterator[None]:
     """Handle a closing terminal or ``kill`` like Ctrl-C, so that nothing is left behind.
 
-    Ignored signals (``nohup``) stay ignored. Outside the main thread nothing changes.
+    Ignored signals (``nohup``) stay ignored.
     """
     before = {}
     if threading.current_thread() is threading.main_thread():
@@ -211,17 +211,14 @@ def _print(added: _Added, what: str, *, as_json: bool) -> None:
         )
 
 
-# --- creation ---
-
-
 async def _add(
     target: str, name: str, server: Server, *, project: str, token: str | None, show: Progress | None
 ) -> _Added:
-    """Fill a new ``.lattice`` from a project. Trusts the server, and stores a token.
+    """Fill a new ``.lattice`` from a project.
 
     Raises:
         Misuse: the directory has its own tasks or a remote.
-        RemoteError: the server is unreachable or refuses. Nothing is left behind in any case.
+        RemoteError: the server is unreachable or refuses; nothing is left behind.
     """
     remote = Remote(check_name(name), server.url, project)
     if (used := _own_project(target)) is not None:
@@ -286,7 +283,6 @@ def _described(target: str, cache: Cache, seq: int) -> _Added:
 
 
 def _put_in_place(staging: str, target: str) -> None:
-    """Rename the cache into place; an empty project there is restored if that fails."""
     if not os.path.lexists(target):
         os.rename(staging, target)
         return
@@ -330,14 +326,12 @@ def _new_directory(directory: str) -> Iterator[str]:
         raise
 
 
-# --- what is in a directory already ---
-
 _ASKED_BY_INIT = {"instance_id", "default_actor", "project_code", "subproject_code", "instance_name", "project_name"}
 _ASKED_BY_INIT |= {"model", "heartbeat"}
 
 
 def _own_project(target: str) -> str | None:
-    """Return the evidence, in words, that a ``.lattice`` is in use; None if new.
+    """Return the evidence, in words, that a ``.lattice`` is in use.
 
     Raises:
         Misuse: it is not a directory, or has a remote already.
@@ -356,7 +350,7 @@ def _own_project(target: str) -> str | None:
 
 
 def _first_sign_of_use(target: str) -> str | None:
-    """Return something that a freshly initialised project lacks, in words; None if there is nothing."""
+    """Return something that a freshly initialised project lacks, in words."""
     files = [os.path.join(directory, name) for directory, _, names in os.walk(target) for name in names]
     sizes = {os.path.relpath(file, target): os.lstat(file).st_size for file in files}
     found = first_sign_of_use((path, size) for path, size in sizes.items() if not path.startswith("locks" + os.sep))
@@ -384,7 +378,6 @@ def _is_plain_config(text: str) -> bool:
 
 
 def _is_plain_context(text: str) -> bool:
-    """Return whether this is the text of ``lattice init``, below the heading."""
     from lattice.cli.main import _CONTEXT_MD_TEMPLATE
 
     return bool(text.partition("\n")[2] == _CONTEXT_MD_TEMPLATE.partition("\n")[2])

@@ -16,7 +16,6 @@ from lattice_remote.output import counted
 
 __all__ = ["agent_app", "launcher_app"]
 
-# --- the agent ---
 
 agent_app = typer.Typer(
     name="agent", help="Show or stop the background agent.", no_args_is_help=True, rich_markup_mode=None
@@ -95,7 +94,7 @@ def _why_not() -> str:
 
 
 def _ask_others(do: str) -> list[dict[str, Any]]:
-    """Return the answers of this user's other agents in the same directory; a silent one gives its error."""
+    """Return the answers of this user's other agents; a silent one gives its error."""
     answers: list[dict[str, Any]] = []
     places = []
     with contextlib.suppress(StorageError):
@@ -109,8 +108,6 @@ def _ask_others(do: str) -> list[dict[str, Any]]:
             answers.append(answer)
     return answers
 
-
-# --- the launcher ---
 
 launcher_app = typer.Typer(
     name="launcher",
@@ -205,7 +202,6 @@ def remove(directory: Directory = None, as_json: Json = False) -> None:
 
 
 def _place(path: Path) -> dict[str, Any]:
-    """Return whether a shell runs the launcher, and the ``lattice`` that it runs instead."""
     first = launcher.first_on_path()
     is_first = first is not None and _same(first, path)
     return {"first": is_first, "before": None if is_first or first is None else str(first)}

@@ -97,7 +97,6 @@ def lattice_directory() -> str | None:
 
 
 def project_directory() -> str:
-    """Return the directory for a new project: the current one, or ``LATTICE_ROOT``."""
     try:
         return os.path.abspath(os.environ.get("LATTICE_ROOT") or os.getcwd())
     except FileNotFoundError:
@@ -105,7 +104,6 @@ def project_directory() -> str:
 
 
 def here(name: str = "") -> tuple[str, Remote]:
-    """Return the surrounding cache and its remote, which must be called ``name`` if one is given."""
     directory = lattice_directory()
     if directory is None:
         raise Misuse("there is no lattice project here; add one with: lattice remote add origin URL --project SLUG")
@@ -115,7 +113,7 @@ def here(name: str = "") -> tuple[str, Remote]:
 
 
 def unpushed(name: str = "") -> tuple[str, Remote] | None:
-    """Return the surrounding project if it waits to be pushed, and its remote, which must be called ``name``."""
+    """Return the surrounding project that waits to be pushed, and its remote."""
     directory = lattice_directory()
     if directory is None or not is_unpushed(directory):
         return None
@@ -154,7 +152,7 @@ def tracking_problem(repository: Repository) -> tuple[str, str] | None:
 
 
 def request(do: str, directory: str, **fields: Any) -> dict[str, Any]:
-    """Return a request for the cache at ``directory``; an invalid LATTICE_TOKEN is reported at once."""
+    """Return a request for the cache at ``directory``. Raises Misuse for an invalid LATTICE_TOKEN."""
     credentials.from_environment()
     return agent_client.request(do, directory, **fields)
 
@@ -168,7 +166,6 @@ def fields_of(found: Remote) -> dict[str, str]:
 
 
 def notify(*notices: str) -> None:
-    """Print each notice on stderr, as one line."""
     for notice in notices:
         typer.echo(f"lattice-remote: {one_line(notice)}", err=True)
 

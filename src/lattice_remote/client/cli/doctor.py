@@ -34,8 +34,6 @@ app = typer.Typer()
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """Result of one check; ``do`` is the remedy of a problem."""
-
     name: str
     ok: bool
     found: str
@@ -95,16 +93,13 @@ def _checks() -> Iterator[Diagnosis]:
 
 
 def _split(error: RemoteError, otherwise: str = "") -> tuple[str, str]:
-    """Return an error's finding and its remedy, which messages name after the last semicolon."""
+    """Return an error's finding and its remedy, after the last semicolon."""
     finding, separator, remedy = error.message.rpartition("; ")
     return (finding, remedy) if separator else (error.message, otherwise)
 
 
-# --- configuration and token ---
-
-
 def _configured() -> tuple[str, Remote, str]:
-    """Return the surrounding ``.lattice``, its remote, and both in words. Raises RemoteError for a problem."""
+    """Return the surrounding ``.lattice``, its remote, and both in words. Raises RemoteError."""
     directory = lattice_directory()
     if directory is None:
         raise Misuse("there is no lattice project here; add one with: lattice remote clone URL")
@@ -140,11 +135,7 @@ def _token(remote: Remote) -> tuple[str, str]:
     return token, f"from {credentials.TOKEN_ENV}{precedes}" if given else f"from {credentials.tokens_path()}"
 
 
-# --- the server ---
-
-
 def _server(remote: Remote, token: str) -> Iterator[Diagnosis]:
-    """Connect as a command does; check the answer, the certificate and the clock."""
     began = time.monotonic()
     try:
         date, expires = asyncio.run(_connect(remote, token))
@@ -212,9 +203,6 @@ def _clock(date: str) -> Diagnosis:
     )
 
 
-# --- this machine ---
-
-
 def _agent() -> Diagnosis:
     if not agent_enabled():
         return Diagnosis("agent", True, "switched off: each command does the same steps itself")
@@ -232,7 +220,6 @@ def _agent() -> Diagnosis:
 
 
 def _sockets() -> Diagnosis:
-    """Check the directory of the agent's socket without creating it."""
     advice = f"commands work without the agent, more slowly; set {agent_runtime.DIRECTORY_ENV} to a directory of yours"
     try:
         place = agent_runtime.locate()
@@ -262,7 +249,7 @@ def _git(directory: str) -> Diagnosis:
 
 
 def _program(name: str, path: Path) -> Diagnosis:
-    """Check that the program that a shell runs is of an installation with this plugin. Nothing is run."""
+    """Check that the program that a shell runs is of an installation with this plugin."""
     real, own = path.resolve(), Path(sys.executable).parent  # not resolved: a venv's python is a link to another's
     if own in (path.parent, real.parent):
         return Diagnosis(name, True, str(path))

@@ -168,9 +168,6 @@ def _push_project(directory: str, *, as_json: bool) -> None:
     notify(*(f"{path} was changed here after it was sent; see: lattice remote rescued" for path in done.kept))
 
 
-# --- a whole project ---
-
-
 class _Attempt(msgspec.Struct):
     id: str
     digest: bytes
@@ -264,7 +261,7 @@ async def connected(
 async def push_project(directory: str, show: Progress | None) -> PushResult:
     """Push the prepared project in ``directory``, a ``.lattice``; afterwards it is a cache.
 
-    Atomic: after an interruption nothing or everything is done here. Another call resumes.
+    Atomic: after an interruption nothing or everything is done here, and another call resumes.
 
     Raises:
         Misuse: the server's project is no longer empty, or files are being changed; nothing has changed.
@@ -367,7 +364,6 @@ def _reporter(report: Progress, what: str) -> Any:
 
 
 def _keep_hooks(directory: str, remote: Remote, answer: Pushed) -> None:
-    """Rescue a ``config.json`` whose hooks the server omitted."""
     if any("hooks" in note for note in answer.notes):
         cache = Cache(directory, remote)
         cache.prepare()
@@ -420,8 +416,6 @@ def _write_attempt(directory: str, attempt: _Attempt) -> None:
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
 
-
-# --- bundle of a local project ---
 
 _PIECE_BYTES = 1 << 20
 _BOOKKEEPING = frozenset({"locks", ".gitignore", REMOTE_FILE, STATE_FILE, PRIVATE_DIRECTORY})
@@ -484,7 +478,7 @@ def _has_hooks(directory: str) -> bool:
 
 @dataclass
 class Pack:
-    """A project's bundle in an unnamed file. A context manager, which removes it."""
+    """A project's bundle in an unnamed file, which a context removes."""
 
     file: IO[bytes]
     size: int = 0
@@ -494,10 +488,10 @@ class Pack:
 
     @classmethod
     def of(cls, directory: str, found: Survey, report: Callable[[int, int], None]) -> "Pack":
-        """Read a project's files. ``report`` gets the bytes read and in total. Blocking.
+        """Read a project's files, blocking; ``report`` gets the bytes read and in total.
 
         Raises:
-            StorageError: a file cannot be read, or has changed since the survey.
+            StorageError: a file cannot be read, or has changed since.
         """
         try:  # beside the project: temporary directories in memory may lack the room
             pack = cls(tempfile.TemporaryFile(dir=directory))  # noqa: SIM115 - the caller's to close

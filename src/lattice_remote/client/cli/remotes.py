@@ -124,7 +124,7 @@ def set_url(
 
 
 def _reuse_token(old: Remote, new: Remote) -> None:
-    """Reuse the token of a renamed project; never on another server."""
+    """Reuse the token of a renamed project, never for another server."""
     known, token = credentials.projects(old.url), credentials.stored(old.url, old.project)
     if old.url == new.url and old.project in known and new.project not in known and token is not None:
         credentials.store(new.url, new.project, token)
@@ -156,9 +156,6 @@ def route(
     else:
         for command in found.commands:
             typer.echo(command)
-
-
-# --- remove ---
 
 
 @app.command(name="rm", hidden=True, help="As remove. Example: lattice remote rm origin")
@@ -203,7 +200,6 @@ def _require_only_the_servers(directory: str) -> None:
 
 
 def _keep_local(directory: str, found: Remote, *, hooks: bool | None) -> None:
-    """Complete and update the files, and make the directory a local project."""
     try:
         number = f"change {send_request('pull', directory)['seq']}"
     except RemoteError as error:
@@ -246,10 +242,9 @@ def _remove(directory: str, remote: Remote) -> None:
 async def _convert(directory: str, remote: Remote, *, hooks: bool | None) -> list[str]:
     """Convert a cache to a local project; return the names of other files in it.
 
-    The removal of ``remote.json`` is the commit. After a crash before it, the directory is a cache without a state,
-    which the next command completes.
+    The removal of ``remote.json`` is the commit; after a crash before it, the directory is a cache without a state.
 
-    ``hooks``: keep or omit the server's hooks; None: there must be none. Plain lattice would run them here.
+    ``hooks``: keep or omit the server's hooks, which plain lattice would run here; None: there must be none.
 
     Raises:
         Misuse: unsent edits, missing files, or hooks; nothing was changed.
@@ -274,7 +269,6 @@ async def _convert(directory: str, remote: Remote, *, hooks: bool | None) -> lis
 
 
 def _remove_bookkeeping(directory: str, others: list[str]) -> None:
-    """Remove our files except directories with ``others``."""
     if _is_ours(os.path.join(directory, ".gitignore")):
         os.unlink(os.path.join(directory, ".gitignore"))
     private = os.path.join(directory, PRIVATE_DIRECTORY)
@@ -296,7 +290,7 @@ def _is_ours(gitignore: str) -> bool:
 
 
 def _require_whole(cache: Cache) -> None:
-    """Raise ``Misuse`` unless the files are complete as of the server's last report."""
+    """Raise ``Misuse`` unless the files are complete."""
     _require_sent(cache)
     state = cache.load_state()
     if not state.is_filled or not state.position.epoch:
@@ -326,7 +320,6 @@ def _require_sent(cache: Cache) -> None:
 
 
 def _config_without_hooks(cache: Cache, *, hooks: bool | None) -> bytes | None:
-    """Return the new ``config.json``, None if it is unchanged."""
     try:
         config: dict[str, Any] = json.loads(cache.read("config.json"))
         if hooks or not config.get("hooks"):
@@ -343,7 +336,6 @@ def _config_without_hooks(cache: Cache, *, hooks: bool | None) -> bytes | None:
 
 
 def _own_files(cache: Cache) -> list[str]:
-    """Return files that are neither the server's nor bookkeeping."""
     replicated = set(cache.paths())
     ours = {REMOTE_FILE, STATE_FILE, LOCKS_FILE, ".gitignore"}
     found: list[str] = []

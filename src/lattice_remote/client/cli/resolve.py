@@ -122,7 +122,7 @@ def _shown(conflicts: list[dict[str, Any]], directory: str) -> Iterator[str]:
 
 
 def _difference(directory: str, path: str, copy: str) -> Iterator[str]:
-    """Yield the lines of a ``diff -u`` of the local text; nothing if it would be too long to read."""
+    """Yield a ``diff -u`` of the local text; nothing if it would be too long to read."""
     texts = [_text(os.path.join(directory, name)) for name in (path, copy)]
     if sum(map(len, texts)) > _MAX_SHOWN_BYTES:
         return
@@ -141,8 +141,6 @@ def _text(place: str) -> bytes:
     except OSError:
         return b""
 
-
-# --- rescued files ---
 
 rescued_app = typer.Typer(
     name="rescued", help="List, apply or drop contents of files that were restored here.", rich_markup_mode=None

@@ -144,7 +144,6 @@ def _acting(answer: dict[str, Any]) -> str:
 
 
 def _edits(answer: dict[str, Any]) -> list[str]:
-    """Return a line with the number of unsent edits, and one for each of the first ``_MAX_EDITS``."""
     waits_for, paths = answer["edits_wait_for"], answer["unsent_edits"]
     usual = f"waits for {waits_for}" if waits_for else "sent as soon as it is saved"
     if not paths:

@@ -151,8 +151,6 @@ def config(
         typer.echo(text if name and not value else f"{key} = {text}")
 
 
-# --- large contents ---
-
 _PAYLOADS = "artifacts/payload"
 _ARTIFACT = re.compile(r"art_[0-9A-Z]{26}")
 

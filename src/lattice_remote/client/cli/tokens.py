@@ -78,7 +78,6 @@ async def _check(server: Server, project: str, token: str) -> str:
 
 
 def _check_server(server: Server, token: str) -> str:
-    """Check a token without a project, as ``_check`` does."""
     from lattice_remote.client.connection.dial import fetch_projects
 
     try:
@@ -121,11 +120,8 @@ def projects(url: Url = "", as_json: Json = False) -> None:
 
 
 def listed_projects(url: str, slug: str | None = None) -> list[dict[str, Any]]:
-    """Return the projects of a server that this user's token may use.
-
-    Raises:
-        Misuse: there is no token.
-        RemoteError: as ``fetch_projects``.
+    """Return the projects of a server that this user's token may use. Raises as ``fetch_projects``; Misuse: no
+    token.
     """
     known = credentials.projects(url)
     token = credentials.from_environment() or credentials.stored(url, slug or (known[0] if known else ""))
@@ -206,7 +202,6 @@ def _list_servers(*, as_json: bool) -> None:
 
 
 def _server_fields(server: Server) -> dict[str, Any]:
-    """Return a server's settings without secrets."""
     names = ("url", "insecure", "ca_file", "max_cache_mib", "client_cert", "client_key")
     return {name: getattr(server, name) for name in names} | {"headers": sorted(dict(server.headers))}
 
@@ -239,7 +234,6 @@ def logout(url: Url = "") -> None:
 
 
 def ask_for_token(server_url: str) -> str:
-    """Return a token that the user types, or the first line of stdin."""
     typed = getpass.getpass(f"Token for {server_url}: ") if sys.stdin.isatty() else sys.stdin.readline()
     if not typed.strip():
         raise Misuse("no token was given; type it, or give it on stdin", code="REMOTE_UNAUTHORIZED")

@@ -31,7 +31,7 @@ _MAX_TITLE_CHARS = 40
 
 
 def as_line(record: dict[str, Any]) -> tuple[str, str, str, str, str]:
-    """Return number, time, actor, tasks and description, without terminal control characters."""
+    """Return number, time, actor, tasks and description, as plain text."""
     tasks = [_named(task) for task in record["tasks"][:_MAX_TASKS_SHOWN]]
     more = len(record["tasks"]) - _MAX_TASKS_SHOWN
     names = [*record["resources"], *record["sessions"]] if not tasks else []
@@ -57,7 +57,7 @@ _LEAVE_S = 2.0
 def run_for(command: str, record: dict[str, Any], line: str, timeout_s: float) -> str | None:
     """Run ``command`` in a shell with ``line`` on stdin; return an error message, None on success.
 
-    Its process group is ended after ``timeout_s`` or on Ctrl-C, which then passes through.
+    Its process group ends after ``timeout_s`` or on Ctrl-C, which then passes through.
     """
     environment = {
         **os.environ,
@@ -100,7 +100,6 @@ def _end(process: "subprocess.Popen[bytes]", sign: signal.Signals) -> None:
 
 @contextlib.contextmanager
 def _ctrl_c_held_back() -> Iterator[None]:
-    """Delay Ctrl-C until a starting process can be ended."""
     pressed: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
     try:
@@ -121,8 +120,6 @@ app = typer.Typer()
 
 @dataclass
 class _Handler:
-    """Handling of each change."""
-
     as_json: bool
     command: str
     timeout_s: float
@@ -139,8 +136,6 @@ class _Handler:
 
 
 class _Lines:
-    """Output for people: changes on stdout, the rest on stderr."""
-
     def __enter__(self) -> Self:
         return self
 
@@ -152,16 +147,12 @@ class _Lines:
         typer.echo("  ".join(filter(None, (number.rjust(5), time, who, tasks, what))))
 
     def note(self, text: str) -> None:
-        """Show a remark about the watching itself."""
         typer.echo(f"lattice-remote: {one_line(text)}", err=True)
 
-    def state(self, text: str) -> None:
-        """Show the connection state, on a terminal only."""
+    def state(self, text: str) -> None: ...
 
 
 class _View(_Lines):
-    """Lines on a terminal with a status line below."""
-
     def __init__(self) -> None:
         from rich.console import Console
 
@@ -233,14 +224,10 @@ def watch(
 
 
 class _Gone(RemoteError):
-    """Requested changes are not available."""
-
     code = "REMOTE_GONE"
 
 
 class _Watch:
-    """One run of the command."""
-
     def __init__(self, directory: str, handler: _Handler, show: _Lines) -> None:
         self._directory, self._handler, self._show = directory, handler, show
         self._position: Position | None = None  # of the last handled change; None at the start of an epoch
@@ -248,7 +235,6 @@ class _Watch:
         self._trouble: str | None = ""  # why the server cannot be reached; None while it can
 
     def run(self, begin: Position | int | None, only: str | None, count: int) -> int:
-        """Handle changes until the end; return the exit code."""
         try:
             return self._take(begin, only, count)
         except KeyboardInterrupt:
@@ -286,7 +272,6 @@ class _Watch:
                     return 0
 
     def _ask(self, begin: Position | int | None) -> dict[str, Any]:
-        """Return the agent's answer, once the server can be reached."""
         where: dict[str, Any] = {"epoch": "", "seq": begin, "mark": ""}
         if isinstance(begin, Position):
             where = {"epoch": begin.epoch, "seq": begin.seq, "mark": begin.mark.hex()}
@@ -318,7 +303,7 @@ class _Watch:
         self._show.state(f"change {head}")
 
     def _begin_epoch(self, answer: dict[str, Any]) -> Position:
-        """Return where to continue in another epoch; a return to an earlier one proves a restored server.
+        """Return where to continue in another epoch.
 
         Raises:
             _Gone: the changes after the last one are not available.

@@ -90,8 +90,6 @@ _log = logging.getLogger(__name__)
 
 
 class RequestSender(Protocol):
-    """A connection that carries requests."""
-
     async def send_request(self, frame: Request) -> Response: ...
 
 
@@ -130,7 +128,6 @@ class PendingRequest:
 
     @property
     def sent(self) -> bool:
-        """Return whether it may have taken effect."""
         return self.is_write and self.first_sent_at is not None
 
     def to_send(self) -> Request:
@@ -185,15 +182,11 @@ def _largest_file(frame: Request) -> int:
             return 0
 
 
-# --- frames received from one socket ---
-
 Item = ServerFrame | RemoteError
 """A frame, or the error that ended the connection after the frames before it."""
 
 
 class ReceiveQueue:
-    """Bounded queue between the socket's reader and the session."""
-
     def __init__(self) -> None:
         self._items: deque[Item] = deque()
         self._bytes = 0
@@ -204,7 +197,7 @@ class ReceiveQueue:
         return len(self._items) >= MAX_FRAMES or self._bytes >= MAX_BYTES
 
     async def put(self, item: Item, size: int = 0) -> None:
-        """Add an item of ``size`` bytes, compressed and decompressed, once there is room."""
+        """Add an item of ``size`` bytes once there is room."""
         while self.is_full:
             await self._next_change()
         self._items.append(item)
@@ -261,19 +254,13 @@ async def _message(socket: ClientConnection) -> bytes:
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-# --- the connection ---
-
-
 class Session(Protocol):
-    """Protocol session on a connection: a ``Replicator`` or a ``RequestOnlySession``."""
-
     @property
     def is_current(self) -> bool: ...
 
     async def hello(self) -> Hello: ...
 
-    async def receive(self, frames: list[ServerFrame]) -> ReceiveOutcome:
-        """Process frames; an exception ends the connection."""
+    async def receive(self, frames: list[ServerFrame]) -> ReceiveOutcome: ...
 
     async def disconnected(self) -> None: ...
 
@@ -301,7 +288,7 @@ class Condition:
 
 @dataclass(slots=True)
 class Connection:
-    """Reconnecting connection to one project. ``start()`` and ``close()`` it once."""
+    """Reconnecting connection to one project; ``start()`` and ``close()`` it once."""
 
     remote: Remote
     session: Session
@@ -332,8 +319,6 @@ class Connection:
     _epoch: str = ""  # of the last Welcome
     _verdict: RemoteError | None = None
 
-    # --- lifecycle ---
-
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
@@ -350,7 +335,6 @@ class Connection:
             pending.answer.cancel()
 
     def kick(self) -> None:
-        """Skip the delay for a command; probe a silent connection."""
         if self.welcome is None:
             self._kicked.set()
         if self.silence_s() > PING_INTERVAL_S + 2:
@@ -364,7 +348,6 @@ class Connection:
             self.try_again()
 
     def try_again(self) -> None:
-        """Skip the delay: the reason of a refusal may be gone."""
         self._backoff.lift()
         self._kicked.set()
 
@@ -376,7 +359,6 @@ class Connection:
 
     @property
     def is_open(self) -> bool:
-        """Return whether the session is open, and the server was heard recently."""
         return self.welcome is not None and self.silence_s() <= ALIVE_S
 
     @property
@@ -392,10 +374,8 @@ class Connection:
         return self._backoff.barred_s(time.monotonic()) > 0
 
     def silence_s(self) -> float:
-        """Return the seconds since the last frame or pong; infinite before."""
+        """Return the seconds since the last frame or pong."""
         return float("inf") if self.heard_at is None else boot_time() - self.heard_at
-
-    # --- requests ---
 
     async def send_request(self, frame: Request, *, first_sent_at: float | None = None) -> Response:
         """Return the answer to a request, sent again after a reconnect.
@@ -464,7 +444,7 @@ class Connection:
             await self.send(pending.to_send())
 
     async def send(self, *frames: ClientFrame) -> None:
-        """Send frames if connected. The reader notices a failure."""
+        """Send frames if connected."""
         with contextlib.suppress(ConnectionClosed):
             for frame in frames:
                 if self._socket is not None:
@@ -477,8 +457,6 @@ class Connection:
                 pending.answer.set_result(answer)
         await self.send(*outcome.to_send)
         self.changed.notify()
-
-    # --- connections ---
 
     async def _run(self) -> None:
         while True:
@@ -591,7 +569,6 @@ class Connection:
             items = await queue.take()
 
     async def _take(self, items: list[Item]) -> None:
-        """Process the frames before a goodbye or failure, then raise that."""
         frames = cast(
             "list[ServerFrame]", list(itertools.takewhile(lambda item: not isinstance(item, Bye | RemoteError), items))
         )
@@ -611,14 +588,11 @@ class Connection:
             raise cast("RemoteError", end)
 
     def _is_unasked(self, frame: ServerFrame) -> bool:
-        """Return whether this answers no pending request: unlimited, such frames would fill the memory.
-
-        Before the Welcome the session reports them as a violation.
-        """
+        """Return whether this answers no pending request: unlimited, such frames would fill the memory."""
         return isinstance(frame, Response) and frame.id not in self._pending and self.welcome is not None
 
     def _note_reset(self, welcome: Welcome) -> None:
-        """Count resets of this cache, except continued first fills."""
+        """Count resets of this cache, except first fills."""
         if welcome.resync and (self._offered or self._epoch not in ("", welcome.epoch)):
             self._backoff.was_reset(time.monotonic())
         self._epoch = welcome.epoch

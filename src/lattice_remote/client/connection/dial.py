@@ -83,16 +83,12 @@ _WRONG_HOST = {62, 64}
 
 
 class RetryLater(ConnectionFailed):
-    """Temporary refusal, with a delay in seconds."""
-
     def __init__(self, message: str, retry_after_s: float, *, code: str | None = None) -> None:
         super().__init__(message, code=code)
         self.retry_after_s = retry_after_s
 
 
 class _Dial(connect):
-    """The library's connect, without redirects."""
-
     def process_redirect(self, exc: Exception) -> Exception | str:
         return exc
 
@@ -182,7 +178,7 @@ async def open_socket(
 
 
 def fetch_projects(url: str, token: str, named: Server | None) -> list[dict[str, Any]]:
-    """Return the projects that a token may use, with ``slug`` and ``name``. Blocking; raises as ``open_socket``."""
+    """Return the projects that a token may use, with ``slug`` and ``name``."""
     remote = Remote("origin", url, "")
     server = admit(url, named, token)
     proxy, via = _proxy(remote)
@@ -221,14 +217,10 @@ def fetch_projects(url: str, token: str, named: Server | None) -> list[dict[str,
         raise _foreign(status, None, remote, None) from None
 
 
-# --- proxies ---
-
-
 def _proxy(remote: Remote) -> tuple[str | None, str]:
     """Return the environment's proxy for a server, and its address without password.
 
-    A specific variable precedes ``ALL_PROXY``. A server on this machine is reached directly: a proxy would carry the
-    token off it.
+    A server on this machine is reached directly: a proxy would carry the token off it.
 
     Raises:
         ConnectionFailed: the variable holds no valid proxy.
@@ -253,9 +245,6 @@ def _proxy(remote: Remote) -> tuple[str | None, str]:
     return f"{scheme}://{address}", f"proxy {parsed.scheme}://{parsed.host}:{parsed.port}: "
 
 
-# --- TLS ---
-
-
 def _tls(server: Server) -> ssl.SSLContext:
     try:
         return _context(server.ca_file, server.client_cert, server.client_key, _changed_ns(server))
@@ -272,7 +261,7 @@ def _changed_ns(server: Server) -> tuple[int, ...]:
 def _context(
     ca_file: str | None, client_cert: str | None, client_key: str | None, _changed: tuple[int, ...]
 ) -> ssl.SSLContext:
-    """Return a context that verifies certificate and host. Cached: loading the system's authorities takes 20 ms."""
+    """Return a context that verifies certificate and host, cached: the system's authorities take 20 ms."""
     context = ssl.create_default_context(cafile=ca_file)
     if client_cert:
         try:
@@ -362,7 +351,7 @@ def _refusal(status: int, headers: Mapping[str, str] | Message, body: bytes, rem
 
 
 def _own_words(body: bytes) -> tuple[str, str] | None:
-    """Return code and message of a refusal in our form (SPEC 2.2)."""
+    """Return code and message of a refusal in the form of SPEC 2.2."""
     try:
         answer = json.loads(body)
         ok, code, message = answer["ok"], answer["error"]["code"], answer["error"]["message"]
@@ -406,7 +395,6 @@ def error_of(code: str, message: str, remote: Remote, retry_after_s: float | Non
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """Return the seconds of Retry-After; dates are ignored."""
     return float(retry_after) if retry_after is not None and re.fullmatch(r"[0-9]{1,9}", retry_after) else None
 
 
@@ -428,7 +416,7 @@ MAX_RESETS, RESET_WINDOW_S, RESET_BAR_S = 10, 600.0, 30.0
 
 @dataclass(slots=True)
 class Backoff:
-    """Reconnect delays of one connection. The caller passes monotonic seconds."""
+    """Reconnect delays of one connection."""
 
     uniform: Callable[[float, float], float] = random.uniform
     streak: int = 0
@@ -458,8 +446,6 @@ class Backoff:
         """Return the delay before the next attempt, in seconds.
 
         Args:
-            lasted: whether it was useful; the next delays are short again.
-            is_refused: whether a retry is pointless until something changes.
             retry_after_s: the delay that the server asks for.
             binds: whether that is a demand, not an estimate of its return.
         """

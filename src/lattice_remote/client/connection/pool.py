@@ -4,8 +4,7 @@ A token comes from ``tokens.json`` or with a command (``LATTICE_TOKEN``). A refu
 changes or a command brings another.
 
 Unrequested edits are sent under the token of this cache's commands. After recent commands with several tokens the
-author is unknown: such edits wait for the next command. Agents of several environments may follow one cache, so the
-digests of recent tokens are stored in it.
+author is unknown: such edits wait for the next command.
 """
 
 import asyncio
@@ -38,15 +37,12 @@ _RECENT = f"{PRIVATE_DIRECTORY}/tokens"
 
 
 class RecentTokens:
-    """Recent tokens of a cache's commands, in all environments."""
-
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
         self._directory = cache.absolute(_RECENT)
         self._noted: dict[str, float] = {}  # digest -> time of the last record
 
     def note(self, token: str) -> None:
-        """Record the use of a token; failures are ignored."""
         digest, now = digest_of_token(token), time.monotonic()
         if now - self._noted.get(digest, -_NOTE_INTERVAL_S) < _NOTE_INTERVAL_S:
             return
@@ -77,7 +73,7 @@ def digest_of_token(token: str) -> str:
 
 
 class ConnectionPool:
-    """Connections of one cache. ``start()`` and ``close()`` it once."""
+    """Connections of one cache; ``start()`` and ``close()`` it once."""
 
     def __init__(self, remote: Remote, replicator: Replicator) -> None:
         self._remote = remote
@@ -89,7 +85,7 @@ class ConnectionPool:
         self._watcher: asyncio.Task[None] | None = None
 
     def start(self, token: str | None, *, named: Server | None = None, prefer_given: bool = False) -> None:
-        """Follow the project. A stored token precedes ``token`` unless ``prefer_given``."""
+        """Follow the project with the stored token, else ``token``; ``prefer_given`` reverses that."""
         self._last_stored = self.stored_token()
         connection = self.following
         connection.named = named
@@ -127,7 +123,7 @@ class ConnectionPool:
         self._last_stored = stored
 
     def writing(self, given: str | None) -> Connection:
-        """Return the connection for a command's token. Raises Rejected if there is none."""
+        """Return the connection for a command's token. Raises Rejected."""
         token = given or self.stored_token()
         if token is None:
             raise Rejected(
@@ -158,10 +154,7 @@ class ConnectionPool:
             self._recent.note(token)
 
     def for_edits(self) -> Connection | None:
-        """Return the connection for unrequested edits; None if their author is unknown.
-
-        A token that no command of this cache used may be meant for another directory.
-        """
+        """Return the connection for unrequested edits; None if their author is unknown."""
         recent = self._recent.digests()
         self._given = {digest: given for digest, given in self._given.items() if digest in recent}
         if len(recent) != 1 or not self._given:
@@ -172,19 +165,16 @@ class ConnectionPool:
             return None  # the token is missing or its file unreadable: the next command reports it
 
     def has_several_tokens(self) -> bool:
-        """Return whether recent commands used several tokens or environments."""
         recent = self._recent.digests()
         return len(recent) > 1 or not recent <= self._given.keys()
 
     def new_writer(self, token: str) -> Connection:
-        """Return a separate, started connection; the caller closes it."""
         connection = Connection(self._remote, RequestOnlySession(), token, named=self.following.named)
         connection.start()
         return connection
 
     @contextlib.asynccontextmanager
     async def bulk(self, token: str) -> AsyncIterator[Connection]:
-        """Yield a separate connection for large transfers."""
         connection = self.new_writer(token)
         try:
             yield connection
@@ -198,7 +188,6 @@ class ConnectionPool:
                 await connection.close()
 
     async def _watch(self) -> None:
-        """Detect logins, logouts and newly trusted servers."""
         seen = _seen()
         while True:
             await asyncio.sleep(LOOK_INTERVAL_S)

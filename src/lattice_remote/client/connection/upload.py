@@ -28,8 +28,6 @@ _BUSY_ATTEMPTS, _BUSY_DELAY_S = 20, 0.5
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An open file to upload. Its opener closes it."""
-
     descriptor: int
     size: int
     digest: bytes
@@ -56,9 +54,7 @@ async def upload(
 
     Args:
         connection: its token may then refer to the upload by digest and size, for a day.
-        source: the file.
         purpose: see ``messages.Upload``.
-        on_progress: called with bytes uploaded and bytes in total.
 
     Raises:
         Rejected: too large, no room on the server, or a server version without uploads.
@@ -81,8 +77,6 @@ async def upload(
 
 
 class _Sender:
-    """One upload, a few parts ahead of the acknowledgement."""
-
     def __init__(
         self, connection: RequestSender, source: Source, purpose: str, report: Callable[[int, int], None]
     ) -> None:
@@ -128,7 +122,7 @@ class _Sender:
         return piece
 
     async def _ask(self, offset: int, data: bytes) -> int:
-        """Send a part, or a query without data; return the number of bytes there."""
+        """Send a part, or a query without data; return the size there."""
         source = self._source
         for attempts_left in reversed(range(_BUSY_ATTEMPTS)):
             frame = Upload(new_request_id(), source.digest, source.size, offset, data, self._purpose)

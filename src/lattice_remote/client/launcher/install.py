@@ -69,7 +69,7 @@ def real_lattice() -> str:
 
 
 def install(directory: Path) -> Path:
-    """Write the launcher into ``directory``, which is created; return its path. Replaces an earlier launcher.
+    """Write the launcher, perhaps over an earlier one, into ``directory``, which is created; return its path.
 
     Raises:
         Misuse: the platform lacks what a launcher needs, or the directory has another ``lattice``.
@@ -146,10 +146,7 @@ def find_warm() -> WarmProcess | None:
 
 
 def stop_warm(*, every: bool = False) -> list[int]:
-    """Stop the warm process of this environment, or all of this user's, after its running commands.
-
-    Returns the process ids.
-    """
+    """Stop the warm process of this environment, or all of this user's, after its commands; return the process ids."""
     own = _socket_path()
     if own is None:
         return []

@@ -50,9 +50,6 @@ _MAX_SOCKET_PATH_BYTES = 107
 Environment = dict[bytes, bytes]
 
 
-# --- shared with the warm process ---
-
-
 def read(path: bytes) -> bytes:
     """Return a small file of ``/proc``; empty if it cannot be read."""
     try:
@@ -132,11 +129,8 @@ def _is_own(directory: bytes) -> bool:
     return is_directory and found.st_uid == posix.getuid() and not found.st_mode & _OTHERS_MAY_WRITE
 
 
-# --- the launcher ---
-
-
 def main(lattice: str, python: str) -> "NoReturn":
-    """Run this process's command line. ``lattice`` and ``python`` are paths of the real ones."""
+    """Run this process's command line."""
     for number in (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP):
         if _signal.getsignal(number) != _signal.SIG_IGN:
             _signal.signal(number, _signal.SIG_DFL)
@@ -229,7 +223,6 @@ def _run(argv: list[bytes], environ: Environment, python: str) -> None:
 
 
 def _connect(stream: "_socket.socket", path: bytes) -> bool:
-    """Connect to the warm process; return False without one, or if another user may have made its socket."""
     try:
         found = posix.lstat(path)
         if not _is_own(path[: path.rindex(b"/")]) or found.st_mode & _S_IFMT != _S_IFSOCK:

@@ -64,7 +64,7 @@ class Warm:
         """By pidfd and by descriptor of the connection."""
 
     def run(self) -> None:
-        """Serve while needed. The caller holds the lock, so an existing socket is stale."""
+        """Serve while needed. The caller holds the lock."""
         listener = socket.socket(socket.AF_UNIX)
         with suppress(FileNotFoundError):
             os.unlink(self._path)
@@ -123,7 +123,6 @@ class Warm:
             self._poll.register(descriptor, event)
 
     def _attend(self, ready: set[int]) -> None:
-        """Report exited commands, and end those whose launcher was killed."""
         for descriptor in ready & self._commands.keys():
             command = self._commands.get(descriptor)
             if command is None:
@@ -141,8 +140,6 @@ class Warm:
 
 @dataclass(frozen=True, slots=True)
 class _Command:
-    """Child that runs one command, and its launcher's connection."""
-
     pid: int
     pidfd: int
     stream: socket.socket
@@ -181,9 +178,6 @@ def _signature() -> Signature:
         else:
             found.append((status.st_ino, status.st_mtime_ns))
     return tuple(found)
-
-
-# --- in the child ---
 
 
 def _run_child(stream: socket.socket, world: bytes) -> NoReturn:
@@ -242,7 +236,7 @@ def _become_caller(stream: socket.socket, world: bytes) -> list[str]:
     """Take over the caller's process attributes; return its command line.
 
     Raises:
-        _Refused: the caller lives in another environment, or may do more than this process.
+        _Refused: the caller lives in another environment, or may do more.
     """
     peer, uid, _ = struct.unpack("3i", stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     if peer <= 0 or uid != os.getuid():
@@ -329,7 +323,6 @@ def _take_status(peer: int) -> None:
 
 
 def _open_streams() -> None:
-    """Open the standard streams as an interpreter with these variables does."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         old = getattr(sys, f"__{name}__")
         raw = io.FileIO(number, "r" if number == 0 else "w", closefd=False)
@@ -350,7 +343,6 @@ def _open_streams() -> None:
 
 
 def _run_lattice(argv: list[str]) -> int:
-    """Return the command's exit code, if it does not exit itself."""
     from lattice.cli.main import cli
 
     from lattice_remote.client import routing
@@ -384,7 +376,7 @@ def _run_lattice(argv: list[str]) -> int:
 
 
 def _finish(code: int) -> int:
-    """Flush the standard streams as an interpreter does at its end; return the exit code."""
+    """Flush the standard streams; return the exit code."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -396,9 +388,6 @@ def _finish(code: int) -> int:
     except OSError:
         code = 120
     return code
-
-
-# --- the start ---
 
 
 def _preload() -> None:

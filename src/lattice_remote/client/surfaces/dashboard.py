@@ -39,7 +39,7 @@ State = tuple[str, str]
 
 
 class CacheWatcher:
-    """Watcher of one cache, for any threads. A context manager."""
+    """Watcher of one cache, for any threads; a context manager."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
@@ -79,7 +79,6 @@ class CacheWatcher:
             return None if self._closed else self._state
 
     def _goes_on(self, delay_s: float) -> bool:
-        """Return True after the delay once a thread waits; False once closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed, delay_s)
             self._changed.wait_for(lambda: self._closed or self._waiting)
@@ -116,7 +115,7 @@ class CacheWatcher:
             self._changed.notify_all()
 
     def _trouble(self) -> str:
-        """Return why the cache may be behind. Keeps an agent running."""
+        """Return why the cache may be behind, and keep an agent running."""
         try:
             answer = send_request(request("status" if agent_enabled() else "pull", self._directory))
         except RemoteError as failure:
@@ -170,8 +169,6 @@ def remote_dashboard(directory: str) -> Iterator[None]:
 
 
 class _Server(socketserver.ThreadingMixIn, HTTPServer):
-    """Threaded variant of lattice's server: no request waits for another's."""
-
     daemon_threads = True
 
     def __init__(self, address: tuple[str, int], handler: Any, directory: str) -> None:
@@ -222,8 +219,6 @@ def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
             else:
                 self._forward(path)
 
-        # --- access ---
-
         def _is_from_here(self) -> bool:
             """Refuse other host names, as after DNS rebinding."""
             bound, port = self.server.server_address[:2]
@@ -246,8 +241,6 @@ def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
             self.close_connection = True
             self._send_json(403, lattices._err("FORBIDDEN", why))
 
-        # --- writes ---
-
         def _forward(self, path: str) -> None:
             length = self.headers.get("Content-Length", "0")
             if not length.isdecimal():
@@ -262,8 +255,6 @@ def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
                 self._send_json(_STATUSES.get(error.code, 502), lattices._err(error.code, error.message))
                 return
             self._send(answer.status, "application/json", answer.payload.encode())
-
-        # --- the page ---
 
         def _serve_static(self, filename: str, content_type: str) -> None:
             if filename == "index.html":
@@ -280,7 +271,6 @@ def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
             self.wfile.write(data)
 
         def _stream(self) -> None:
-            """Send every change until the page or the dashboard is closed."""
             if self.server.streams >= _MAX_STREAMS:
                 self._send_json(503, lattices._err("BUSY", "too many pages are open"))
                 return

@@ -68,7 +68,7 @@ def serve() -> None:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signal module's signature
-    """Exit at once: a thread that reads stdin cannot be stopped."""
+    """Exit at once, despite the thread that reads stdin."""
     os._exit(128 + number)
 
 
@@ -78,13 +78,11 @@ def _say(line: str) -> None:
 
 
 class _Caches:
-    """The caches of earlier calls, each with its running guard."""
-
     def __init__(self) -> None:
         self._guards: dict[str, Guard] = {}
 
     def prepare(self, directory: str) -> None:
-        """Update a cache and guard it against writes by tools that run here. Blocking. Raises RemoteError."""
+        """Update a cache and guard it against writes by tools that run here. Blocking; raises RemoteError."""
         if directory not in self._guards:
             self._guards[directory] = Guard(directory)
             self._guards[directory].start()
@@ -93,7 +91,6 @@ class _Caches:
 
 
 async def _call_tool(call_tool: Callable[[Any], Any], request: Any) -> Any:
-    """Run a tool; add the age of its data if that is not current."""
     lines: list[str] = []
     _stale.set(lines)
     answer = await call_tool(request)
@@ -106,7 +103,6 @@ async def _call_tool(call_tool: Callable[[Any], Any], request: Any) -> Any:
 
 
 async def _called(caches: _Caches, name: str, tool: Callable[..., Any], **arguments: Any) -> Any:
-    """Stand in for one of lattice's tools."""
     directory = _cache_of(arguments.get("lattice_root"))
     if directory is None:
         return tool(**arguments)
@@ -130,7 +126,6 @@ async def _read_resource(caches: _Caches, read: Callable[[Any], Any], request: A
 
 
 def _cache_of(lattice_root: str | None) -> str | None:
-    """Return the ``.lattice`` of a call if it is a cache; lattice reports errors."""
     try:
         root = lattice_root or find_root()
     except (LatticeRootError, OSError):

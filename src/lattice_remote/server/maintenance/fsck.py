@@ -59,7 +59,7 @@ def check_server(data: DataDir) -> Iterator[Finding]:
         where = str(path.relative_to(data.path))
         yield Finding("", where, "left over from an interrupted command", "set aside")
     for path in data.writable_by_everybody():
-        if path != data.tokens:  # further checks are above
+        if path != data.tokens:
             where = "." if path == data.path else path.name
             yield Finding("", where, "any user on this machine can write to it", TAKE_AWAY)
 
@@ -190,7 +190,7 @@ def as_json(report: FsckReport) -> str:
 def fsck(data: DataDir, slugs: Sequence[str], *, repair: bool) -> FsckReport:
     """Check the server and these projects; repair if asked to.
 
-    Raises Misuse: a server, or a worker of one, is running during a repair; StorageError.
+    Raises Misuse: a server, or a worker, is running during a repair; StorageError.
     """
     report = FsckReport(projects=len(slugs))
     held = _lock(data, report)
@@ -210,7 +210,6 @@ def fsck(data: DataDir, slugs: Sequence[str], *, repair: bool) -> FsckReport:
 
 
 def _lock(data: DataDir, report: FsckReport) -> int | None:
-    """Keep a server from starting; note in the report if one runs."""
     try:
         return lock(data.path / ".lock")
     except LockedElsewhere:
@@ -218,9 +217,6 @@ def _lock(data: DataDir, report: FsckReport) -> int | None:
     except PermissionError:
         pass  # a user with read permission only may still check
     return None
-
-
-# --- looking ---
 
 
 def _found(slug: str, paths: ProjectPaths, report: FsckReport) -> list[Finding]:
@@ -233,9 +229,6 @@ def _found(slug: str, paths: ProjectPaths, report: FsckReport) -> list[Finding]:
         again = set(check_project(slug, paths, at_rest=False).findings)
         findings = [found for found in findings if found in again]
     return findings
-
-
-# --- repairing ---
 
 
 def _server(data: DataDir, *, repair: bool) -> list[Finding]:
@@ -268,7 +261,6 @@ def _repaired(slug: str, paths: ProjectPaths, data: DataDir, report: FsckReport)
 
 
 def _compared(before: Iterable[Finding], after: list[Finding]) -> list[Finding]:
-    """Return the earlier findings, with repairs marked, and new ones."""
     left = {(found.where, found.what) for found in after}
     marked = [
         found if (found.where, found.what) in left else msgspec.structs.replace(found, repaired=True)
@@ -296,7 +288,6 @@ def _fix_modes(root: Path, findings: Iterable[Finding]) -> None:
 
 
 def _restore(paths: ProjectPaths, check: ProjectCheck) -> list[str]:
-    """Restore damaged files as far as the journal has them; set the others aside."""
     if not check.damaged:
         return []
     contents = Contents(check.damaged)

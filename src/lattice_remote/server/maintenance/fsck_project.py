@@ -55,8 +55,6 @@ class JournalCheck:
 
     Attributes:
         epoch: "": the journal is unreadable.
-        states: number and files of each commit of the history, oldest first.
-        unreachable: segments that are no longer replayed because of damage.
     """
 
     project: str
@@ -114,7 +112,6 @@ class JournalCheck:
         self._run = []
 
     def _records(self, path: Path, items: Iterator[tuple[int, bytes]], end: int) -> int:
-        """Check records; return the end of the last whole one."""
         for offset, payload in items:
             end = offset + HEAD_BYTES + len(payload)
             try:
@@ -206,10 +203,8 @@ class ProjectCheck:
     """The check of one project.
 
     Attributes:
-        files: at the journal's head, as far as known.
         damaged: paths of the tree whose content changed without a write.
         difference: the repair of a file that differs from the head.
-        leftovers: of interrupted programs.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -221,7 +216,7 @@ class ProjectCheck:
 
 
 def check_project(slug: str, paths: ProjectPaths, *, at_rest: bool) -> ProjectCheck:
-    """Check one project. ``at_rest``: no worker runs, so its scratch directory and undo log are not in use. Raises
+    """Check one project; ``at_rest``: no worker runs, so its scratch directory and undo log are not in use. Raises
     OSError.
     """
     check = ProjectCheck()
@@ -241,7 +236,6 @@ def check_project(slug: str, paths: ProjectPaths, *, at_rest: bool) -> ProjectCh
 
 
 def _list_files(slug: str, paths: ProjectPaths, check: ProjectCheck) -> bool:
-    """Determine the files at the head; return whether they are known."""
     journal = check.journal
     assert journal is not None, "check_project has read it"
     listed = load_manifest(paths.journal / "manifest")

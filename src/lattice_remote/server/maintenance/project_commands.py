@@ -41,8 +41,6 @@ _ATTEMPTS = 3
 
 
 class Exported(msgspec.Struct):
-    """Outcome of an export; ``findings`` are the doctor's and ours."""
-
     directory: str
     tasks: int
     archived: int
@@ -52,7 +50,6 @@ class Exported(msgspec.Struct):
 
     @property
     def is_sound(self) -> bool:
-        """Whether there are only the doctor's warnings."""
         return all("lattice doctor: warning: " in finding for finding in self.findings)
 
 
@@ -90,7 +87,6 @@ def _project(data: DataDir, slug: str) -> ProjectPaths:
 
 
 def _copy(slug: str, source: ProjectPaths, scratch: Path, data: DataDir) -> list[str]:
-    """Copy a project that may be running, complete the copy, return findings."""
     scratch.mkdir(mode=0o700, parents=True)
     _copy_tree(source.lattice, scratch / ".lattice")
     if source.journal.is_dir():
@@ -137,8 +133,8 @@ _MAX_BYTES = 1 << 40
 def import_project(data: DataDir, slug: str, source: Path, *, keep_hooks: bool, dry_run: bool) -> ImportReport:
     """Import the lattice project in ``source`` (or in its ``.lattice``) as ``slug``, which is new or empty.
 
-    A running server serves it at once. A crash at any moment leaves the project unchanged or imported as a whole.
-    ``keep_hooks`` keeps the hooks of its ``config.json``; ``dry_run`` changes nothing.
+    A crash at any moment leaves the project unchanged or imported as a whole. ``keep_hooks`` keeps the hooks of its
+    ``config.json``; ``dry_run`` changes nothing.
 
     Raises Misuse: there is no project in ``source``, or it is refused, or ``slug`` is in use; StorageError.
     """
@@ -206,12 +202,12 @@ def _require_empty(data: DataDir, slug: str) -> None:
 
 
 def rename_project(data: DataDir, old: str, new: str) -> int:
-    """Rename a project; return the number of updated tokens. Its clients are sent the new name.
+    """Rename a project; return the number of updated tokens.
 
-    A crash leaves the old name, or the new one with ``finish_renames`` still to do. May be repeated.
+    A crash leaves the old name, or the new one with ``finish_renames`` still to do.
 
-    Raises Misuse: there is no such project, or the new name is taken or invalid; StorageError, also if its worker does
-    not end.
+    Repeatable. Raises Misuse: there is no such project, or the new name is taken or invalid; StorageError, also if its
+    worker does not end.
     """
     data.config()
     renamed = data.renamed()
@@ -227,9 +223,9 @@ def rename_project(data: DataDir, old: str, new: str) -> int:
 
 
 def finish_renames(data: DataDir) -> int:
-    """Replace former project names in all tokens; return the number of updated tokens.
+    """Replace former project names in all tokens; return the number of updated tokens. Raises StorageError.
 
-    A name used again, by an active or archived project, is no former name. Raises StorageError.
+    A name used again, by an active or archived project, is no former name.
     """
     former = {
         old: new

@@ -409,7 +409,7 @@ def _check_with_lattice(candidate: Candidate, report: ImportReport) -> None:
 
 
 class _NoLocks(LockTable):
-    """No locks, of which ``rebuild --all`` would hold one for each task: no other process knows the candidate."""
+    """No locks: no other process knows the candidate, and ``rebuild --all`` would hold one for each task."""
 
     def acquire(self, path: Path, timeout_s: float) -> None: ...
 

@@ -191,7 +191,7 @@ def tag_of(body: bytes) -> str:
 
 
 def difference(old: bytes, new: bytes) -> list[Part]:
-    """Return the parts of which ``new`` consists; both are ASCII."""
+    """Return the parts that make ``new``; both are ASCII."""
     head = _common_start(old, new)
     tail = min(_common_end(old, new), min(len(old), len(new)) - head)
     if not head + tail:
