@@ -1,6 +1,8 @@
 # Everything runs in .venv, which `make venv` builds with the versions of constraints.txt.
 PYTHON_VENV := .venv/bin/python
 export PYTHON
+# Compiled modules are kept: thousands of programs load them.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help system venv demo demo-cluster test check bench soak mutants hostile fuzz backups claims cluster order load protocol format clean
@@ -20,8 +22,8 @@ demo-cluster: venv  ## Run three NATS servers and three nodes, and kill the owne
 demo: venv  ## Run a server and two machines: share, lose the connection, converge
 	@$(PYTHON_VENV) examples/demo.py
 
-# One more than there are processors: the tests wait for other processes half of their time.
-WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
+# Two more than there are processors: the tests wait for other processes half of their time.
+WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 2)))
 
 test: venv  ## Run every test; the last line names those skipped for a missing program of `make system`
 	@$(PYTHON_VENV) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -1,5 +1,6 @@
 """What all tests share: a started server with two connected clients, made once a module."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,9 @@ settings.load_profile("any machine")
 
 heed_signals()
 
+gc.disable()
+"""A collection while the tests are loaded takes seconds and frees nothing."""
+
 
 LONG = [
     "test_installation",
@@ -26,6 +30,10 @@ LONG = [
     "test_texts_in_browser",
     "test_mcp",
     "test_dashboard",
+    "test_greedy",
+    "test_order_faults",
+    "test_node",
+    "test_launcher",
     "test_malicious_server",
     "test_fsck",
     "test_worker",
@@ -47,6 +55,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the long files; the order within a file and that of all others stay."""
     place = {name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
+def pytest_collection_finish() -> None:
+    """Collect again, but not what was loaded."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
