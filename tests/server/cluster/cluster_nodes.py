@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import requests
+from harness import tree_of
 from nats_servers import NatsCluster
 from server_process import COMMAND, Process
 from test_server import make_data, make_token
 from typer.testing import CliRunner
 
+from faultproxy import FaultProxy
 from lattice_remote.errors import RemoteError
 from lattice_remote.server.cli import app
 from lattice_remote.server.datadir import DataDir
@@ -30,8 +32,12 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 90.0
 class RunningCluster:
     """Nodes ``a``, ``b``, ... with a project ``web`` and a token, both made on the first."""
 
-    def __init__(self, nats: NatsCluster, directory: Path, names: str) -> None:
+    def __init__(self, nats: NatsCluster, directory: Path, names: str, *, proxied: bool = False) -> None:
         self._nats = nats
+        self.links = {
+            (name, server.name): FaultProxy(server.port) for server in nats.servers for name in names if proxied
+        }
+        """The proxy between a node and a server of the engine, by their names, if the nodes are ``proxied``."""
         self._directory = directory
         self.names = names
         self.nodes: dict[str, Process] = {}
@@ -48,9 +54,9 @@ class RunningCluster:
             else:
                 data.create()
         monitors = [option for url in self._nats.monitor_urls for option in ("--cluster-monitor", url)]
-        replicas = str(len(self._nats.urls))
-        options = ("--cluster", ",".join(self._nats.urls), "--node", name, "--cluster-replicas", replicas, *monitors)
-        self.nodes[name] = Process(data, *options)
+        links = [link.url.replace("http", "nats") for (node, _), link in self.links.items() if node == name]
+        engine = ("--cluster", ",".join(links or self._nats.urls), "--cluster-replicas", str(len(self._nats.urls)))
+        self.nodes[name] = Process(data, *engine, "--node", name, *monitors)
         session = requests.Session()
         session.headers["Authorization"] = f"Bearer {self.token}"
         self.sessions[name] = session
@@ -84,6 +90,33 @@ class RunningCluster:
     def tree(self, name: str) -> Path:
         return self.nodes[name].data.project("web").lattice
 
+    @property
+    def engine_urls(self) -> list[str]:
+        return self._nats.urls
+
+    def owner(self) -> str:
+        """Return the node that was the last to say that it owns the project; "" if none does."""
+        for name, node in self.nodes.items():
+            log = (node.data.path.parent / "log").read_text(errors="replace")
+            if log.rfind("this node owns the project") > log.rfind("no longer owns the project"):
+                return name
+        return ""
+
+    def cut_off(self, name: str, *servers: str) -> None:
+        """Let a node reach none of these servers of the engine; connections stay open, and silent."""
+        for server in servers:
+            self.links[name, server].stall()
+
+    def heal(self) -> None:
+        for link in self.links.values():
+            link.flow()
+
+    def agree(self) -> bool:
+        """Return whether all nodes have the same head and the same files."""
+        heads = {self.head(name) for name in self.names}
+        trees = {frozenset(tree_of(self.tree(name)).items()) for name in self.names}
+        return len(heads) == len(trees) == 1 and ("", -1) not in heads
+
     def is_open(self, name: str) -> bool:
         try:
             return self.ask(name, "GET", "").status_code == 200
@@ -113,11 +146,15 @@ class RunningCluster:
         for node in self.nodes.values():
             if node.process.poll() is None:
                 node.end()
+        for link in self.links.values():
+            link.close()
 
 
 @contextmanager
-def running_cluster(nats: NatsCluster, directory: Path, names: str = "abc") -> Iterator[RunningCluster]:
-    cluster = RunningCluster(nats, directory, names)
+def running_cluster(
+    nats: NatsCluster, directory: Path, names: str = "abc", *, proxied: bool = False
+) -> Iterator[RunningCluster]:
+    cluster = RunningCluster(nats, directory, names, proxied=proxied)
     try:
         for name in names:
             cluster.start(name)

@@ -15,6 +15,8 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
+from faultproxy import FaultProxy
+
 __all__ = ["NatsCluster", "NatsServer", "nats_cluster"]
 
 _PROGRAM = Path(sys.executable).with_name("nats-server")
@@ -43,12 +45,21 @@ class NatsServer:
     def is_running(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
-    def configure(self, routes: list[int], sync: str | None, max_file: str, extra: str) -> None:
-        """Write the configuration; ``sync`` None: the server's default."""
+    def configure(self, routes: list[int] | None, sync: str | None, max_file: str, extra: str) -> None:
+        """Write the configuration.
+
+        Args:
+            routes: ports at which it connects to the others; None: it is the only one.
+            sync: None: the server's default.
+            max_file: of all streams.
+            extra: further blocks.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
-        peers = ", ".join(f'"nats://127.0.0.1:{port}"' for port in routes if port != self.route_port)
+        peers = ", ".join(f'"nats://127.0.0.1:{port}"' for port in routes or ())
+        # The advertised address leads nowhere: no server may go round a proxy.
         cluster = (
-            f'cluster {{ name: test, listen: "127.0.0.1:{self.route_port}", routes: [{peers}], no_advertise: true }}'
+            f'cluster {{ name: test, listen: "127.0.0.1:{self.route_port}", routes: [{peers}], '
+            'no_advertise: true, cluster_advertise: "127.0.0.1:1" }'
         )
         (self.directory / "nats.conf").write_text(f"""
 server_name: {self.name}
@@ -59,7 +70,7 @@ jetstream {{
   store_dir: "{self.directory}/js", max_mem: 64MB, max_file: {max_file}
   {f"sync_interval: {sync}" if sync else ""}
 }}
-{cluster if len(routes) > 1 else ""}
+{cluster if routes is not None else ""}
 {extra}
 """)
 
@@ -129,15 +140,23 @@ class NatsCluster:
         sync: str | None = "always",
         max_file: str = "2GB",
         extra: str = "",
+        proxied: bool = False,
     ) -> None:
         ports = _free_ports(3 * count)
         self.servers = [
             NatsServer(f"n{number + 1}", (ports[3 * number], ports[3 * number + 1], ports[3 * number + 2]), place)
             for number, place in enumerate(directory / f"n{number + 1}" for number in range(count))
         ]
-        routes = [each.route_port for each in self.servers]
-        for each in self.servers:
-            each.configure(routes, sync, max_file, extra)
+        self.routes: dict[frozenset[str], FaultProxy] = {}
+        """The proxy between two servers, by their names, if they are ``proxied``."""
+        for number, each in enumerate(self.servers):
+            others = self.servers[number + 1 :] if proxied else [other for other in self.servers if other is not each]
+            ports = [other.route_port for other in others]
+            if proxied:
+                made = {frozenset((each.name, other.name)): FaultProxy(other.route_port) for other in others}
+                self.routes |= made
+                ports = [proxy.port for proxy in made.values()] or [1]  # the last one only listens
+            each.configure(ports if count > 1 else None, sync, max_file, extra)
 
     @property
     def urls(self) -> list[str]:
@@ -151,7 +170,9 @@ class NatsCluster:
         return next(each for each in self.servers if each.name == name)
 
     def heal(self) -> None:
-        """Let every server run, and wait until all of them are up to date."""
+        """Let every server run and reach the others, and wait until all of them are up to date."""
+        for proxy in self.routes.values():
+            proxy.flow()
         for each in self.servers:
             each.resume()
             each.start()
@@ -162,6 +183,14 @@ class NatsCluster:
         """Kill every server; none is left behind."""
         for each in self.servers:
             each.kill()
+        for proxy in self.routes.values():
+            proxy.close()
+
+    def isolate(self, name: str) -> None:
+        """Let a ``proxied`` server reach no other."""
+        for pair, proxy in self.routes.items():
+            if name in pair:
+                proxy.stall()
 
     def _wait(self, server: NatsServer) -> None:
         end = time.monotonic() + _READY_S

@@ -45,7 +45,7 @@ __all__ = [
 REQUEST_S = 2.0
 """Time for an answer. An append takes some ms; an election of the engine 1 to 5 s."""
 _CONNECT_S, _CLOSE_S = 10.0, 2.0
-_PROBE_S, _REACHABLE_S = 1.0, 3.5
+_REOPEN_S = 1.0
 _PERSIST_S = 60.0
 """Longest wait for an engine without a quorum, where the caller cannot go on without it."""
 _HEADERS_BYTES = 4096
@@ -175,7 +175,6 @@ class JetStream:
         self._options = options
         self._client = NatsClient()
         self._is_open = self._is_closing = False
-        self._heard = -_REACHABLE_S
         self._last_error = ""
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -226,13 +225,7 @@ class JetStream:
         except BaseException:
             await engine.close()
             raise
-        engine._start(engine._probe())
         return engine
-
-    @property
-    def is_reachable(self) -> bool:
-        """Whether JetStream, with its quorum, answered within the last seconds."""
-        return time.monotonic() - self._heard < _REACHABLE_S
 
     @property
     def connected_port(self) -> int | None:
@@ -480,17 +473,9 @@ class JetStream:
                 await self._open()
             except (nats.errors.Error, OSError, TimeoutError) as error:
                 _log.warning("cannot connect to the cluster's engine: %s", error)
-                await asyncio.sleep(_PROBE_S)
+                await asyncio.sleep(_REOPEN_S)
             else:
                 return
-
-    async def _probe(self) -> None:
-        while True:
-            asked = time.monotonic()
-            with suppress(EngineUnavailable, EngineRefused):
-                await self.api("INFO", _Failure)
-                self._heard = asked
-            await asyncio.sleep(_PROBE_S)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

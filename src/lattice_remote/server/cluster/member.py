@@ -56,6 +56,13 @@ CURSOR_FILE = "cluster-cursor"
 _MAX_CURSORS = 64
 _CURSOR_INTERVAL_S = 1.0
 _POLL_S = 0.5
+_CONFIRM_S, _CURRENT_S = 1.0, 6.0
+"""Interval of the looks at the stream's end, and age of the last one at which this node refuses its clients.
+
+An election of the engine takes 1 to 5 s.
+"""
+_BEHIND_S = 10.0
+"""For the worker to apply what the stream has, until this node says that it is behind."""
 _REACH_S = 5.0
 _COPY_RETRY_S = 1.0
 _BATCH_BYTES = 512 * 1024
@@ -182,7 +189,9 @@ class Member:
         self._cursor_at = 0.0
         self._purge_at = time.monotonic() + _PURGE_INTERVAL_S
         self._head_changed = asyncio.Event()
-        self._is_cut_off = False
+        self._confirmed_at = -_CURRENT_S  # when a majority was last asked that answered
+        self._current_at = -_BEHIND_S  # when this node last lacked nothing
+        self._is_dismissed = False
         self._is_closed = False
         self._wanted = ""
         self._is_retiring = False
@@ -191,6 +200,7 @@ class Member:
         self._project = project
         self._forwarder = Forwarder(project, self._access)
         self._start("campaign", self._campaign())
+        self._start("confirm", self._confirm())
 
     @property
     def project(self) -> Project:
@@ -214,9 +224,12 @@ class Member:
 
     @property
     def unavailable(self) -> str:
-        if not self._engine.is_reachable:
+        now = time.monotonic()
+        if now - self._confirmed_at > _CURRENT_S:
             return "this node cannot reach the cluster; try again, or use another node"
-        return "" if self._is_ready else "this node is catching up with the cluster; try again in a moment"
+        if self._is_ready and now - self._current_at < _BEHIND_S:
+            return ""
+        return "this node is catching up with the cluster; try again in a moment"
 
     @property
     def position(self) -> int:
@@ -293,6 +306,9 @@ class Member:
     def forward(self, message: WriteRequest, requester: Requester, on_result: OutcomeListener | None) -> None:
         assert not isinstance(message, ImportProject), "refused before"
         self._forward.submit(message, requester, on_result)
+
+    def requesters(self) -> Sequence[Requester]:
+        return self._forward.requesters()
 
     def forget(self, requester: Requester, request_ids: set[str]) -> None:
         self._forward.forget(requester, request_ids)
@@ -466,7 +482,6 @@ class Member:
         while True:
             await asyncio.sleep(_POLL_S * random.uniform(0.8, 1.2))  # noqa: S311 - only spreads the nodes
             try:
-                self._watch_engine()
                 if self._is_owner:
                     await self._keep_owning()
                 else:
@@ -476,12 +491,32 @@ class Member:
             except RemoteError as error:
                 _log.error("%s: %s", self.slug, error)
 
-    def _watch_engine(self) -> None:
-        is_cut_off = not self._engine.is_reachable
-        if is_cut_off and not self._is_cut_off:
-            _log.error("%s: %s", self.slug, self.unavailable)
-            self.project.dismiss(Bye("REMOTE_BUSY", self.unavailable, 1.0))
-        self._is_cut_off = is_cut_off
+    async def _confirm(self) -> None:
+        """Know, within seconds, whether this node has every acknowledged change; without that, dismiss the clients.
+
+        Only a leader with a majority proves the stream's end: behind one without, the others may be writing.
+        """
+        due, due_at = 0, -_BEHIND_S  # the end of the stream at some look, until this node has reached it
+        while True:
+            asked = time.monotonic()
+            with contextlib.suppress(TimeoutError, EngineUnavailable):
+                async with asyncio.timeout(_CURRENT_S):
+                    _, last = await self._order.bounds()
+                    self._confirmed_at = asked
+                    if self.position >= due:
+                        self._current_at = max(self._current_at, due_at)
+                        due, due_at = last, asked
+                    if self.position >= last:
+                        self._current_at = asked
+            self._dismiss_if_behind()
+            await asyncio.sleep(max(0.0, asked + _CONFIRM_S - time.monotonic()))
+
+    def _dismiss_if_behind(self) -> None:
+        why = self.unavailable if self._is_ready else ""
+        if why and not self._is_dismissed:
+            _log.error("%s: %s", self.slug, why)
+            self.project.dismiss(Bye("REMOTE_BUSY", why, 1.0))
+        self._is_dismissed = bool(why)
 
     async def _look(self) -> None:
         holder = await self._lease.holder(self.slug)

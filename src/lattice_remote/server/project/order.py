@@ -62,6 +62,9 @@ class Order(Protocol):
     def forward(self, message: WriteRequest, requester: Requester, on_result: OutcomeListener | None) -> None:
         """Have the owner answer a request, on a node that is not the owner."""
 
+    def requesters(self) -> Sequence[Requester]:
+        """Return those of the forwarded requests, which wait for a reply."""
+
     def forget(self, requester: Requester, request_ids: set[str]) -> None: ...
 
     def withdraw(self, requester: Requester, request_id: str, code: str) -> bool:
@@ -115,6 +118,9 @@ class EmbeddedOrder:
         on_result: OutcomeListener | None,  # noqa: ARG002
     ) -> None:
         raise AssertionError("the only node is the owner")
+
+    def requesters(self) -> Sequence[Requester]:
+        return ()
 
     def forget(self, requester: Requester, request_ids: set[str]) -> None:
         pass

@@ -190,7 +190,7 @@ class Project:
     def dismiss(self, bye: Bye) -> None:
         """End all subscribers, and requesters whose reply will not come."""
         self.history.dismiss(bye)
-        for requester in self._queue.requesters():
+        for requester in (*self._queue.requesters(), *self.order.requesters()):
             requester.end(bye)
 
     async def drain(self, timeout_s: float) -> None:

@@ -1,0 +1,325 @@
+"""Faults of a cluster, with an account of its nodes: acknowledged writes, reads, and the files and order afterwards.
+
+    python tests/cluster_faults.py --rounds 3 [--only partition]
+
+Each round runs three nodes and three NATS servers, all connected through proxies.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE / "server"), str(HERE / "server/cluster"), str(HERE.parent / "examples")]
+
+import requests  # noqa: E402
+from cluster_nodes import RunningCluster, running_cluster, wait_until  # noqa: E402
+from nats_servers import NatsCluster, nats_cluster  # noqa: E402
+
+from lattice_remote.server.cluster.engine import Engine  # noqa: E402
+from lattice_remote.server.cluster.order import JetStreamOrder  # noqa: E402
+from lattice_remote.server.journal.segment import JournalReader, Record, decoder  # noqa: E402
+
+__all__ = ["Account", "Acknowledged", "cut_follower", "cut_owner", "owner_with_minority", "stream_records"]
+
+_WRITE_S = 120.0
+_BEHIND_S = 10.0
+"""Age of what a node shows, at most."""
+
+
+@dataclass(frozen=True)
+class Acknowledged:
+    """A write that a node acknowledged, with the change that its answer names."""
+
+    node: str
+    title: str
+    number: int
+    change: str
+    sent: float
+    answered: float
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An answered read of a node's head."""
+
+    node: str
+    number: int
+    sent: float
+
+
+class Account:
+    """Writers and readers of single nodes, and what they were answered."""
+
+    def __init__(self, cluster: RunningCluster) -> None:
+        self._cluster = cluster
+        self.acknowledged: list[Acknowledged] = []
+        self.seen: list[Seen] = []
+        self.attempted: list[str] = []
+        self.errors: list[str] = []
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    @contextmanager
+    def running(self, *, writers: str, readers: str) -> Iterator[None]:
+        """Write and read through these nodes within the block; each write is repeated until it is acknowledged."""
+        self._stop.clear()
+        began = len(self.attempted)
+        for work, names in ((self._write, writers), (self._read, readers)):
+            for number, name in enumerate(names):
+                thread = threading.Thread(target=work, args=(name, f"{began}-{number}"), daemon=True)
+                self._threads.append(thread)
+                thread.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            for thread in self._threads:
+                thread.join(_WRITE_S + 30)
+            self._threads.clear()
+
+    def count_of(self, name: str, *, since: float) -> int:
+        """Return the acknowledgements by a node of writes that were sent since then."""
+        with self._lock:
+            return sum(ack.node == name and ack.sent >= since for ack in self.acknowledged)
+
+    def wait_for(self, name: str, count: int = 3) -> None:
+        """Wait until a node has acknowledged some further writes."""
+        since = time.monotonic()
+        wait_until(lambda: self.count_of(name, since=since) >= count, f"node {name} acknowledges {count} writes")
+
+    def staleness_s(self, names: str) -> float:
+        """Return for how long a change had been acknowledged, at most, when a read was sent that did not show it."""
+        with self._lock:
+            acknowledged = sorted(self.acknowledged, key=lambda ack: ack.number)
+            seen = [each for each in self.seen if each.node in names]
+        earliest: dict[int, float] = {}
+        for ack in reversed(acknowledged):
+            later = min(earliest.values(), default=ack.answered) if not earliest else earliest[min(earliest)]
+            earliest[ack.number] = min(ack.answered, later)
+        numbers = sorted(earliest)
+        worst = 0.0
+        for read in seen:
+            following = next((number for number in numbers if number > read.number), None)
+            if following is not None:
+                worst = max(worst, read.sent - earliest[following])
+        return worst
+
+    def check(self) -> None:
+        """Wait until the nodes agree; then each acknowledged write is there once, at its number, on all of them."""
+        cluster = self._cluster
+        assert not self.errors, self.errors
+        for name in cluster.names:
+            wait_until(lambda name=name: cluster.is_open(name), f"node {name} is open", 180)
+        wait_until(cluster.agree, "the nodes agree", 180)
+        tree = cluster.tree(cluster.names[0])
+        titles = Counter(json.loads(path.read_bytes())["title"] for path in (tree / "tasks").glob("*.json"))
+        assert not [ack for ack in self.acknowledged if not titles[ack.title]], "lost"
+        assert not [title for title, count in titles.items() if count > 1], "doubled"
+        assert titles.keys() <= set(self.attempted)
+        journals = {name: journal_of(cluster, name) for name in cluster.names}
+        order = asyncio.run(stream_records(cluster, cluster.head(cluster.names[0])[0]))
+        for name, journal in journals.items():
+            assert journal[-len(order) :] == order, f"the journal of {name} differs from the stream"
+        changes = {}
+        for payload in order:
+            record = decoder.decode(payload)
+            if isinstance(record, Record) and record.change is not None:
+                changes[record.seq] = record.mark.hex()
+        wrong = [ack for ack in self.acknowledged if ack.number in changes and changes[ack.number] != ack.change]
+        assert not wrong, "another change has the number of an acknowledged one"
+
+    def write(self, name: str, title: str, *, until: float) -> Acknowledged | None:
+        """Create a task through a node, repeated with its key until it is acknowledged; None: not before ``until``."""
+        with self._lock:
+            self.attempted.append(title)
+        session = requests.Session()
+        session.headers["Authorization"] = f"Bearer {self._cluster.token}"
+        sent = time.monotonic()
+        while time.monotonic() < until:
+            url = f"http://127.0.0.1:{self._cluster.nodes[name].port}/projects/web/tasks"
+            answer = None
+            with contextlib.suppress(requests.RequestException):
+                answer = session.post(url, json={"title": title}, headers={"Idempotency-Key": title}, timeout=30)
+            if answer is not None and answer.status_code == 201:
+                _, number, change = answer.headers["Lattice-Change"].split("-")
+                ack = Acknowledged(name, title, int(number), change, sent, time.monotonic())
+                with self._lock:
+                    self.acknowledged.append(ack)
+                return ack
+            if answer is not None and answer.status_code not in (429, 502, 503):
+                with self._lock:
+                    self.errors.append(f"{title} through {name}: {answer.status_code} {answer.text[:300]}")
+                return None
+            time.sleep(0.1)
+        return None
+
+    def _write(self, name: str, series: str) -> None:
+        number = 0
+        while not self._stop.is_set():
+            title = f"{name}-{series}-{number}"
+            number += 1
+            if self.write(name, title, until=time.monotonic() + _WRITE_S) is None:
+                with self._lock:
+                    self.errors.append(f"{title} was not acknowledged")
+                return
+
+    def _read(self, name: str, series: str) -> None:
+        del series
+        while not self._stop.is_set():
+            sent = time.monotonic()
+            with contextlib.suppress(requests.RequestException):
+                answer = self._cluster.ask(name, "GET", "")
+                if answer.status_code == 200:
+                    with self._lock:
+                        self.seen.append(Seen(name, answer.json()["head"], sent))
+            time.sleep(0.05)
+
+
+def journal_of(cluster: RunningCluster, name: str) -> list[bytes]:
+    return [payload for _, payload in JournalReader(cluster.nodes[name].data.project("web").journal).payloads(0)]
+
+
+async def stream_records(cluster: RunningCluster, epoch: str) -> list[bytes]:
+    """Return the records of the order, as they are in the engine."""
+    engine = await Engine.connect(cluster.engine_urls, node="observer", replicas=len(cluster.engine_urls))
+    try:
+        order = JetStreamOrder(engine, "web", epoch)
+        found: list[bytes] = []
+        after = (await order.bounds())[0] - 1
+        while batches := await order.read(after):
+            after = batches[-1].seq
+            found += [record for batch in batches for record in batch.records]
+        return found
+    finally:
+        await engine.close()
+
+
+# --- partitions ---
+
+
+def cut_owner(nats: NatsCluster, cluster: RunningCluster, account: Account) -> str:
+    """Cut the owner off from the engine. A client that knows only this node gets no acknowledgement."""
+    owner = cluster.owner()
+    other = next(name for name in cluster.names if name != owner)
+    with account.running(writers=owner + other, readers=owner):
+        account.wait_for(owner)
+        since = time.monotonic()
+        cluster.cut_off(owner, *(server.name for server in nats.servers))
+        line = _while_cut_off(cluster, account, owner, other, since)
+        cluster.heal()
+        account.wait_for(owner)
+    account.check()
+    return f"the owner alone: {line}"
+
+
+def owner_with_minority(nats: NatsCluster, cluster: RunningCluster, account: Account) -> str:
+    """Leave the owner with one of three servers of the engine, which leads it."""
+    owner = cluster.owner()
+    return _minority(nats, cluster, account, owner, next(name for name in cluster.names if name != owner))
+
+
+def cut_follower(nats: NatsCluster, cluster: RunningCluster, account: Account) -> str:
+    """Leave a node that only follows with one of three servers of the engine, which leads it."""
+    owner = cluster.owner()
+    return _minority(nats, cluster, account, next(name for name in cluster.names if name != owner), owner)
+
+
+def _minority(nats: NatsCluster, cluster: RunningCluster, account: Account, name: str, other: str) -> str:
+    leader = leader_of(nats)
+    cluster.cut_off(name, *(server.name for server in nats.servers if server.name != leader))
+    wait_until(lambda: name in connected_to(nats, leader), f"node {name} is connected to {leader}")
+    wait_until(lambda: cluster.is_open(name) and cluster.owner(), "the project is open")
+    with account.running(writers=name + other, readers=name):
+        account.wait_for(name)
+        account.wait_for(other)
+        since = time.monotonic()
+        nats.isolate(leader)
+        for each in cluster.names:
+            if each != name:
+                cluster.cut_off(each, leader)
+        line = _while_cut_off(cluster, account, name, other, since)
+        cluster.heal()
+        nats.heal()
+        account.wait_for(name)
+    account.check()
+    return f"node {name} with the engine's leader, without a majority: {line}"
+
+
+def _while_cut_off(cluster: RunningCluster, account: Account, name: str, other: str, since: float) -> str:
+    wait_until(lambda: account.count_of(other, since=since) >= 3, f"node {other} acknowledges further writes")
+    took = time.monotonic() - since
+    wait_until(lambda: not cluster.is_open(name), f"node {name} refuses reads")
+    wait_until(lambda: "cannot reach the cluster" in cluster.ask(name, "GET", "").text, f"node {name} says why")
+    refused = time.monotonic() - since
+    account.wait_for(other)
+    assert account.count_of(name, since=since) == 0, "a minority has acknowledged a write"
+    stale = account.staleness_s(name)
+    assert stale <= _BEHIND_S, f"node {name} has shown a state that was {stale:.1f} s old"
+    return f"writes elsewhere after {took:.1f} s, refused after {refused:.1f} s, reads at most {stale:.1f} s old"
+
+
+def leader_of(nats: NatsCluster) -> str:
+    """Return the server that leads the engine."""
+    found = ""
+    while not found:
+        found = nats.servers[0].monitor("jsz").get("meta_cluster", {}).get("leader", "")
+        time.sleep(0.05)
+    return found
+
+
+def connected_to(nats: NatsCluster, server: str) -> set[str]:
+    """Return the names of a server's clients."""
+    return {each.get("name", "") for each in nats.named(server).monitor("connz")["connections"]}
+
+
+SCENARIOS: dict[str, Callable[[NatsCluster, RunningCluster, Account], str]] = {
+    "the owner alone": cut_owner,
+    "the owner with a minority": owner_with_minority,
+    "another node with a minority": cut_follower,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="part of a scenario's name")
+    options = parser.parse_args()
+    failed = 0
+    for number in range(options.rounds):
+        with (
+            tempfile.TemporaryDirectory(prefix="cluster-faults-", ignore_cleanup_errors=True) as place,
+            nats_cluster(3, Path(place) / "nats", proxied=True) as nats,
+            running_cluster(nats, Path(place), proxied=True) as cluster,
+        ):
+            account = Account(cluster)
+            for name, scenario in SCENARIOS.items():
+                if options.only not in name:
+                    continue
+                try:
+                    print(f"round {number + 1}: {scenario(nats, cluster, account)}", flush=True)
+                except Exception:  # noqa: BLE001 - the next round runs
+                    failed += 1
+                    print(f"round {number + 1}: {name} FAILED", flush=True)
+                    traceback.print_exc()
+                    for node in cluster.names:
+                        kept = Path(tempfile.gettempdir()) / f"cluster-faults-{number + 1}-{node}.log"
+                        kept.write_bytes((Path(place) / node / "log").read_bytes())
+                    break
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
