@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import secrets
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -17,16 +18,20 @@ from lattice_remote.files import write_atomically
 from lattice_remote.protocol.effects import ApplyChange, Compare, DeliverReply, Remove, Send, WritePart
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
+    MAX_PIECE_BYTES,
     SUBPROTOCOL,
     Bye,
     ClientFrame,
     Hello,
     Part,
     Parts,
+    Push,
     Refused,
     Result,
     Run,
     ServerFrame,
+    Upload,
+    Uploaded,
     decode_server_frame,
     encode,
 )
@@ -226,3 +231,15 @@ def tree_of(directory: Path) -> dict[str, bytes]:
         for path in directory.rglob("*")
         if path.is_file() and is_replicated(str(path.relative_to(directory)))
     }
+
+
+async def upload(copy: Copy, pack: bytes) -> Push:
+    """Upload a pack; return the request that makes it the project."""
+    digest = hashlib.sha256(pack).digest()
+    for offset in range(0, len(pack), MAX_PIECE_BYTES):
+        piece = Upload(
+            secrets.token_hex(16), digest, len(pack), offset, pack[offset : offset + MAX_PIECE_BYTES], "project"
+        )
+        await copy.send(piece)
+        assert isinstance(await copy.answer(piece.id), Uploaded)
+    return Push(secrets.token_hex(16), digest, len(pack))

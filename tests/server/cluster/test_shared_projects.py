@@ -1,6 +1,7 @@
 """Projects of a cluster: created, renamed, archived, deleted and imported on one node, for all nodes."""
 
 import json
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,10 +9,12 @@ from pathlib import Path
 import pytest
 import requests
 from cluster_nodes import RunningCluster, running_cluster, wait_until
-from harness import tree_of
+from harness import Copy, tree_of, upload
 from nats_servers import nats_cluster
 
+from lattice_remote.protocol.messages import Push, Pushed, Refused
 from lattice_remote.server.cluster import shared_projects
+from sample_projects import pack_of, sample_project
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +181,54 @@ def test_a_node_that_was_away_follows_all_that_was_decided(cluster: RunningClust
 
 def name_in(root: Path) -> str:
     return str(json.loads((root / ".lattice/config.json").read_bytes())["project_name"])
+
+
+async def ask_for_push(cluster: RunningCluster, node: str, request: Push) -> Pushed | Refused:
+    async with cluster.nodes[node].connected(cluster.token) as socket:
+        copy = Copy(follow=False)
+        await copy.greet(socket)
+        await copy.send(request)
+        answer = await copy.answer(request.id)
+        assert isinstance(answer, Pushed | Refused)
+        return answer
+
+
+@pytest.fixture
+def owner(cluster: RunningCluster) -> str:
+    """The node that owns web."""
+    status = json.loads(cluster.command("a", "cluster", "status", "--json"))
+    return str(next(project["owner"] for project in status["projects"] if project["slug"] == "web"))
+
+
+async def test_a_project_is_pushed_through_any_node_as_one_change(
+    cluster: RunningCluster, owner: str, tmp_path: Path
+) -> None:
+    """I2, I3, I6."""
+    own = tree_of(sample_project(tmp_path))
+    other = "b" if owner == "a" else "a"
+    follower = Copy()
+    async with (
+        cluster.nodes[owner].connected(cluster.token) as socket,
+        cluster.nodes[other].connected(cluster.token) as own_socket,
+    ):
+        await follower.greet(socket)
+        await follower.sync()
+        epoch, before = follower.replica.position.epoch, follower.replica.position.seq
+        copy = Copy(follow=False)
+        await copy.greet(own_socket)
+        request = await upload(copy, pack_of(own))
+        await copy.send(request)
+        pushed = await copy.answer(request.id)
+        assert isinstance(pushed, Pushed), pushed
+        assert (pushed.tasks, pushed.archived, pushed.files, pushed.notes) == (2, 1, len(own), [])
+        while follower.replica.position.seq < pushed.seq:
+            await follower.pump()
+        await follower.sync()
+        assert follower.tree == own
+        assert (follower.replica.position.epoch, pushed.seq) == (epoch, before + 1)
+    for node in "ab":
+        wait_until(lambda node=node: tree_of(cluster.tree(node)) == own, f"{node} has the project")
+        assert await ask_for_push(cluster, node, request) == pushed, "a repeated push gets its reply"
+    refused = await ask_for_push(cluster, owner, Push(secrets.token_hex(16), request.digest, request.size))
+    assert isinstance(refused, Refused)
+    assert "has 3 tasks" in refused.message

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import os
 import secrets
@@ -11,11 +10,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from harness import Copy, Running, serving, tree_of, until
+from harness import Copy, Running, serving, tree_of, until, upload
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
-from lattice_remote.protocol.messages import MAX_PIECE_BYTES, Bye, Push, Pushed, Refused, Reply, Upload, Uploaded
+from lattice_remote.protocol.messages import Bye, Push, Pushed, Refused, Reply
 from lattice_remote.server.config import Config
 from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.project.worker_process import WORKER_COMMAND
@@ -42,18 +41,6 @@ async def running(tmp_path: Path) -> AsyncIterator[Running]:
     data, token = make_server(tmp_path / "data")
     async with serving(data, token, worker=WORKER_COMMAND) as made:
         yield made
-
-
-async def upload(copy: Copy, pack: bytes) -> Push:
-    """Upload a pack; return the request that makes it the project."""
-    digest = hashlib.sha256(pack).digest()
-    for offset in range(0, len(pack), MAX_PIECE_BYTES):
-        piece = Upload(
-            secrets.token_hex(16), digest, len(pack), offset, pack[offset : offset + MAX_PIECE_BYTES], "project"
-        )
-        await copy.send(piece)
-        assert isinstance(await copy.answer(piece.id), Uploaded)
-    return Push(secrets.token_hex(16), digest, len(pack))
 
 
 async def connected(socket: ClientConnection) -> Copy:

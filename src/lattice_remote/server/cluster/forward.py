@@ -51,7 +51,7 @@ from lattice_remote.server.cluster.forward_messages import (
     encode_message,
 )
 from lattice_remote.server.cluster.peer_access import PeerAccess
-from lattice_remote.server.ipc import Edit, RunCall, RunCommand
+from lattice_remote.server.ipc import RunCall, RunCommand
 from lattice_remote.server.project.metrics import OutcomeListener
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.project.queue import (
@@ -521,7 +521,7 @@ class _Nobody:
 
 
 def _request_of(job: QueuedRequest) -> ForwardedRequest:
-    assert isinstance(job.message, RunCommand | RunCall | Edit), "others are not forwarded"
+    assert isinstance(job.message, ForwardedRequest), "others are not forwarded"
     return job.message
 
 

@@ -4,7 +4,7 @@ import msgspec
 
 from lattice_remote.errors import ProtocolError
 from lattice_remote.protocol.messages import Upload
-from lattice_remote.server.ipc import Edit, RunCall, RunCommand
+from lattice_remote.server.ipc import Edit, ImportProject, RunCall, RunCommand
 from lattice_remote.server.project.metrics import RequestOutcome
 
 __all__ = [
@@ -23,7 +23,8 @@ __all__ = [
     "encode_message",
 ]
 
-ForwardedRequest = RunCommand | RunCall | Edit
+ForwardedRequest = RunCommand | RunCall | Edit | ImportProject
+"""A push only if its project is no longer here: the owner may have done it."""
 
 
 class _Message(msgspec.Struct, frozen=True, tag_field="type"):

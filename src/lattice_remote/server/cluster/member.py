@@ -12,9 +12,10 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import batched
 from pathlib import Path
 
 import msgspec
@@ -26,21 +27,13 @@ from lattice_remote.protocol.operations import AnnounceFile
 from lattice_remote.server.cluster.directory import ProjectEntry
 from lattice_remote.server.cluster.engine import Engine, EngineUnavailable
 from lattice_remote.server.cluster.forward import Forwarder
+from lattice_remote.server.cluster.forward_messages import ForwardedRequest
 from lattice_remote.server.cluster.lease import Held, Lease
 from lattice_remote.server.cluster.order import Batch, Fenced, JetStreamOrder, StreamFull, TooOld
 from lattice_remote.server.cluster.peer_access import PeerAccess
 from lattice_remote.server.cluster.peer_copy import copy_from, finish_copy
 from lattice_remote.server.datadir import ProjectPaths
-from lattice_remote.server.ipc import (
-    ApplyRecords,
-    Edit,
-    ImportProject,
-    Ready,
-    RecordApplied,
-    RequestDone,
-    RunCall,
-    RunCommand,
-)
+from lattice_remote.server.ipc import ApplyRecords, ImportProject, PathState, Ready, RecordApplied, RequestDone
 from lattice_remote.server.journal.contents import change_of
 from lattice_remote.server.journal.segment import JournalReader, Record, decoder, next_number
 from lattice_remote.server.project.metrics import OutcomeListener
@@ -72,8 +65,10 @@ _MAX_OUTSTANDING = 64
 _LEASE_S = 5.0
 _TAKE_OVER_S = 60.0
 """For the worker to apply what it has, before a new owner serves."""
+_CLAIM_S, _CLAIM_AGAIN_S = 30.0, 5.0
 _RETIRE_S = 7.0
 """Longer than a lease of an owner that has died."""
+_CONTENTS_AT_ONCE = 8
 _KEPT_MESSAGES = 10_000
 """In the stream, for nodes that were away; a node away for longer copies the project."""
 _PURGE_INTERVAL_S = 60.0
@@ -142,6 +137,7 @@ class Member:
         slug, paths: of the project.
         entry: of the project in the catalogue.
         others: returns the addresses of the other nodes.
+        ask_to_own: asks the owner to hand the project to this node; raises EngineUnavailable.
     """
 
     is_shared = True
@@ -157,7 +153,11 @@ class Member:
         access: PeerAccess,
         identity: NodeIdentity,
         others: Callable[[], Sequence[str]],
+        ask_to_own: Callable[[], Awaitable[None]],
     ) -> None:
+        self._ask_to_own = ask_to_own
+        self._owns = asyncio.Event()  # this node does
+        self._claimed: list[tuple[ImportProject, Requester, OutcomeListener | None]] = []  # wait for that
         self.slug = slug
         self.epoch = entry.epoch
         self._id = entry.id
@@ -304,13 +304,35 @@ class Member:
         return self.project.history.head >= seq
 
     def forward(self, message: WriteRequest, requester: Requester, on_result: OutcomeListener | None) -> None:
-        assert not isinstance(message, ImportProject), "refused before"
-        self._forward.submit(message, requester, on_result)
+        if isinstance(message, ImportProject) and message.candidate:
+            self._claimed.append((message, requester, on_result))
+            if "claim" not in self._tasks:
+                self._start("claim", self._claim())
+        else:
+            self._forward.submit(message, requester, on_result)
+
+    async def _claim(self) -> None:
+        """Become the owner: only its worker puts a pushed project in place, and this node has the project."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLAIM_S):
+                while not self._is_owner:
+                    with contextlib.suppress(EngineUnavailable):
+                        await self._ask_to_own()
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._owns.wait(), _CLAIM_AGAIN_S)
+        claimed, self._claimed = self._claimed, []
+        for message, requester, on_result in claimed:
+            if self._is_owner:
+                self.project.submit(message, requester, on_result)
+            else:
+                why = "this node could not become the project's owner; nothing was changed, push again"
+                self.project.refuse(requester, message, on_result, "REMOTE_BUSY", why)
 
     def requesters(self) -> Sequence[Requester]:
         return self._forward.requesters()
 
     def forget(self, requester: Requester, request_ids: set[str]) -> None:
+        self._claimed = [claim for claim in self._claimed if claim[1] is not requester]
         self._forward.forget(requester, request_ids)
 
     def withdraw(self, requester: Requester, request_id: str, code: str) -> bool:
@@ -424,18 +446,27 @@ class Member:
 
     async def _contents_of(self, records: Sequence[bytes]) -> dict[str, str]:
         """Fetch the contents that records announce; without one that was superseded. Returns files by digest."""
-        found: dict[str, str] = {}
+        digests: list[bytes] = []
         for payload in records:
             record = decoder.decode(payload)
-            if not isinstance(record, Record) or record.change is None:
-                continue
-            for operation in change_of(record).ops:
-                if isinstance(operation, AnnounceFile):
-                    name = operation.digest.hex()
-                    target = self._contents / name
-                    self._contents.mkdir(mode=0o700, exist_ok=True)
-                    if target.exists() or await self._engine.get_content(operation.digest, target):
-                        found[name] = str(target)
+            if isinstance(record, Record) and record.change is not None:
+                digests += [each.digest for each in change_of(record).ops if isinstance(each, AnnounceFile)]
+        found: dict[str, str] = {}
+
+        async def fetch(digest: bytes) -> None:
+            target = self._contents / digest.hex()
+            if target.exists() or await self._engine.get_content(digest, target):
+                found[digest.hex()] = str(target)
+
+        if digests:
+            self._contents.mkdir(mode=0o700, exist_ok=True)
+        for some in batched(dict.fromkeys(digests), _CONTENTS_AT_ONCE):
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for digest in some:
+                        group.create_task(fetch(digest))
+            except* (OSError, StorageError) as failed:
+                raise failed.exceptions[0] from failed
         return found
 
     @property
@@ -556,6 +587,7 @@ class Member:
             return
         self.owner, self.term = self._identity.name, held.term
         self._held, self._is_owner = held, True
+        self._owns.set()
         _log.info("%s: this node owns the project, term %d", self.slug, held.term)
         self._start("append", self._append())
         self.project.lead(keeps_edits=was_owner)
@@ -639,18 +671,24 @@ class Member:
 
     async def _put_contents(self, outcomes: Sequence[RequestDone]) -> None:
         """Store the contents that records announce; without one that has changed since: a later record has it."""
-        for content in [content for done in outcomes for content in done.announced]:
-            assert content.digest is not None, "a content is announced with its digest"
-            is_stored = False
-            while not is_stored:
-                try:
-                    await self._engine.put_content(content.digest, self._paths.lattice / content.path)
-                    is_stored = True
-                except EngineUnavailable:
-                    await asyncio.sleep(_POLL_S)
-                except (OSError, StorageError) as error:
-                    _log.info("%s: %s is not stored in the cluster: %s", self.slug, content.path, error)
-                    is_stored = True
+        announced = (content for done in outcomes for content in done.announced)
+        for some in batched(announced, _CONTENTS_AT_ONCE):
+            async with asyncio.TaskGroup() as group:
+                for content in some:
+                    group.create_task(self._put_content(content))
+
+    async def _put_content(self, content: PathState) -> None:
+        assert content.digest is not None, "a content is announced with its digest"
+        while True:
+            try:
+                await self._engine.put_content(content.digest, self._paths.lattice / content.path)
+            except EngineUnavailable:
+                await asyncio.sleep(_POLL_S)
+            except (OSError, StorageError) as error:
+                _log.info("%s: %s is not stored in the cluster: %s", self.slug, content.path, error)
+                return
+            else:
+                return
 
     def _lose(self, why: str) -> None:
         """Follow from now on: the worker restarts, and unanswered requests go to the next owner."""
@@ -658,15 +696,16 @@ class Member:
             return
         _log.warning("%s: this node no longer owns the project: %s", self.slug, why)
         self._is_owner, self._is_ready, self._held = False, False, None
+        self._owns.clear()
         unanswered = self.project.step_down()
         self._drop_pending()
         for job in unanswered:
             message = job.message
-            if not isinstance(message, RunCommand | RunCall | Edit):
+            if not isinstance(message, ForwardedRequest):
                 continue  # given up here: the client asks again, and learns the outcome
             first = message.first_sent_at or time.time() - (time.monotonic() - job.submitted_at)
             for requester in job.requesters:
-                self._forward.submit(msgspec.structs.replace(message, first_sent_at=first), requester, job.on_result)
+                self.forward(msgspec.structs.replace(message, first_sent_at=first), requester, job.on_result)
         self._stop("append")
         self._stop("renew")
 

@@ -9,6 +9,7 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Protocol, Self
@@ -174,6 +175,7 @@ class Node:
             access=self._access,
             identity=self._identity,
             others=self._other_urls,
+            ask_to_own=partial(self._directory.wish, slug, Wish("move", self._identity.name)),
         )
         self._members[slug] = member
         return member
@@ -378,7 +380,7 @@ class Node:
         for slug, wish in wishes.items():
             member = self._members.get(slug)
             if wish.action == "move" and member is not None and member.is_owner:
-                if wish.node == self._identity.name:
+                if wish.node == self._identity.name or wish.node not in self._nodes or self._nodes[wish.node].is_silent:
                     await self._directory.fulfilled(slug)
                 else:
                     member.move_to(wish.node)

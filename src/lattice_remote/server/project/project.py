@@ -266,10 +266,6 @@ class Project:
         """
         if self._stopping or self._failure is not None:
             return  # the Bye on this connection gives the reason
-        if self.order.is_shared and isinstance(message, ImportProject):
-            why = "a project is put into a cluster before its server joins: lattice-remote import, then start --cluster"
-            self._refuse(requester, message, on_result, "REMOTE_UNSUPPORTED", why)
-            return
         if not self.order.is_owner:
             self.order.forward(message, requester, on_result)
             return
@@ -279,7 +275,7 @@ class Project:
             return
         job = QueuedRequest(message, [requester], on_result=on_result)
         if (objection := self._queue.objection(job)) is not None:
-            self._refuse(requester, message, on_result, "REMOTE_BUSY", objection)
+            self.refuse(requester, message, on_result, "REMOTE_BUSY", objection)
             return
         if message.first_sent_at is not None:  # repeated: it has waited since then
             job.submitted_at -= max(0.0, time.time() - message.first_sent_at)
@@ -294,11 +290,11 @@ class Project:
         on_result: OutcomeListener | None,
     ) -> None:
         if (refusal := refusal_to_join(job, message)) is not None:
-            self._refuse(requester, message, on_result, *refusal)
+            self.refuse(requester, message, on_result, *refusal)
         elif requester not in job.requesters:
             job.requesters.append(requester)
 
-    def _refuse(
+    def refuse(
         self,
         requester: Requester,
         message: RunCommand | RunCall | Edit | ImportProject,

@@ -286,7 +286,7 @@ class QueueLimits:
     command_s: float = 30.0
     """A command is then undone."""
     upkeep_s: float = 600.0
-    """For opening the project or reading its whole tree; checks of single files have ``command_s``."""
+    """For opening the project, or reading or replacing its whole tree; checks of single files have ``command_s``."""
     window: int = 16
     """Requests with the worker at once. More would only delay the next connection."""
     queued: int = 1024
@@ -468,7 +468,9 @@ class RequestQueue:
 
     def _time_left(self) -> float:
         message = self.sent[0].message
-        reads_all = isinstance(message, NewEpoch) or (isinstance(message, Reconcile) and message.paths is None)
+        reads_all = isinstance(message, NewEpoch | ImportProject) or (
+            isinstance(message, Reconcile) and message.paths is None
+        )
         limit = self._limits.upkeep_s if reads_all else self._limits.command_s
         return self._oldest_since + limit - time.monotonic()
 

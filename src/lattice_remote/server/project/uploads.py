@@ -19,7 +19,17 @@ from pathlib import Path
 
 from lattice_remote.errors import Rejected, RemoteError
 from lattice_remote.files import READ, SAFE, hash_descriptor, write_all
-from lattice_remote.protocol.messages import MIN_PIECE_BYTES, Bye, Push, Refused, Upload, Uploaded, encode
+from lattice_remote.protocol.messages import (
+    MIN_PIECE_BYTES,
+    Bye,
+    Push,
+    Pushed,
+    Refused,
+    Upload,
+    Uploaded,
+    decode_server_frame,
+    encode,
+)
 from lattice_remote.server.config import Config, LimitSettings
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.ipc import ImportProject
@@ -426,18 +436,19 @@ class Pushes:
             first_sent_at,
             _fingerprint(frame),
         )
-        for requester in (_Cleaner(lambda: self._settled(push, place)), *push.requesters):
+        for requester in (_Cleaner(lambda reply: self._settled(push, place, reply)), *push.requesters):
             self._submit(push.request, requester)
 
     def _refuse(self, requester: Requester, request_id: str, code: str, message: str) -> None:
         self._refused(code)
         requester.answer(request_id, encode(Refused(request_id, code, message[:4096])))
 
-    def _settled(self, push: _Push, place: Path) -> None:
+    def _settled(self, push: _Push, place: Path, reply: bytes) -> None:
+        """Remove the candidate, if it is still there, and the bundle of an accepted one."""
         self._under_way.pop(push.frame.id, None)
         if place.exists():
             asyncio.get_running_loop().run_in_executor(None, lambda: shutil.rmtree(place, ignore_errors=True))
-        else:
+        if isinstance(decode_server_frame(reply), Pushed):
             self._uploads.used(push.token.id, push.frame.digest)
 
     async def _checked(self, frame: Push, token: Token, place: Path) -> ImportReport:
@@ -461,7 +472,7 @@ def _fingerprint(frame: Push) -> bytes:
 class _Cleaner:
     """Requester that runs a cleanup after the reply, since clients may be gone by then."""
 
-    def __init__(self, settled: Callable[[], None]) -> None:
+    def __init__(self, settled: Callable[[bytes], None]) -> None:
         self._settled = settled
 
     @property
@@ -469,7 +480,7 @@ class _Cleaner:
         return self
 
     def answer(self, request_id: str, reply: bytes) -> None:
-        del request_id, reply
-        self._settled()
+        del request_id
+        self._settled(reply)
 
     def end(self, bye: Bye) -> None: ...

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from lattice_remote.errors import Rejected
-from lattice_remote.protocol.messages import Attachment, Refused, Reply, Result, Returned, Stored
+from lattice_remote.protocol.messages import Attachment, Pushed, Refused, Reply, Result, Returned, Stored
 from lattice_remote.protocol.operations import canonical_json, digest_of
 from lattice_remote.protocol.paths import is_editable
 from lattice_remote.server.datadir import ProjectPaths
@@ -50,7 +50,14 @@ from lattice_remote.server.worker.policy import (
     describe_edit,
     parse,
 )
-from lattice_remote.server.worker.project_import import decide, is_adopting, require_empty
+from lattice_remote.server.worker.project_import import (
+    answer_to,
+    cause_of,
+    decide,
+    install,
+    is_adopting,
+    require_empty,
+)
 from lattice_remote.server.worker.store import ChangeOrigin, ChangeTooLarge, OutsideChange, Store, server_origin
 from lattice_remote.textmerge import merge_text
 
@@ -387,11 +394,37 @@ class Dispatcher:
         require_empty(self._lattice_dir, {path: status.st_size for path, status in self._store.tree.scan()})
         if not request.candidate:
             raise Rejected("the pushed project is no longer on the server; push again", code="REMOTE_NOT_FOUND")
+        if self._store.is_member:
+            self._install_project(request)
+            return
         self._committer.wait()
         try:
             decide(self._paths.root, request)
         except OSError as error:
             raise cannot_store("the project", error) from error
+
+    def _install_project(self, request: ImportProject) -> None:
+        """Put a pushed project in place with one change. Raises Rejected, OutsideChange, OSError."""
+        candidate = self._paths.root / request.candidate / ".lattice"
+
+        def run() -> CommandOutcome:
+            try:
+                install(candidate, self._store.tree, self._store.unwatched)
+            except OSError as error:
+                return CommandOutcome(is_final=False, no_room=error)
+            return CommandOutcome()
+
+        def answer(outcome: CommandOutcome, seq: int) -> Pushed:
+            del outcome
+            return answer_to(request, seq)
+
+        try:
+            self._runner.run_in_transaction(Transaction("the push", cause_of(request), run, answer))
+        except Rejected as rejected:
+            if rejected.code != "REMOTE_TOO_LARGE":
+                raise
+            why = "the project has too many files for a push into a cluster; on a node: lattice-remote import"
+            raise Rejected(f"{why}; nothing was changed", code=rejected.code) from rejected
 
     # --- a command line, or an operation of another surface ---
 

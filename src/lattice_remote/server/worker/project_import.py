@@ -6,11 +6,14 @@ that renames exits at once and the next one finishes, so a crash takes the path 
     adopting/cause       the request, with the reply to send
     adopting/.lattice    the new project, until it is in place
     adopting/replaced    the empty project, once moved away
+
+On a node of a cluster the candidate's files are one change instead, see ``install``.
 """
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import msgspec
@@ -30,6 +33,7 @@ __all__ = [
     "decide",
     "finish",
     "first_difference",
+    "install",
     "is_adopting",
     "put_in_place",
     "require_empty",
@@ -83,6 +87,28 @@ def decide(project: Path, request: ImportProject) -> None:
 
 def is_adopting(project: Path) -> bool:
     return (project / "adopting").is_dir()
+
+
+def install(candidate: Path, tree: ProjectTree, unwatched: Callable[[], AbstractContextManager[None]]) -> None:
+    """Replace the files of an empty project by the candidate's, within a transaction; the candidate stays.
+
+    On a node of a cluster a push is one change, which the others apply like any other. ``unwatched`` suspends the watch
+    for files outside the project. Raises OSError.
+    """
+    with unwatched():
+        files = [path for path, _ in ProjectTree(candidate, {}).scan()]
+    for path in tree.files.keys() - set(files):
+        os.unlink(tree.absolute(path))
+    for path in files:
+        directory, name = os.path.split(tree.absolute(path))
+        if not os.path.isdir(directory):
+            os.makedirs(directory)
+        scratch = os.path.join(directory, f".tmp.import.{name}")
+        with unwatched():
+            source = (candidate / path).open("rb")
+        with source, open(scratch, "wb") as copy:
+            shutil.copyfileobj(source, copy)
+        os.replace(scratch, tree.absolute(path))
 
 
 def put_in_place(project: Path) -> ImportProject | None:

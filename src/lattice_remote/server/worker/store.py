@@ -144,7 +144,9 @@ class Store:
         self._capture = capture
         self._committer = committer
         self._boot_id = boot_id
-        self._is_member = is_member
+        self.is_member = is_member
+        """Whether this is a node of a cluster."""
+        self.unwatched = capture.unwatched
         self._current = ("", time.perf_counter())
         self.is_keyed = False
         """Whether the running request's id is the caller's key; see ``Record``."""
@@ -345,7 +347,7 @@ class Store:
             report=self._stats(status=_status_of(result)),
             is_extra=is_extra,
         )
-        if self._is_member:
+        if self.is_member:
             announced = [operation for operation in difference.operations if isinstance(operation, AnnounceFile)]
             contents = [PathState(operation.path, operation.size, operation.digest) for operation in announced]
             done = msgspec.structs.replace(done, record=payload, announced=contents, number=self.journal.next_number)
