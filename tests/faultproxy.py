@@ -24,6 +24,7 @@ class FaultProxy:
         self._refusing = False
         self._delay_s = 0.0
         self._cut_after: int | None = None
+        self._stall_after: int | None = None
         self.to_server = 0
         """Bytes that were passed on to the server, ever."""
         self.to_clients = 0
@@ -57,6 +58,14 @@ class FaultProxy:
         """Let ``count`` more bytes through and then reset every connection: somewhere inside a frame."""
         self._cut_after = count
 
+    def stall_after(self, count: int) -> None:
+        """Let ``count`` more bytes through to clients and then stall."""
+        self._stall_after = self.to_clients + count
+
+    @property
+    def is_stalled(self) -> bool:
+        return not self._flowing.is_set()
+
     def swallow(self) -> None:
         """Half open: what is connected now stays connected, and nothing that is said on it arrives any more."""
         self._call(lambda: self._swallowed.update(self._writers))
@@ -68,7 +77,7 @@ class FaultProxy:
     def flow(self) -> None:
         """Forward again, and accept again; what was swallowed stays so."""
         self._refusing = False
-        self._delay_s, self._cut_after = 0.0, None
+        self._delay_s, self._cut_after, self._stall_after = 0.0, None, None
         self._call(self._flowing.set)
 
     def refuse(self) -> None:
@@ -169,5 +178,7 @@ class FaultProxy:
                 self.to_server += len(data)
             else:
                 self.to_clients += len(data)
+                if self._stall_after is not None and self.to_clients >= self._stall_after:
+                    self._flowing.clear()
             await writer.drain()
         writer.transport.abort()

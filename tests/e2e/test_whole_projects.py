@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from faultproxy import FaultProxy
+from load_scenarios import fill
 from preloaded_programs import warm
 from sample_projects import ANA, add_hooks, lattice, sample_project
 from sandbox import Client, Sandbox, Server, differences, tree_of, wait_for
@@ -120,6 +122,81 @@ def test_a_clone_that_is_ended_leaves_nothing_behind(sandbox: Sandbox, server: S
         _, errors = process.communicate(timeout=20)
     assert process.returncode == 130 and "Traceback" not in errors
     assert list(ana.dir.iterdir()) == []
+
+
+def test_an_interrupted_clone_continues_where_it_was(sandbox: Sandbox, server: Server) -> None:
+    """I3, I4, I5."""
+    ana = sandbox.client("ana")
+    ana.ok("remote", "login", server.url, stdin=(token := server.token("human:ana", "agent:*")))
+    server.stop()
+    fill_with_long_plans(server, 150)
+    server.start()
+    paths = list(tree_of(server.lattice_dir()))
+    with FaultProxy(server.port) as proxy:
+        ana.ok("remote", "trust", proxy.url)
+        ana.env["LATTICE_TOKEN"], line = token, ("remote", "clone", f"{proxy.url}/board", "work")
+        for end in (proxy.refuse, signal.SIGKILL, signal.SIGINT):
+            proxy.flow()
+            proxy.stall_after(1_200_000)
+            had = len(list(ana.dir.glob("work/*/plans/*")))
+            process = ana.popen(*line)
+            wait_for(lambda: len(list(ana.dir.glob("work/*/plans/*"))) > had + 20, "some of the plans")  # noqa: B023
+            wait_for(lambda: proxy.is_stalled, "the rest to be held back")
+            (staging,) = ana.dir.glob("work/.lattice.new-*")
+            if isinstance(end, signal.Signals):
+                proxy.cut()
+                wait_for(lambda: len(missing_in(staging)) < len(paths), "the state to be stored")  # noqa: B023
+                process.send_signal(end)
+            else:
+                end()
+            _, errors = process.communicate(timeout=60)
+            assert process.returncode, "it did not end by itself"
+            assert end == signal.SIGKILL or "repeat the command to continue" in errors
+            missing = missing_in(staging)
+            assert 0 < len(missing) < len(paths)
+            paths = missing
+            half = next(path for path in missing if path.startswith("plans/"))
+            (staging / half).write_text("# cut off in the mid")  # as a kill leaves it: a plan without its base
+            (staging / ".remote/base" / half).unlink(missing_ok=True)
+        sent, size = proxy.to_clients, sum(server.lattice_dir().joinpath(path).stat().st_size for path in paths)
+        proxy.flow()
+        ana.ok(*line)
+        assert proxy.to_clients - sent < size + 50_000, "nothing else was sent again"
+    work = ana.elsewhere(ana.dir / "work")
+    assert [entry.name for entry in work.dir.iterdir()] == [".lattice"]
+    assert not differences(work.lattice_dir, server.lattice_dir())
+
+
+def missing_in(cache: Path) -> list[str]:
+    """Return the files that a cache still lacks, as it has stored them."""
+    missing: list[str] = json.loads((cache / "cache_state.json").read_text())["missing"]
+    return missing
+
+
+def fill_with_long_plans(server: Server, tasks: int) -> None:
+    """Add tasks, each with a plan that can't be compressed well, to a project of a stopped server."""
+    lattice(server.lattice_dir().parent, "create", "One", *ANA)
+    fill(server.lattice_dir(), tasks)
+    for plan in server.lattice_dir().glob("plans/*.md"):
+        plan.write_text(f"{plan.read_text()}{secrets.token_urlsafe(18000)}\n")
+
+
+def test_two_clones_into_one_directory_do_not_disturb_each_other(sandbox: Sandbox, server: Server) -> None:
+    ana = sandbox.client("ana")
+    with FaultProxy(server.port) as proxy:
+        proxy.stall()
+        ana.ok("remote", "login", server.url, stdin=(token := server.token("human:ana")))
+        ana.ok("remote", "trust", proxy.url)
+        ana.env["LATTICE_TOKEN"] = token
+        line = ("remote", "clone", f"{proxy.url}/board", "work")
+        process = ana.popen(*line)
+        wait_for(lambda: list(ana.dir.glob("work/.lattice.new-*/.remote/lock")), "the clone to have begun")
+        other = ana.run(*line)
+        assert other.returncode == 1 and "locked by another process" in other.stderr
+        proxy.flow()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert not differences(ana.dir / "work" / ".lattice", server.lattice_dir())
 
 
 def test_a_clone_under_nohup_outlives_its_terminal(sandbox: Sandbox, server: Server) -> None:

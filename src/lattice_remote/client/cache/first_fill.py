@@ -10,13 +10,26 @@ from lattice_remote.files import SAFE, signature_of, write_all
 from lattice_remote.protocol.messages import Part
 from lattice_remote.protocol.paths import is_editable
 
-__all__ = ["FirstFill"]
+__all__ = ["FirstFill", "go_on"]
+
+
+def go_on(cache: Cache) -> None:
+    """Prepare the cache of an interrupted fill: remove files that may be incomplete, so that none looks edited.
+
+    Files are not fsynced one by one: after a power cut all are removed. Call under the cache's lock. Raises
+    StorageError.
+    """
+    state = cache.load_state()
+    for path in state.missing if state.position.epoch else list(cache.paths()):
+        for each in (path, f"{BASE_DIRECTORY}/{path}") if is_editable(path) else (path,):
+            if os.path.lexists(cache.absolute(each)):
+                cache.delete(each)
 
 
 class FirstFill:
     """Writer of the files of one new cache, before any other program knows its directory.
 
-    After a crash the directory is incomplete, and its creator removes it.
+    After a crash the last files may be incomplete: see ``go_on``.
     """
 
     def __init__(self, cache: Cache) -> None:

@@ -40,7 +40,8 @@ __all__ = ["ReceiveOutcome", "Replicator", "RequestOnlySession"]
 
 _LOOK_AGAIN_S = 1.0
 _SAVE_EVERY_S = 1.0
-"""Interval of storing the state while files arrive."""
+_SAVES_PART = 0.05
+"""Interval of storing the state while files arrive; longer if that would take more than this part of the time."""
 _MAX_OWN_REQUESTS = 256
 _STORE_AGE_TIMEOUT_S = 1.0
 """Longest wait for the lock; the cache's other work waits too."""
@@ -108,7 +109,7 @@ class Replicator:
         self.received = 0
         """Parts of files received: shows that a long fill advances."""
         self._stored: Signature | None = None
-        self._saved_at = 0.0  # monotonic
+        self._save_again_at = 0.0  # monotonic
         self._is_unsaved = False  # whether files have arrived since
         self._resync_lock = contextlib.AsyncExitStack()
         self._resyncing = False
@@ -155,17 +156,21 @@ class Replicator:
             ConnectionFailed: another process has moved the cache on; greet again.
         """
         async with self._mutex, self.cache.locked():
-            try:
-                outcome = await self._receive(frames)
-            except BaseException as error:
-                self.trouble = error if isinstance(error, StorageError) else None
-                self._is_unsaved = False
-                self.replica.disconnected()  # its state may be ahead of the files now
-                raise
-            finally:
-                self.cache.known.share()
-            self.trouble = None if outcome.applied else self.trouble
-            return outcome
+            work = self._receive_or_disconnect(frames)
+            return await (_uninterrupted(work) if _are_files(frames) else work)
+
+    async def _receive_or_disconnect(self, frames: Sequence[ServerFrame]) -> ReceiveOutcome:
+        try:
+            outcome = await self._receive(frames)
+        except BaseException as error:
+            self.trouble = error if isinstance(error, StorageError) else None
+            self._is_unsaved = False
+            self.replica.disconnected()  # its state may be ahead of the files now
+            raise
+        finally:
+            self.cache.known.share()
+        self.trouble = None if outcome.applied else self.trouble
+        return outcome
 
     async def _go_on(self, outcome: ReceiveOutcome) -> None:
         # If this fails, the next batch fails too and ends the connection.
@@ -479,6 +484,7 @@ class Replicator:
         self.state = self.cache.load_state()
         self.current_at = self.state.current_at
         self.replica = Replica(self.state.position, self.state.missing, deferred=self.state.deferred)
+        self._to_fetch = self._to_fetch or len(self.state.missing)
 
     def _catch_up_with_others(self) -> list[Effect]:
         if self.replica.state is State.IDLE or not self._changed_by_others():
@@ -509,15 +515,17 @@ class Replicator:
 
     def _may_save_later(self, frames: Sequence[ServerFrame]) -> bool:
         """Return whether the stored state is still valid: only files have arrived, which would be fetched again."""
-        is_recent = time.monotonic() - self._saved_at < _SAVE_EVERY_S
-        return is_recent and bool(self.replica.missing) and all(isinstance(frame, Part | Parts) for frame in frames)
+        is_recent = time.monotonic() < self._save_again_at
+        return is_recent and bool(self.replica.missing) and _are_files(frames)
 
     def _save(self) -> None:
-        self._saved_at = time.monotonic()
+        began = time.monotonic()
         self.heard()
         self._store(
             CacheState(self.replica.position, tuple(self.replica.missing), dict(self.replica.deferred), self.current_at)
         )
+        took_s = time.monotonic() - began
+        self._save_again_at = began + max(_SAVE_EVERY_S, took_s / _SAVES_PART)
 
     def _store(self, state: CacheState) -> None:
         if state.position != self.state.position:
@@ -542,8 +550,12 @@ class Replicator:
             await self._resync_lock.enter_async_context(self.cache.locked())
 
 
+def _are_files(frames: Iterable[ServerFrame]) -> bool:
+    return all(isinstance(frame, Part | Parts) for frame in frames)
+
+
 async def _uninterrupted[T](work: Coroutine[Any, Any, T]) -> T:
-    """Await work in a thread to its end even if cancelled: the thread goes on, so its lock must stay."""
+    """Await work to its end even if cancelled: a thread goes on, so its lock must stay, and files count as received."""
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)

@@ -1,11 +1,12 @@
 """``lattice remote add`` and ``clone``: creation of caches.
 
-A cache is filled beside its final place and renamed at the end: after a failure or interruption nothing is left behind
-and nothing existing has changed.
+A cache is filled beside its final place and renamed at the end: after a failure nothing is left behind, and nothing
+existing has changed. After an interruption the same command goes on with the files that have arrived.
 """
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -14,13 +15,14 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lattice_remote.client import credentials, trusted_servers
 from lattice_remote.client.agent_client import Progress
 from lattice_remote.client.cache.cache import Cache
+from lattice_remote.client.cache.first_fill import go_on
 from lattice_remote.client.cache.safe_directory import remove_tree
 from lattice_remote.client.cli import push
 from lattice_remote.client.cli.common import (
@@ -48,9 +50,12 @@ from lattice_remote.client.config import (
     write_remote,
 )
 from lattice_remote.client.trusted_servers import Server
-from lattice_remote.errors import Misuse, RemoteError, StorageError, one_line
+from lattice_remote.errors import ConnectionFailed, Misuse, RemoteError, StorageError, one_line
 from lattice_remote.output import counted
 from lattice_remote.protocol.bundle import first_sign_of_use
+
+if TYPE_CHECKING:
+    from lattice_remote.client.agent.service import Service  # slow to load
 
 __all__ = ["app"]
 
@@ -118,8 +123,9 @@ def clone(
     server, slug = _named_server(url, None, ca_file=ca_file, insecure=insecure)
     given = _given(token, server)
     place = os.path.abspath(directory or slug)
-    with _signals_interrupt(), _new_directory(place) as root, progress("fetching") as show:
-        target = os.path.join(root, ".lattice")
+    target = os.path.join(place, ".lattice")
+    begun = os.path.basename(_staging(target, Remote(name, server.url, slug)))
+    with _signals_interrupt(), _new_directory(place, begun), progress("fetching") as show:
         added = asyncio.run(_add(target, name, server, project=slug, token=given, show=show))
     _print(added, f"Cloned into {one_line(directory or slug)}", as_json=as_json)
     _warn(added.directory, token)
@@ -211,6 +217,10 @@ def _print(added: _Added, what: str, *, as_json: bool) -> None:
         )
 
 
+_OTHER_FILL_S = 1.0
+"""Longest wait for another command that fills the same directory."""
+
+
 async def _add(
     target: str, name: str, server: Server, *, project: str, token: str | None, show: Progress | None
 ) -> _Added:
@@ -218,35 +228,55 @@ async def _add(
 
     Raises:
         Misuse: the directory has its own tasks or a remote.
-        RemoteError: the server is unreachable or refuses; nothing is left behind.
+        RemoteError: the server is unreachable or refuses; nothing is left behind, except after an interruption.
     """
     remote = Remote(check_name(name), server.url, project)
     if (used := _own_project(target)) is not None:
         raise Misuse(f"this directory has its own project ({used}), which a cache would replace")
     if detachment(target) is not None:
         return _attach_again(target, remote, token=token, server=server)
-    staging = f"{target}.new-{uuid.uuid4().hex[:8]}"
+    from lattice_remote.client.agent.service import Service
+
+    staging = _staging(target, remote)
     try:
-        os.mkdir(staging)
+        os.makedirs(staging, exist_ok=True)
         write_remote(staging, remote)
-        seq = await _fill(staging, token=token or credentials.from_environment(), server=server, show=show)
-        added = _described(target, Cache(staging, remote), seq)
-        _trust(server, project, token)
-        _put_in_place(staging, target)
+        service = Service(staging, is_new=True)
+        async with service.cache.locked(_OTHER_FILL_S):
+            try:
+                go_on(service.cache)
+                seq = await _fill(service, token=token or credentials.from_environment(), server=server, show=show)
+                added = _described(target, service.cache, seq)
+                _trust(server, project, token)
+                _put_in_place(staging, target)
+            except BaseException as error:
+                _keep_or_remove(service.cache, error)
+                raise
     except OSError as error:
         raise StorageError(f"cannot create {target}: {error.strerror}") from error
-    finally:
-        remove_tree(staging)
     return added
 
 
-async def _fill(directory: str, *, token: str | None, server: Server, show: Progress | None) -> int:
-    from lattice_remote.client.agent.service import Service
+def _staging(target: str, remote: Remote) -> str:
+    """Return the directory in which ``target`` is filled, the same after an interruption."""
+    return f"{target}.new-{hashlib.sha256(f'{remote.url} {remote.project}'.encode()).hexdigest()[:8]}"
 
-    service = Service(directory, is_new=True)
+
+def _keep_or_remove(cache: Cache, error: BaseException) -> None:
+    """After an interruption keep the files that have arrived; else remove them all."""
+    if isinstance(error, asyncio.CancelledError | ConnectionFailed) and (state := cache.load_state()).position.epoch:
+        waiting = f"{counted(len(state.missing), 'file')} of the project {'is' if len(state.missing) == 1 else 'are'}"
+        place = f"the others are kept in {cache.directory}"
+        notify(f"{waiting} still to be fetched, {place}: repeat the command to continue")
+    else:
+        remove_tree(cache.directory)
+
+
+async def _fill(service: "Service", *, token: str | None, server: Server, show: Progress | None) -> int:
+    request = {"do": "pull", "directory": service.cache.directory, "token": token}
     service.start(token, named=server, prefer_given=True)
     try:
-        answer = await service.handle({"do": "pull", "directory": directory, "token": token}, show or (lambda _: None))
+        answer = await service.handle(request, show or (lambda _: None))
     finally:
         await service.close()
     return int(answer["seq"])
@@ -297,8 +327,10 @@ def _put_in_place(staging: str, target: str) -> None:
 
 
 @contextlib.contextmanager
-def _new_directory(directory: str) -> Iterator[str]:
+def _new_directory(directory: str, begun: str) -> Iterator[None]:
     """Create a directory and its parents, or take an empty one; after an error remove those created.
+
+    One with only ``begun``, the files of an interrupted clone, counts as empty.
 
     Raises:
         Misuse: it exists and is not empty.
@@ -307,7 +339,7 @@ def _new_directory(directory: str) -> Iterator[str]:
     made: list[str] = []
     try:
         try:
-            if os.path.lexists(directory) and (not os.path.isdir(directory) or os.listdir(directory)):
+            if os.path.lexists(directory) and (not os.path.isdir(directory) or set(os.listdir(directory)) - {begun}):
                 raise Misuse(f"{directory} exists, and is not an empty directory")
             path, missing = directory, list[str]()
             while not os.path.isdir(path):
@@ -318,7 +350,7 @@ def _new_directory(directory: str) -> Iterator[str]:
                 made.append(each)
         except OSError as error:
             raise StorageError(f"cannot create {directory}: {error.strerror}") from error
-        yield directory
+        yield
     except BaseException:
         for path in reversed(made):
             with contextlib.suppress(OSError):  # another program has put a file there
