@@ -12,6 +12,7 @@ import trustme
 from nats_servers import NatsCluster, nats_cluster
 
 from lattice_remote.errors import Misuse, StorageError
+from lattice_remote.server.cluster.contents import StoredContents
 from lattice_remote.server.cluster.engine import Bucket, BucketEntry, Engine, EngineUnavailable
 
 ACCOUNTS = """
@@ -161,17 +162,33 @@ async def test_a_content_is_stored_by_its_digest(engine: Engine, tmp_path: Path,
     digest = hashlib.sha256(data).digest()
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(data)
-    assert not await engine.has_content(digest)
+    assert not await engine.contents.has(digest)
     assert not await engine.get_content(digest, target)
     await engine.put_content(digest, source)
     await engine.put_content(digest, source)
-    assert await engine.has_content(digest)
+    assert await engine.contents.has(digest)
     assert await engine.get_content(digest, target)
     assert target.read_bytes() == data
-    await engine.drop_content(digest)
-    await engine.drop_content(digest)
-    assert not await engine.has_content(digest)
     assert names(tmp_path) == ["source", "target"]
+
+
+async def test_a_content_is_removed_after_its_time_unless_it_is_stored_again(
+    engine: Engine, slug: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"content")
+    digest = hashlib.sha256(b"content").digest()
+    contents = StoredContents(engine, slug, keep_s=1.0)
+    stream = f"lattice-{slug}"
+    await contents.put(digest, source)
+    first = (await engine.stream_info(stream)).state.last_seq
+    async with asyncio.timeout(60):
+        while (await engine.stream_info(stream)).state.last_seq == first:
+            await contents.put(digest, source)
+        while (await engine.stream_info(stream)).state.messages:  # noqa: ASYNC110 - of the server's clock
+            await asyncio.sleep(0.02)
+    assert not await contents.has(digest)
+    assert not await contents.get(digest, tmp_path / "target")
 
 
 async def test_a_content_that_is_damaged_replaces_nothing(engine: Engine, tmp_path: Path) -> None:
@@ -184,4 +201,3 @@ async def test_a_content_that_is_damaged_replaces_nothing(engine: Engine, tmp_pa
         await engine.get_content(digest, target)
     assert target.read_bytes() == b"before"
     assert names(tmp_path) == ["source", "target"]
-    await engine.drop_content(digest)

@@ -81,7 +81,7 @@ async def test_an_order_is_created_once_and_deleted_with_everything(engine: Engi
     await order.append(1, [bytes(engine.max_message_bytes)])
     await order.delete()
     await order.delete()
-    assert await engine.contents.part_names(f"order.{order.name}") == []
+    assert await engine.parts.part_names(f"order.{order.name}") == []
     await JetStreamOrder(engine, slug, "e1").create()
 
 
@@ -253,7 +253,7 @@ async def test_a_batch_over_the_message_limit_is_read_as_it_was(engine: Engine, 
     assert (await order.read(0))[1].records == (b"small", large)
     assert (await followed(order, 2))[1].records == (b"small", large)
     await order.purge(last)
-    assert await engine.contents.part_names(f"order.{order.name}") == []
+    assert await engine.parts.part_names(f"order.{order.name}") == []
 
 
 async def test_a_stream_that_another_program_emptied_loses_nothing(

@@ -1,4 +1,4 @@
-"""StoredContents in the engine: files by their digest, and records that are too large for a message.
+"""Contents in the engine: files by their digest, and records that are too large for a message.
 
 A content is stored in parts, as messages of one stream. A last message has their number. The library's object store is
 not used: it sends parts without waiting for their acknowledgement, and reading takes quadratic time.
@@ -7,6 +7,7 @@ not used: it sends parts without waiting for their acknowledgement, and reading 
 import asyncio
 import hashlib
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -14,12 +15,18 @@ import msgspec
 
 from lattice_remote.errors import StorageError
 from lattice_remote.files import sync_directory
-from lattice_remote.server.cluster.jetstream import FULL, EngineRefused, EngineUnavailable, JetStream, persist
+from lattice_remote.server.cluster.jetstream import (
+    FULL,
+    EngineRefused,
+    EngineUnavailable,
+    JetStream,
+    StoredMessage,
+    persist,
+)
 
 __all__ = ["StoredContents"]
 
 _PART_BYTES, _PARTS_AT_ONCE = 512 * 1024, 4
-_STREAM, _SUBJECT = "lattice-contents", "lattice.contents"
 
 
 class _End(msgspec.Struct, array_like=True):
@@ -30,18 +37,28 @@ class _End(msgspec.Struct, array_like=True):
 
 
 class StoredContents:
-    """The contents of all projects."""
+    """Contents of all projects in one stream, each under a name without dots, or with those of its maker.
 
-    def __init__(self, engine: JetStream) -> None:
+    Args:
+        engine: the connection.
+        name: of the stream: ``lattice-NAME``.
+        keep_s: time after which the engine removes a content; None: it stays until it is dropped.
+    """
+
+    def __init__(self, engine: JetStream, name: str, keep_s: float | None = None) -> None:
         self._engine = engine
+        self._stream = f"lattice-{name}"
+        self._subject = f"lattice.{name}"
+        self._keep_s = keep_s
         self._is_there = False
 
     async def put(self, digest: bytes, file: Path) -> None:
-        """Store a file's content by its digest; nothing is sent if it is there already.
+        """Store a file's content by its digest; nothing is sent if it is there, and stays for half of its time.
 
         Once this returns, the content is on the disks of a majority. Raises EngineUnavailable, OSError.
         """
-        if await self.has(digest):
+        end = await self._end_of(digest.hex())
+        if end is not None and (self._keep_s is None or time.time() - end.stored_at < self._keep_s / 2):
             return
         with file.open("rb") as opened:
             size = os.fstat(opened.fileno()).st_size
@@ -80,12 +97,11 @@ class StoredContents:
 
     async def has(self, digest: bytes) -> bool:
         """Return whether the whole content is stored."""
-        await self._ensure()
-        return await self._engine.message(_STREAM, last_of=f"{_SUBJECT}.{digest.hex()}.end") is not None
+        return await self._end_of(digest.hex()) is not None
 
-    async def drop(self, digest: bytes) -> None:
-        """Remove a content; a missing one is no error."""
-        await self.drop_parts(digest.hex())
+    async def _end_of(self, name: str) -> StoredMessage | None:
+        await self._ensure()
+        return await self._engine.message(self._stream, last_of=f"{self._subject}.{name}.end")
 
     async def put_parts(self, name: str, size: int, piece: Callable[[int, int], bytes]) -> None:
         """Store ``size`` bytes under a name. ``piece(offset, count)`` returns a part, in a thread. Idempotent."""
@@ -111,29 +127,31 @@ class StoredContents:
     async def drop_parts(self, name: str) -> None:
         """Remove all parts under a name at once."""
         await self._ensure()
-        await self._engine.purge(_STREAM, subject=f"{_SUBJECT}.{name}.>")
+        await self._engine.purge(self._stream, subject=f"{self._subject}.{name}.>")
 
     async def part_names(self, prefix: str) -> list[str]:
         """Return the names ``prefix.*`` under which parts are stored."""
         await self._ensure()
-        pattern = f"{_SUBJECT}.{prefix}.*.end"
-        found = (await self._engine.stream_info(_STREAM, subjects=pattern)).state.subjects
-        return [each.removeprefix(f"{_SUBJECT}.").removesuffix(".end") for each in found]
+        pattern = f"{self._subject}.{prefix}.*.end"
+        found = (await self._engine.stream_info(self._stream, subjects=pattern)).state.subjects
+        return [each.removeprefix(f"{self._subject}.").removesuffix(".end") for each in found]
 
     async def _ensure(self) -> None:
         if not self._is_there:
-            config = {
-                "subjects": [f"{_SUBJECT}.>"],
+            config: dict[str, object] = {
+                "subjects": [f"{self._subject}.>"],
                 "max_msgs_per_subject": 1,
                 "allow_rollup_hdrs": True,
                 "allow_direct": True,
             }
-            await self._engine.ensure_stream(_STREAM, config)
+            if self._keep_s is not None:
+                config["max_age"] = int(self._keep_s * 1e9)
+            await self._engine.ensure_stream(self._stream, config)
             self._is_there = True
 
     async def _put_part(self, name: str, data: bytes) -> None:
         async def attempt() -> None:
-            ack = await self._engine.publish(f"{_SUBJECT}.{name}", data)
+            ack = await self._engine.publish(f"{self._subject}.{name}", data)
             if ack.error is not None:
                 if ack.error.err_code in FULL:
                     raise EngineRefused(ack.error.err_code, ack.error.description)
@@ -142,13 +160,13 @@ class StoredContents:
         await persist(attempt)
 
     async def _part(self, name: str) -> bytes:
-        subject = f"{_SUBJECT}.{name}"
+        subject = f"{self._subject}.{name}"
 
         async def attempt() -> bytes:
-            answer = await self._engine.request(f"$JS.API.DIRECT.GET.{_STREAM}.{subject}")
+            answer = await self._engine.request(f"$JS.API.DIRECT.GET.{self._stream}.{subject}")
             if not (answer.headers or {}).get("Status"):
                 return bytes(answer.data)
-            found = await self._engine.message(_STREAM, last_of=subject)  # a replica that lags behind says 404
+            found = await self._engine.message(self._stream, last_of=subject)  # a replica that lags behind says 404
             if found is None:
                 raise KeyError(name)
             return found.data

@@ -10,17 +10,21 @@ from lattice_remote.server.cluster.jetstream import EngineRefused, EngineUnavail
 
 __all__ = ["Bucket", "BucketEntry", "Engine", "EngineRefused", "EngineUnavailable"]
 
+_KEEP_CONTENTS_S = 3600.0
+
 
 class Engine(JetStream):
     """One connection to the engine, made by ``connect()`` and reopened for ever. ``close()`` ends it.
 
     Attributes:
-        contents: stored in the engine.
+        contents: of files, for an hour: a node that needs an older one copies the project from another node.
+        parts: of records that are too large for a message, until their stream is purged.
     """
 
     def __init__(self, options: Mapping[str, Any], node: str, replicas: int) -> None:
         super().__init__(options, node, replicas)
-        self.contents = StoredContents(self)
+        self.contents = StoredContents(self, "contents", _KEEP_CONTENTS_S)
+        self.parts = StoredContents(self, "parts")
 
     async def kv(self, bucket: str, ttl_s: float | None = None) -> Bucket:
         """Open a bucket, see ``Bucket.open``."""
@@ -33,11 +37,3 @@ class Engine(JetStream):
     async def get_content(self, digest: bytes, to: Path) -> bool:
         """Write a stored content to a file, see ``StoredContents.get``."""
         return await self.contents.get(digest, to)
-
-    async def has_content(self, digest: bytes) -> bool:
-        """Return whether the whole content is stored."""
-        return await self.contents.has(digest)
-
-    async def drop_content(self, digest: bytes) -> None:
-        """Remove a content; a missing one is no error."""
-        await self.contents.drop(digest)

@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 from email.parser import BytesParser
 from http import HTTPStatus
 from importlib.util import find_spec
@@ -127,6 +128,7 @@ class _Stored(msgspec.Struct):
     seq: int
     data: str = ""
     hdrs: str = ""
+    time: str = ""
 
 
 class _StoredAnswer(msgspec.Struct):
@@ -153,12 +155,13 @@ class Ack(msgspec.Struct):
 
 
 class StoredMessage(NamedTuple):
-    """Message of a stream."""
+    """Message of a stream; ``stored_at`` is in seconds since the epoch, 0 if unknown."""
 
     subject: str
     seq: int
     headers: Mapping[str, str]
     data: bytes
+    stored_at: float = 0.0
 
 
 class JetStream:
@@ -349,7 +352,8 @@ class JetStream:
             raise
         # The first line is the version, as HTTP's status line.
         headers = BytesParser().parsebytes(base64.b64decode(found.hdrs).partition(b"\r\n")[2])
-        return StoredMessage(found.subject, found.seq, dict(headers.items()), base64.b64decode(found.data))
+        stored_at = datetime.fromisoformat(found.time).timestamp() if found.time else 0.0
+        return StoredMessage(found.subject, found.seq, dict(headers.items()), base64.b64decode(found.data), stored_at)
 
     async def messages(self, stream: str, first: int, *, max_bytes: int, count: int = 1000) -> list[StoredMessage]:
         """Return messages from number ``first`` on, in order, from any replica: perhaps fewer than the leader has.
@@ -527,7 +531,7 @@ def _login(credentials: Path | None) -> dict[str, str]:
         raise Misuse(f"cannot read the engine's credentials {credentials}: {error}") from error
     if "BEGIN NATS USER JWT" in text:
         if find_spec("nkeys") is None:
-            raise Misuse("a .creds file needs the package nkeys: pip install 'nats-py[nkeys]'")
+            raise Misuse("a .creds file needs the package nkeys: pip install nkeys")
         return {"user_credentials": str(credentials)}
     if not text or "\n" in text:
         raise Misuse(f"{credentials} has neither one line user:password, nor a token, nor NATS credentials")

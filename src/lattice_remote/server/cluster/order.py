@@ -236,15 +236,15 @@ class JetStreamOrder:
         if owner is not None:
             await self._engine.purge(self.name, subject=f"{self.subject}.owner", before=min(owner.seq, upto + 1))
         await self._engine.purge(self.name, subject=f"{self.subject}.log", before=upto + 1)
-        for name in await self._engine.contents.part_names(self._parts_prefix):
+        for name in await self._engine.parts.part_names(self._parts_prefix):
             if int(name.rpartition(".")[2].partition("-")[0]) <= upto:
-                await self._engine.contents.drop_parts(name)
+                await self._engine.parts.drop_parts(name)
 
     async def delete(self) -> None:
         """Delete the stream with all that belongs to it; a missing one is no error."""
         await self._engine.delete_stream(self.name)
-        for name in await self._engine.contents.part_names(self._parts_prefix):
-            await self._engine.contents.drop_parts(name)
+        for name in await self._engine.parts.part_names(self._parts_prefix):
+            await self._engine.parts.drop_parts(name)
 
     @property
     def _parts_prefix(self) -> str:
@@ -255,7 +255,7 @@ class JetStreamOrder:
         name = f"{self._parts_prefix}.{seq}-{secrets.token_hex(6)}"
         while True:
             with suppress(EngineUnavailable):
-                await self._engine.contents.put_parts(
+                await self._engine.parts.put_parts(
                     name, len(payload), lambda offset, count: payload[offset : offset + count]
                 )
                 return msgspec.msgpack.encode(_Payload(owner.node, owner.term, [], name))
@@ -340,7 +340,7 @@ class JetStreamOrder:
         payload = self._payload_of(message)
         while payload.parts:
             try:
-                data = b"".join([part async for part in self._engine.contents.get_parts(payload.parts)])
+                data = b"".join([part async for part in self._engine.parts.get_parts(payload.parts)])
             except KeyError:
                 raise StreamLost(f"the content of message {message.seq} of {self.name} is missing") from None
             except EngineUnavailable:
