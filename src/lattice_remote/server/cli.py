@@ -153,7 +153,7 @@ def init(
         remember(target.path)
     target.admin_log.record("init", str(target.path))
     again = "" if _finds(target) else f" --data {target.path}"
-    typer.echo(f"Created {target.path}. Next: lattice-remote{again} project create SLUG")
+    typer.echo(f"Created the data directory {target.path}. Next: lattice-remote{again} project create SLUG")
 
 
 def _finds(target: DataDir) -> bool:
@@ -621,14 +621,14 @@ def create_token(  # noqa: PLR0917 - Typer calls it
     _record(target, "token create", token)
     until = "" if ends is None else f" until {shown(ends, '')}"
     kind = ", to read only" if read_only else ""
-    _print_secret(f"{token.id} for {token.actor}{kind}{until}; the token is shown only once:", token, text, as_json)
+    _print_secret(f"{token.id} for {token.actor}{kind}{until}; its text is", token, text, as_json)
 
 
 def _print_secret(notice: str, token: Token, text: str, as_json: bool) -> None:
     if as_json:
         _print_json({"token": text, **_details(token, {})})
         return
-    typer.echo(notice, err=True)
+    typer.echo(f"{notice} {'shown only once:' if sys.stdout.isatty() else 'written to stdout, only once'}", err=True)
     typer.echo(text)
 
 
@@ -747,7 +747,7 @@ def rotate_token(
     token, text = _tokens_of(target).rotate(id_or_token, grace=left)
     old = "no longer works" if grace == "0" else f"works until {shown(token.old_until, '')}"
     _record(target, "token rotate", token)
-    notice = f"{token.id} for {token.actor}; the old text {old}; the new one is shown only once:"
+    notice = f"{token.id} for {token.actor}; the old text {old}; the new one is"
     _print_secret(notice, token, text, as_json)
 
 

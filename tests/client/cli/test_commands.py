@@ -284,7 +284,11 @@ async def test_a_notice_that_nobody_can_see_is_no_trouble(server: FakeServer, ro
 
 
 async def test_the_remote_is_listed_and_moved(server: FakeServer, root: Path) -> None:
-    assert (await lattice(root, "remote")).out == ""
+    outside = await lattice(root, "remote")
+    assert (outside.code, outside.out) == (1, "") and "there is no lattice project here" in outside.err
+    await initialise(root)
+    without = await lattice(root, "remote")
+    assert (without.code, without.out + without.err) == (0, "")
     await add(server, root)
     assert (await lattice(root, "remote")).out == "origin\n"
     assert (await lattice(root, "remote", "-v")).out == f"origin\t{server.url}/web\n"

@@ -20,6 +20,7 @@ from lattice_remote.output import counted
 
 __all__ = [
     "MAX_LISTED",
+    "NO_PROJECT",
     "CaFile",
     "Insecure",
     "Json",
@@ -103,10 +104,13 @@ def project_directory() -> str:
         raise Misuse(_REMOVED) from None
 
 
+NO_PROJECT = "there is no lattice project here; add one with: lattice remote add origin URL --project SLUG"
+
+
 def here(name: str = "") -> tuple[str, Remote]:
     directory = lattice_directory()
     if directory is None:
-        raise Misuse("there is no lattice project here; add one with: lattice remote add origin URL --project SLUG")
+        raise Misuse(NO_PROJECT)
     if is_unpushed(directory):
         raise Misuse("this project waits to be pushed to its remote: lattice remote push")
     return directory, _called(name, read_remote(directory))

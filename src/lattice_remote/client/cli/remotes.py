@@ -17,6 +17,7 @@ from lattice_remote.client.cache.rescued_files import RESCUED_DIRECTORY, Rescued
 from lattice_remote.client.cache.safe_directory import remove_tree
 from lattice_remote.client.cli import push
 from lattice_remote.client.cli.common import (
+    NO_PROJECT,
     CaFile,
     Insecure,
     Json,
@@ -60,7 +61,9 @@ def list_remotes(as_json: Json = False) -> None:
 
 def print_remotes(*, with_url: bool, as_json: bool) -> None:
     directory, waiting = lattice_directory(), unpushed()
-    found = waiting[1] if waiting else read_remote(directory) if directory and is_cache(directory) else None
+    if directory is None:
+        raise Misuse(NO_PROJECT)
+    found = waiting[1] if waiting else read_remote(directory) if is_cache(directory) else None
     if as_json:
         print_result({"remotes": [fields_of(found) | ({"pushed": False} if waiting else {})] if found else []})
     elif found is not None:

@@ -20,6 +20,7 @@ import msgspec
 
 from lattice_remote.errors import Rejected
 from lattice_remote.files import write_all
+from lattice_remote.output import counted
 from lattice_remote.protocol.bundle import first_sign_of_use
 from lattice_remote.protocol.messages import Pushed
 from lattice_remote.protocol.operations import AnnounceFile
@@ -130,7 +131,7 @@ def put_in_place(project: Path) -> ImportProject | None:
 
 
 def cause_of(request: ImportProject) -> ChangeOrigin:
-    what = f"{request.tasks} tasks, {request.archived} archived, {request.files} files"
+    what = f"{counted(request.tasks, 'task')}, {request.archived} archived, {counted(request.files, 'file')}"
     command = f"remote push: {what}" if request.token_id else f"lattice-remote import: {what}"
     return ChangeOrigin(
         request.id, request.token_id, request.actor, request.id, command, request.actor, request.fingerprint
