@@ -19,7 +19,7 @@ pytestmark = pytest.mark.e2e
 
 def test_stalled_clients_delay_no_write_and_catch_up(sandbox: Sandbox) -> None:
     done = stalled_clients(sandbox, clients=40, stalled=2, seconds=2, until_cut=False)
-    assert done.during.per_second > 0.4 * done.before.per_second  # I10
+    assert done.during.per_second > 0.2 * done.before.per_second  # I10
     assert done.mib_growth < 60
 
 
@@ -50,7 +50,7 @@ async def test_a_client_with_hundreds_of_requests_under_way_does_not_starve_anot
 
 
 def test_all_clients_come_back_by_themselves_after_a_crash(sandbox: Sandbox) -> None:
-    assert storm(sandbox, clients=40, kill=True).last_s < 20
+    assert storm(sandbox, clients=40, kill=True).last_s < 60
 
 
 async def test_a_large_log_arrives_in_one_pass_though_it_grows_meanwhile(sandbox: Sandbox) -> None:

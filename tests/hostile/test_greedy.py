@@ -205,33 +205,29 @@ def _first(server: Server, token: str) -> str:
 
 def test_a_token_with_hundreds_of_reads_delays_another_by_a_turn(server: Server, greedy: str, other: str) -> None:
     """Each read is of another filter, so that no answer serves for two."""
-    alone_s = min(_timed(server, other, f"/tasks?tag=alone{number}&compact=true") for number in range(3))
-    done = threading.Semaphore(0)
+    first, done = threading.Event(), list[int]()
 
     def read(number: int) -> None:
         for turn in range(6):
             assert ask(server, greedy, f"/tasks?tag=n{number}t{turn}&compact=true")[0] == 200
-            done.release()
+            done.append(number)
+            first.set()
 
     readers = [threading.Thread(target=read, args=(number,)) for number in range(40)]
     for reader in readers:
         reader.start()
-    done.acquire()
-    delays, left = [], 0
+    assert first.wait(60)
+    ahead = []
     for number in range(5):
-        delays.append(_timed(server, other, f"/tasks?tag=other{number}&compact=true"))
-        left = sum(reader.is_alive() for reader in readers)
+        before = len(done)
+        assert ask(server, other, f"/tasks?tag=other{number}&compact=true")[0] == 200
+        ahead.append(len(done) - before)
+    left = sum(reader.is_alive() for reader in readers)
     for reader in readers:
         reader.join()
     assert left > 30, "the other token asked while most of the reads still waited"
-    print(f"alone {alone_s:.3f} s, beside 240 reads of another token {sorted(delays)[2]:.3f} s")
-    assert sorted(delays)[2] < 8 * alone_s + 0.5
-
-
-def _timed(server: Server, token: str, path: str) -> float:
-    began = time.monotonic()
-    assert ask(server, token, path)[0] == 200
-    return time.monotonic() - began
+    print(f"reads of the other token that went ahead: {ahead}")
+    assert sorted(ahead)[2] <= 10, "in order of arrival, 40 would go ahead"
 
 
 def test_a_slow_reader_gets_all_of_a_long_answer(server: Server, greedy: str) -> None:

@@ -356,6 +356,7 @@ async def test_of_twenty_caches_three_in_trouble_are_not_noticed_by_the_others(
             asyncio.ensure_future(run(directory, "put", "tasks/t.json", "t")) for directory in (refused, silent, place)
         ]
         with_trouble = await latency_ms(good, 2)
+        assert not in_trouble[1].done(), "the silent server has not answered"
         await until(lambda: all(tree(directory) == server.files for directory in good))
         answer = await ask("ready", place)
         assert not answer["current"] and answer["code"] == "REMOTE_STORAGE", answer
@@ -364,4 +365,4 @@ async def test_of_twenty_caches_three_in_trouble_are_not_noticed_by_the_others(
         assert [getattr(result, "code", "") for result in results[::2]] == ["REMOTE_UNREACHABLE", "REMOTE_STORAGE"]
         with capsys.disabled():
             print(f"a write on 17 caches: {before:.1f} ms, beside 3 in trouble {with_trouble:.1f} ms")
-        assert with_trouble < 3 * before + 50
+        assert with_trouble < 3 * before + 1000, "an attempt to connect may take 10 s"

@@ -67,7 +67,7 @@ def fetched(server: FakeServer) -> list[str]:
     return [path for frame in server.frames if isinstance(frame, Fetch) for path in frame.paths]
 
 
-async def equal(directory: Path, server: FakeServer, timeout_s: float = 5.0) -> None:
+async def equal(directory: Path, server: FakeServer, timeout_s: float = 60.0) -> None:
     def same() -> bool:
         try:
             return tree(directory) == server.files

@@ -194,7 +194,7 @@ def test_what_has_ended_is_said_on_the_sign_in_page(server: Process, visitor: Vi
     made, text = tokens.create(projects=["web"], actor="human:ana", act_as=[])
     visitor.sign_in(text)
     tokens.revoke(made.id)
-    wait_for(lambda: visitor.get("/").status_code == 303, "the end of the token", 5)
+    wait_for(lambda: visitor.get("/").status_code == 303, "the end of the token", 30)
     said = visitor.get("/sign-in")
     assert f"token {made.id} was revoked" in said.text
     assert "was revoked" not in visitor.get("/sign-in").text  # the cookie is gone

@@ -67,7 +67,7 @@ def test_counts_and_last_activity_follow_what_is_done(server: Process, session: 
     for title in ("one", "two"):
         made = session.post(at(server, "/projects/other/tasks"), json={"title": title}, timeout=30)
         assert made.status_code == 201
-    wait_for(lambda: listed(server, session)["other"]["tasks"] == 2, "the list to be fresh", 5)
+    wait_for(lambda: listed(server, session)["other"]["tasks"] == 2, "the list to be fresh", 30)
     project = listed(server, session)["other"]
     assert (project["name"], project["code"], project["state"]) == ("The other one", "OTH", "ready")
     assert project["statuses"] == {"backlog": 2}
@@ -82,7 +82,7 @@ def test_what_is_no_plain_file_hides_no_project(server: Process, session: reques
     odd[1].mkdir()
     os.mkfifo(odd[2])
     try:
-        wait_for(lambda: listed(server, session)["web"]["tasks"] == 3, "the list to be fresh", 5)
+        wait_for(lambda: listed(server, session)["web"]["tasks"] == 3, "the list to be fresh", 30)
         assert listed(server, session)["web"]["statuses"] == {"unknown": 3}
     finally:
         odd[0].unlink()
