@@ -15,7 +15,7 @@ WAITING, PER_ADDRESS = 300, 40
 @pytest.fixture(scope="module")
 def target() -> Iterator[Target]:
     with attackable(
-        waiting_connections=WAITING, waiting_connections_per_address=PER_ADDRESS, new_connections_per_second=50
+        waiting_connections=WAITING, waiting_connections_per_address=PER_ADDRESS, new_connections_per_second=10
     ) as target:
         yield target
 
@@ -64,7 +64,7 @@ def test_one_address_is_turned_away_with_a_word(target: Target, opened: list[soc
 def test_a_storm_from_one_address_has_a_rate(target: Target) -> None:
     request = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
     answers: list[bytes] = []
-    for _ in range(35):  # many at once: one after the other a slow machine may not come up to the rate
+    for _ in range(20):  # 400, far above the rate of 10 a second and the 100 at once, on a slow machine too
         with contextlib.ExitStack() as stack:
             storm = [stack.enter_context(target.open(address="127.4.0.1")) for _ in range(20)]
             for raw in storm:
@@ -73,9 +73,9 @@ def test_a_storm_from_one_address_has_a_rate(target: Target) -> None:
             for raw in storm:
                 with contextlib.suppress(ConnectionError):
                     answers.append(read_all(raw)[9:12])
-    assert answers.count(b"200") >= 500
-    assert answers[-1] == b"429"
-    target.check("700 connections in a row")
+    assert answers.count(b"200") >= 100
+    assert answers.count(b"429") >= 20, "one in a tenth of a second is let in, perhaps the last"
+    target.check("400 connections in a row")
 
 
 def test_a_storm_without_a_token_delays_no_request_with_one_from_the_same_address(target: Target) -> None:
