@@ -140,8 +140,10 @@ def test_an_archived_project_comes_back_and_a_deleted_one_does_not(cluster: Runn
     deleted = cluster.command("b", "project", "delete", "past", "--confirm", "past")
     assert "1 token lost it" in deleted
     for node in "ab":
-        wait_until(lambda node=node: not root_of(cluster, node, "past", "archived").exists(), f"{node} deletes it")
-        [trash] = root_of(cluster, node, "", "trash").glob("past-*")
+        trashed = root_of(cluster, node, "", "trash")
+        wait_until(lambda trashed=trashed: [*trashed.glob("past-*")], f"{node} deletes it")
+        assert not root_of(cluster, node, "past", "archived").exists()
+        [trash] = trashed.glob("past-*")
         assert len(list((trash / ".lattice/tasks").glob("*.json"))) == 2
     wait_until(lambda: ask(cluster, "a", token, "past").status_code == 401, "its token is revoked")
 
@@ -176,6 +178,7 @@ def test_a_node_that_was_away_follows_all_that_was_decided(cluster: RunningClust
     assert name_in(root_of(cluster, "b", "second")) == ids["first"]
     assert name_in(root_of(cluster, "b", "first", "archived")) == ids["second"]
     cluster.command("b", "project", "unarchive", "first")
+    wait_until(root_of(cluster, "a", "first").is_dir, "a has it again")
     write(cluster, "b", make_token(cluster, "first"), "first", "one")
 
 

@@ -9,6 +9,7 @@ import pytest
 from worker_process import closing, file_at
 
 from lattice_remote.protocol.operations import digest_of
+from lattice_remote.server.ipc import TreeState
 from lattice_remote.server.tree.capture import Replacement
 from lattice_remote.server.tree.undo import SMALL_BYTES, Begin, UndoLog
 
@@ -238,6 +239,7 @@ def test_a_copy_of_the_project_restores_itself_and_not_the_original(tmp_path: Pa
         (b"old\n", b"old\n"),
         (b"old\nours\ntheirs\n", b"old\ntheirs\n"),
         (b"old\ntheirs\n", b"old\ntheirs\n"),  # killed before the first byte
+        (b"ol", b"ol"),  # cut by another process
     ],
 )
 def test_what_others_append_after_the_death_of_the_process_stays(
@@ -332,6 +334,19 @@ def test_a_replacement_that_others_remove_is_taken_back(tmp_path: Path, log: Und
     assert (path.read_bytes(), log.of_others) == (b"old", [])
 
 
+def test_a_replacement_without_a_digest_is_taken_back(tmp_path: Path, log: UndoLog) -> None:
+    path = tmp_path / ".lattice/ids.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"old")
+    scratch = path.with_name(".tmp.x")
+    scratch.write_bytes(b"ours")
+    log.announce(str(path), Replacement(scratch.stat().st_ino))
+    log.keep_for_replace(*file_at(path))
+    os.replace(scratch, path)
+    log.restore()
+    assert (path.read_bytes(), log.of_others) == (b"old", [])
+
+
 @pytest.mark.parametrize("deed", [append, rewrite, replace, remove])
 def test_a_replacement_that_the_transaction_changes_again_is_none(tmp_path: Path, log: UndoLog, deed: Deed) -> None:
     path = tmp_path / ".lattice/plans/x.md"
@@ -372,3 +387,98 @@ def test_the_first_change_of_a_file_is_reported_before_it_is_kept(tmp_path: Path
     log.keep_for_replace(*file_at(removed))
     log.keep_for_rewrite(*file_at(rewritten))
     assert seen == [(str(old), 3), *((str(path), None) for path in (new, other, removed, rewritten))]
+
+
+def test_an_announcement_ends_with_its_transaction(tmp_path: Path, log: UndoLog) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(SMALL)
+    log.announce(str(path), b"never written")
+    log.clear()
+    log.begin(HERE)
+    append(log, path)
+    log.restore()
+    assert (path.read_bytes(), log.of_others) == (SMALL, [])
+
+
+def test_readers_see_when_files_are_not_as_committed(tmp_path: Path, log: UndoLog) -> None:
+    journal, path = tmp_path / "journal", tmp_path / "file"
+    log.keep_for_rewrite(*file_at(tmp_path / ".tmp.file"))
+    assert TreeState.read(journal) == TreeState(), "no reader sees a temporary file"
+    append(log, path)
+    assert TreeState.read(journal) == TreeState(is_open=True)
+    log.clear(8)
+    assert TreeState.read(journal) == TreeState(ended=1, seq=8)
+    log.begin(HERE)
+    append(log, path)
+    append(log, path)
+    log.restore()
+    assert TreeState.read(journal) == TreeState(ended=2, rolled_back=1, seq=8)
+    log.begin(HERE)
+    log.clear()
+    assert TreeState.read(journal) == TreeState(ended=2, rolled_back=1, seq=8), "nothing was changed"
+    log.begin(HERE)
+    append(log, path)
+    assert (UndoLog.open(journal).restore(), TreeState.read(journal).rolled_back) == ([str(path)], 2)
+
+
+def test_the_paths_of_a_transaction_are_those_that_it_changed(tmp_path: Path, log: UndoLog) -> None:
+    append(log, tmp_path / "one")
+    rewrite(log, tmp_path / "two")
+    assert log.paths == [str(tmp_path / "one"), str(tmp_path / "two")]
+    log.clear()
+    assert log.paths == []
+
+
+def test_a_content_is_reported_before_it_is_lost(tmp_path: Path, log: UndoLog) -> None:
+    seen: list[tuple[str, int]] = []
+    log.before_overwrite = lambda path, size: seen.append((path, size))
+    rewritten, replaced, removed, moved, grown = (tmp_path / name for name in ("a", "bb", "ccc", "dddd", "eeeee"))
+    for path in (rewritten, replaced, removed, moved, grown):
+        path.write_bytes(path.name.encode())
+    rewrite(log, rewritten)
+    replace(log, replaced)
+    remove(log, removed)
+    log.keep_for_move(*file_at(moved))
+    append(log, grown)
+    append(log, tmp_path / "new")
+    of_temporary = [each for each in seen if "/.tmp." in each[0]]
+    assert [each for each in seen if each not in of_temporary] == [
+        (str(rewritten), 1),
+        (str(replaced), 2),
+        (str(removed), 3),
+    ]
+
+
+def test_without_hard_links_a_large_content_is_copied(
+    tmp_path: Path, log: UndoLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    path = tmp_path / "file"
+    path.write_bytes(LARGE)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", refuse)
+        replace(log, path)
+    assert list((tmp_path / "journal/undo.d").iterdir()) == []
+    UndoLog.open(tmp_path / "journal").restore()
+    assert path.read_bytes() == LARGE
+
+
+def test_what_a_killed_restore_left_is_no_obstacle(tmp_path: Path, log: UndoLog) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(LARGE)
+    replace(log, path)
+    (tmp_path / ".tmp.undo.file").write_bytes(b"half")
+    UndoLog.open(tmp_path / "journal").restore()
+    assert path.read_bytes() == LARGE
+    assert not (tmp_path / ".tmp.undo.file").exists()
+
+
+def test_a_directory_in_place_of_a_removed_file_hides_no_content(tmp_path: Path, log: UndoLog) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(SMALL)
+    remove(log, path)
+    log.keep_directory(str(path))
+    UndoLog.open(tmp_path / "journal").restore()
+    assert path.read_bytes() == SMALL
