@@ -9,6 +9,8 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
+import signal
 import sys
 import tempfile
 import threading
@@ -16,8 +18,10 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -26,14 +30,25 @@ sys.path[:0] = [str(HERE), str(HERE / "server"), str(HERE / "server/cluster"), s
 import requests  # noqa: E402
 from cluster_nodes import RunningCluster, running_cluster, wait_until  # noqa: E402
 from nats_servers import NatsCluster, nats_cluster  # noqa: E402
+from server_process import children_of  # noqa: E402
 
 from lattice_remote.server.cluster.engine import Engine  # noqa: E402
 from lattice_remote.server.cluster.order import JetStreamOrder  # noqa: E402
 from lattice_remote.server.journal.segment import JournalReader, Record, decoder  # noqa: E402
 
-__all__ = ["Account", "Acknowledged", "cut_follower", "cut_owner", "owner_with_minority", "stream_records"]
+__all__ = [
+    "Account",
+    "Acknowledged",
+    "cut_follower",
+    "cut_owner",
+    "lose_lease",
+    "owner_with_minority",
+    "stream_records",
+]
 
 _WRITE_S = 120.0
+_WINDOW = 16
+"""Commands that a worker executes before the first is acknowledged."""
 _BEHIND_S = 10.0
 """Age of what a node shows, at most."""
 
@@ -48,6 +63,7 @@ class Acknowledged:
     change: str
     sent: float
     answered: float
+    text: str
 
 
 @dataclass(frozen=True)
@@ -129,6 +145,10 @@ class Account:
         assert not [ack for ack in self.acknowledged if not titles[ack.title]], "lost"
         assert not [title for title, count in titles.items() if count > 1], "doubled"
         assert titles.keys() <= set(self.attempted)
+        hooked = Counter(cluster.hooked.read_text().split())
+        assert not [event for event, count in hooked.items() if count > 1], "a hook ran twice"
+        lines = [line for path in (tree / "events").glob("*.jsonl") for line in path.read_text().splitlines()]
+        assert hooked.keys() <= {json.loads(line)["id"] for line in lines}, "a hook ran for an event that was undone"
         journals = {name: journal_of(cluster, name) for name in cluster.names}
         order = asyncio.run(stream_records(cluster, cluster.head(cluster.names[0])[0]))
         for name, journal in journals.items():
@@ -155,7 +175,7 @@ class Account:
                 answer = session.post(url, json={"title": title}, headers={"Idempotency-Key": title}, timeout=30)
             if answer is not None and answer.status_code == 201:
                 _, number, change = answer.headers["Lattice-Change"].split("-")
-                ack = Acknowledged(name, title, int(number), change, sent, time.monotonic())
+                ack = Acknowledged(name, title, int(number), change, sent, time.monotonic(), answer.text)
                 with self._lock:
                     self.acknowledged.append(ack)
                 return ack
@@ -165,6 +185,11 @@ class Account:
                 return None
             time.sleep(0.1)
         return None
+
+    def write_once(self, name: str, title: str) -> Acknowledged:
+        ack = self.write(name, title, until=time.monotonic() + _WRITE_S)
+        assert ack is not None, f"{title} was not acknowledged by node {name}: {self.errors}"
+        return ack
 
     def _write(self, name: str, series: str) -> None:
         number = 0
@@ -205,6 +230,54 @@ async def stream_records(cluster: RunningCluster, epoch: str) -> list[bytes]:
         return found
     finally:
         await engine.close()
+
+
+# --- leases that are lost ---
+
+
+def lose_lease(
+    nats: NatsCluster,
+    cluster: RunningCluster,
+    account: Account,
+    *,
+    count: int = 16,
+    answers_only: bool = False,
+    kill_worker: bool = False,
+) -> str:
+    """Let the owner lose its lease with ``count`` commands that it has executed, or queued, and not acknowledged.
+
+    Args:
+        answers_only: the engine gets the owner's append and lease, and its answers are lost.
+        kill_worker: the owner's worker dies in between.
+    """
+    owner = cluster.owner()
+    other = next(name for name in cluster.names if name != owner)
+    tasks = cluster.tree(owner) / "tasks"
+    before, began = len(list(tasks.glob("*.json"))), time.monotonic()
+    for server in nats.servers:
+        link = cluster.links[owner, server.name]
+        link.swallow_answers() if answers_only else link.stall()
+    titles = [f"lost-lease-{began:.3f}-{number}" for number in range(count)]
+    with ThreadPoolExecutor(count) as pool:
+        waiting = [pool.submit(account.write, owner, title, until=began + _WRITE_S) for title in titles]
+        executed = before + min(count, _WINDOW)
+        wait_until(lambda: len(list(tasks.glob("*.json"))) >= executed, f"{executed - before} commands are executed")
+        if kill_worker:
+            for pid in children_of(cluster.nodes[owner], b"worker.main"):
+                os.kill(pid, signal.SIGKILL)
+        if not answers_only:  # else the owner connects again, and may keep its lease
+            account.write_once(other, f"{titles[0]}-elsewhere")
+        took = time.monotonic() - began
+        cluster.heal()
+        first = [each.result() for each in waiting]
+    assert all(first), "each command is acknowledged in the end"
+    for ack in filter(None, first):
+        again = cluster.write(other, ack.title, key=ack.title)
+        assert (again.text, again.headers["Lattice-Change"].split("-")[2]) == (ack.text, ack.change)
+    account.check()
+    lost = "answers" if answers_only else "lease"
+    worker = ", worker killed" if kill_worker else ""
+    return f"{count} unacknowledged commands at a lost {lost}{worker}: each once, {took:.1f} s"
 
 
 # --- partitions ---
@@ -289,6 +362,14 @@ SCENARIOS: dict[str, Callable[[NatsCluster, RunningCluster, Account], str]] = {
     "the owner alone": cut_owner,
     "the owner with a minority": owner_with_minority,
     "another node with a minority": cut_follower,
+    **{
+        f"lost {how} with {count}{' and the worker' if killed else ''}": partial(
+            lose_lease, count=count, answers_only=how == "answers", kill_worker=killed
+        )
+        for how in ("lease", "answers")
+        for count in (1, 16, 64)
+        for killed in (False, True)
+    },
 }
 
 

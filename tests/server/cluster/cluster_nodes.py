@@ -1,5 +1,6 @@
 """Nodes of a cluster as processes of their own."""
 
+import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -51,6 +52,7 @@ class RunningCluster:
             if name == self.names[0]:
                 data = make_data(data.path)
                 self.token = make_token(data)
+                self._install_hook(data)
             else:
                 data.create()
         monitors = [option for url in self._nats.monitor_urls for option in ("--cluster-monitor", url)]
@@ -60,6 +62,19 @@ class RunningCluster:
         session = requests.Session()
         session.headers["Authorization"] = f"Bearer {self.token}"
         self.sessions[name] = session
+
+    def _install_hook(self, data: DataDir) -> None:
+        """Have each node note the events for which its hooks run, if the nodes are ``proxied``."""
+        if self.links:
+            config = data.project("web").lattice / "config.json"
+            settings = json.loads(config.read_text())
+            settings["hooks"] = {"post_event": f'echo "$LATTICE_EVENT_ID" >> "{self.hooked}"'}
+            config.write_text(json.dumps(settings, sort_keys=True, indent=2) + "\n")
+            self.hooked.touch()
+
+    @property
+    def hooked(self) -> Path:
+        return self._directory / "hooked"
 
     def ask(self, name: str, method: str, path: str, **options: object) -> requests.Response:
         url = f"http://127.0.0.1:{self.nodes[name].port}/projects/web{path}"

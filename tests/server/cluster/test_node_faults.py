@@ -6,7 +6,7 @@ import pytest
 from cluster_nodes import RunningCluster, running_cluster
 from nats_servers import NatsCluster, nats_cluster
 
-from cluster_faults import Account, owner_with_minority
+from cluster_faults import Account, lose_lease, owner_with_minority
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,25 @@ def cluster(nats: NatsCluster, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield nodes
 
 
+@pytest.fixture(scope="module")
+def account(cluster: RunningCluster) -> Account:
+    return Account(cluster)
+
+
 def test_an_owner_with_a_minority_acknowledges_nothing_and_refuses_reads(
-    nats: NatsCluster, cluster: RunningCluster
+    nats: NatsCluster, cluster: RunningCluster, account: Account
 ) -> None:
-    owner_with_minority(nats, cluster, Account(cluster))
+    owner_with_minority(nats, cluster, account)
+
+
+@pytest.mark.parametrize(("count", "kill_worker"), [(1, True), (64, False)])
+def test_a_lost_lease_leaves_each_unacknowledged_command_once(
+    nats: NatsCluster, cluster: RunningCluster, account: Account, count: int, *, kill_worker: bool
+) -> None:
+    lose_lease(nats, cluster, account, count=count, kill_worker=kill_worker)
+
+
+def test_commands_whose_acknowledgement_by_the_engine_is_lost_are_there_once(
+    nats: NatsCluster, cluster: RunningCluster, account: Account
+) -> None:
+    lose_lease(nats, cluster, account, count=16, answers_only=True, kill_worker=True)

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import batched
+from itertools import batched, islice
 from pathlib import Path
 
 import msgspec
@@ -29,7 +29,7 @@ from lattice_remote.server.cluster.engine import Engine, EngineUnavailable
 from lattice_remote.server.cluster.forward import Forwarder
 from lattice_remote.server.cluster.forward_messages import ForwardedRequest
 from lattice_remote.server.cluster.lease import Held, Lease
-from lattice_remote.server.cluster.order import Batch, Fenced, JetStreamOrder, StreamFull, TooOld
+from lattice_remote.server.cluster.order import Batch, Fenced, JetStreamOrder, StreamFull, StreamLost, TooOld
 from lattice_remote.server.cluster.peer_access import PeerAccess
 from lattice_remote.server.cluster.peer_copy import copy_from, finish_copy
 from lattice_remote.server.datadir import ProjectPaths
@@ -256,7 +256,7 @@ class Member:
 
         Raises StorageError: the stream is lost.
         """
-        self._is_ready = False
+        self._leave()
         self._stop("follow")
         self._applying.clear()
         while True:
@@ -264,6 +264,9 @@ class Member:
                 membership = await self._align()
             except (_CopyNeeded, TooOld) as error:
                 await self._copy(str(error))
+            except StreamLost as error:
+                self._order_lost(error)
+                raise
             else:
                 return ("--member", msgspec.json.encode(membership).decode())
 
@@ -373,15 +376,40 @@ class Member:
         self._seq, self._number, self._skip = cursor.seq, cursor.number, 0
         self.owner, self.term = cursor.node, cursor.term
         await self._order.open()
+        await self._check(cursor)
         cut = await self._compare(tail)
         if tail and self._is_owner:
             await self._append_tail(tail)
         elif tail:
             cut = tail[0][0]
         if cut is not None:
+            if cursor.node != self._identity.name:
+                raise StreamLost(f"this node has acknowledged records that {self._order.name} lacks")
             _log.warning("%s: the last records here are not part of the cluster's order; they are undone", self.slug)
             self._number = cut
         return Membership(cut, keeps_edits=self.owner == self._identity.name)
+
+    async def _check(self, cursor: Cursor) -> None:
+        """Raise StreamLost unless the stream has, at the cursor, the records that this journal has there.
+
+        A stream that was restored from an older copy, and extended since, differs.
+        """
+        try:
+            found = await self._order.read(cursor.seq - 1) if cursor.seq else []
+        except TooOld:
+            return
+        if not found:
+            if cursor.seq:
+                raise StreamLost(f"the stream {self._order.name} ends before {cursor.seq}, which was acknowledged")
+            return
+        records, begin = found[0].records, cursor.number - len(found[0].records)
+        reader = JournalReader(self._paths.journal)
+        if not await asyncio.to_thread(reader.reaches, begin):
+            return
+        here = await asyncio.to_thread(lambda: [each for _, each in islice(reader.payloads(begin), len(records))])
+        is_owner_here = records or (found[0].node, found[0].term) == (cursor.node, cursor.term)
+        if here != list(records) or not is_owner_here:
+            raise StreamLost(f"message {cursor.seq} of {self._order.name} is another one than was acknowledged")
 
     async def _compare(self, tail: deque[tuple[int, bytes]]) -> int | None:
         """Advance along the stream while the journal's ``tail`` agrees; return the record from which it does not.
@@ -436,10 +464,9 @@ class Member:
                 self._applied.clear()
                 await self._applied.wait()
             records = batch.records[self._skip :]
-            self._skip = 0
             contents = await self._contents_of(records)
             self._applying.append(_Applying(batch, len(records)))
-            self._seq = batch.seq
+            self._seq, self._skip = batch.seq, 0
             if records:
                 self.project.apply(ApplyRecords(list(records), contents))
             self._finish_batches()
@@ -491,8 +518,8 @@ class Member:
             self.owner, self.term = batch.node, batch.term
 
     def _save_cursor(self, *, now: bool = False) -> None:
-        if self._pending or self._applying or not self._is_ready:
-            return
+        if self._applying or self._skip or not self._is_ready:
+            return  # the journal ends within a message
         if not now and time.monotonic() - self._cursor_at < _CURSOR_INTERVAL_S:
             return
         self._cursor_at = time.monotonic()
@@ -513,6 +540,7 @@ class Member:
         while True:
             await asyncio.sleep(_POLL_S * random.uniform(0.8, 1.2))  # noqa: S311 - only spreads the nodes
             try:
+                self._dismiss_if_behind()
                 if self._is_owner:
                     await self._keep_owning()
                 else:
@@ -530,17 +558,25 @@ class Member:
         due, due_at = 0, -_BEHIND_S  # the end of the stream at some look, until this node has reached it
         while True:
             asked = time.monotonic()
-            with contextlib.suppress(TimeoutError, EngineUnavailable):
-                async with asyncio.timeout(_CURRENT_S):
-                    _, last = await self._order.bounds()
-                    self._confirmed_at = asked
-                    if self.position >= due:
-                        self._current_at = max(self._current_at, due_at)
-                        due, due_at = last, asked
-                    if self.position >= last:
-                        self._current_at = asked
-            self._dismiss_if_behind()
+            try:
+                _, last = await self._order.bounds()
+                self._confirmed_at = asked
+                if self.position >= due:
+                    self._current_at = max(self._current_at, due_at)
+                    due, due_at = last, asked
+                if self.position >= last:
+                    self._current_at = asked
+            except EngineUnavailable:
+                pass
+            except StreamLost as error:
+                self._order_lost(error)
             await asyncio.sleep(max(0.0, asked + _CONFIRM_S - time.monotonic()))
+
+    def _order_lost(self, error: StreamLost) -> None:
+        """Close the project until an administrator has looked: this node may lack changes, or others may (I7)."""
+        why = f"{error}; on the node with the most changes, run: lattice-remote cluster rebuild {self.slug}"
+        self.project.fail(why)
+        self._lose(error.message) if self._is_owner else self._restart()
 
     def _dismiss_if_behind(self) -> None:
         why = self.unavailable if self._is_ready else ""
@@ -580,12 +616,12 @@ class Member:
                 while self._applying and not held.lost.is_set():
                     self._applied.clear()
                     await self._applied.wait()
+        self.owner, self.term = self._identity.name, held.term
         if self._applying or held.lost.is_set() or not self._is_ready:
             self._stop("renew")
             await held.release()
             self._restart()
             return
-        self.owner, self.term = self._identity.name, held.term
         self._held, self._is_owner = held, True
         self._owns.set()
         _log.info("%s: this node owns the project, term %d", self.slug, held.term)
@@ -695,7 +731,8 @@ class Member:
         if not self._is_owner:
             return
         _log.warning("%s: this node no longer owns the project: %s", self.slug, why)
-        self._is_owner, self._is_ready, self._held = False, False, None
+        self._leave()
+        self._is_owner, self._held = False, None
         self._owns.clear()
         unanswered = self.project.step_down()
         self._drop_pending()
@@ -709,6 +746,11 @@ class Member:
         self._stop("append")
         self._stop("renew")
 
+    def _leave(self) -> None:
+        """Note, before the journal is compared with the stream, which of its records are in it: these are never cut."""
+        self._save_cursor(now=True)
+        self._is_ready = False
+
     def _drop_pending(self) -> None:
         """Drop the outcomes that were not appended; deliver the other messages."""
         pending = list(self._pending)
@@ -719,7 +761,7 @@ class Member:
 
     def _restart(self) -> None:
         """Restart the worker, to align it with the stream again."""
-        self._is_ready = False
+        self._leave()
         self.project.step_down()
 
     # --- tasks ---
@@ -741,6 +783,9 @@ class Member:
             return
         if isinstance(error, TooOld):
             self.copy_missing(str(error))
+        elif isinstance(error, StreamLost):
+            self._order_lost(error)
+            return
         else:
             _log.error("%s: %s ended: %s", self.slug, name, error, exc_info=error)
         if self._is_owner:

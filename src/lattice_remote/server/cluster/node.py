@@ -102,6 +102,7 @@ class Node:
         self._renamed: dict[str, str] | None = None  # former names that all tokens follow
         self._members: dict[str, Member] = {}
         self._opening: dict[str, asyncio.Task[None]] = {}
+        self._rebuilding: set[str] = set()
         self._refused: dict[str, str] = {}  # local projects that cannot enter the cluster, with the logged reason
         self._nodes: Mapping[str, NodeReport] = {}
         self._registry: Projects | None = None
@@ -161,6 +162,8 @@ class Node:
             return ApiError(*busy, why, retry_after_s=1)
         if entry.is_archived:
             return ApiError(*missing, f"project {slug!r} is archived; ask its administrator")
+        if slug in self._rebuilding:
+            return ApiError(*busy, "the project starts a new history; try again in a moment", retry_after_s=1)
         if self._local.get(Place(slug, False)) != entry.id:
             return ApiError(*busy, "this node does not have the project yet; try again in a moment", retry_after_s=1)
         return None
@@ -388,7 +391,14 @@ class Node:
                 await self._rebuild(slug)
 
     async def _rebuild(self, slug: str) -> None:
-        """Begin a new epoch from this node's files."""
+        """Begin a new epoch from this node's files; nothing may open the project with the old one in between."""
+        self._rebuilding.add(slug)
+        try:
+            await self._begin_epoch(slug)
+        finally:
+            self._rebuilding.discard(slug)
+
+    async def _begin_epoch(self, slug: str) -> None:
         await self.registry.release(slug, "the project has started a new history; reconnect at once")
         paths = self._data.project(slug)
         project = Project(slug, paths, hooks=None, start_child=self.registry.template.start_child)

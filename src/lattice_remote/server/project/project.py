@@ -344,7 +344,7 @@ class Project:
         if epoch != self.history.epoch:
             return  # another proof came first
         if self.order.is_shared:
-            self._fail(
+            self.fail(
                 f"{reason}: this cluster lacks acknowledged changes; on the node that has the most of them, run: "
                 f"lattice-remote cluster rebuild {self.slug}"
             )
@@ -452,7 +452,7 @@ class Project:
             case CopyMissing(reason):
                 self.order.copy_missing(reason)
             case WorkerFailed():
-                self._fail(f"{message.message}; restart the server", for_good=True)
+                self.fail(f"{message.message}; restart the server", for_good=True)
 
     def _done(self, done: RequestDone) -> None:
         """Publish the change, then reply, then run the hooks."""
@@ -559,7 +559,7 @@ class Project:
                 failures += 1
                 _log.error("%s: the worker did not start: %s", self.slug, str(error) or type(error).__name__)
                 if failures == _MAX_START_FAILURES:
-                    self._fail(
+                    self.fail(
                         f"the server's worker for project {self.slug} does not start: {error}; see the server's log"
                     )
             restarts = 0 if time.monotonic() - began > _STEADY_S and not failures else restarts + 1
@@ -668,12 +668,12 @@ class Project:
             case AbandonRequest() | Reconcile():
                 pass
             case _:
-                self._fail(
+                self.fail(
                     f"the server's worker for project {self.slug} fails in its upkeep; see the server's log",
                     for_good=True,
                 )
 
-    def _fail(self, message: str, *, for_good: bool = False) -> None:
+    def fail(self, message: str, *, for_good: bool = False) -> None:
         """Close the project. Requests in flight get no reply: their outcome is unknown."""
         self._failed_for_good |= for_good
         if self._failure is not None:

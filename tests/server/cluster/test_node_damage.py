@@ -1,0 +1,100 @@
+"""A damaged order, seen by the nodes' clients: a refusal that says what to do, and nothing lost after a rebuild."""
+
+import asyncio
+import json
+import shutil
+from collections.abc import Awaitable, Callable, Iterator
+
+import pytest
+from cluster_nodes import RunningCluster, running_cluster, wait_until
+from nats_servers import NatsCluster, nats_cluster
+
+from lattice_remote.server.cluster.engine import Engine
+from lattice_remote.server.cluster.order import JetStreamOrder
+
+
+@pytest.fixture(scope="module")
+def nats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsCluster]:
+    with nats_cluster(1, tmp_path_factory.mktemp("nats")) as servers:
+        yield servers
+
+
+@pytest.fixture(scope="module")
+def cluster(nats: NatsCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
+    with running_cluster(nats, tmp_path_factory.mktemp("nodes"), "ab") as nodes:
+        yield nodes
+
+
+def with_order[T](cluster: RunningCluster, work: Callable[[Engine, JetStreamOrder], Awaitable[T]]) -> T:
+    """Return the result of work on the project's order, with a connection of its own."""
+
+    async def connected() -> T:
+        engine = await Engine.connect(cluster.engine_urls, node="damage", replicas=1)
+        try:
+            return await work(engine, JetStreamOrder(engine, "web", cluster.head("a")[0]))
+        finally:
+            await engine.close()
+
+    return asyncio.run(connected())
+
+
+def delete(nats: NatsCluster, cluster: RunningCluster) -> None:
+    del nats
+    with_order(cluster, lambda engine, order: engine.delete_stream(order.name))
+
+
+def write_foreign(nats: NatsCluster, cluster: RunningCluster) -> None:
+    del nats
+    with_order(cluster, lambda engine, order: engine.publish(f"{order.subject}.log", b"not ours"))
+
+
+def restore_older(nats: NatsCluster, cluster: RunningCluster) -> None:
+    server = nats.servers[0]
+    backup = server.directory.with_name("backup")
+    server.stop()
+    shutil.copytree(server.directory / "js", backup)
+    server.start()
+    for number in range(3):
+        assert cluster.write("b", f"behind the backup {number}").status_code == 201
+    server.stop()
+    shutil.rmtree(server.directory / "js")
+    backup.rename(server.directory / "js")
+    server.start()
+
+
+DAMAGES = [delete, write_foreign, restore_older]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_order_is_refused_on_all_nodes_until_it_is_rebuilt(
+    nats: NatsCluster, cluster: RunningCluster, damage: Callable[[NatsCluster, RunningCluster], None]
+) -> None:
+    assert cluster.write("b", f"before {damage.__name__}").status_code == 201
+    wait_until(cluster.agree, "the nodes agree")
+    epoch = cluster.head("a")[0]
+    damage(nats, cluster)
+    for name in "ab":
+        wait_until(lambda name=name: is_refused(cluster, name, f"unwritten {damage.__name__}"), f"node {name} refuses")
+    titles = titles_on(cluster, "a") | titles_on(cluster, "b")
+    assert f"before {damage.__name__}" in titles
+    most = max("ab", key=lambda name: len(titles_on(cluster, name)))
+    cluster.command(most, "cluster", "rebuild", "web", "--yes")
+    assert cluster.write("a", f"after {damage.__name__}").status_code == 201
+    assert cluster.write("b", f"after {damage.__name__} too").status_code == 201
+    wait_until(cluster.agree, "the nodes agree again")
+    assert cluster.head("a")[0] not in ("", epoch)
+    assert titles_on(cluster, "b") == titles | {f"after {damage.__name__}", f"after {damage.__name__} too"}
+
+
+def is_refused(cluster: RunningCluster, name: str, title: str) -> bool:
+    read = cluster.ask(name, "GET", "")
+    written = cluster.ask(name, "POST", "/tasks", json={"title": title}, headers={"Idempotency-Key": title})
+    assert written.status_code != 201, "a write was acknowledged without the order"
+    return all(
+        answer.status_code == 503 and "lattice-remote cluster rebuild web" in answer.json()["error"]["message"]
+        for answer in (read, written)
+    )
+
+
+def titles_on(cluster: RunningCluster, name: str) -> set[str]:
+    return {json.loads(path.read_bytes())["title"] for path in (cluster.tree(name) / "tasks").glob("*.json")}
