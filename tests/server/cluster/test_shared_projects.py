@@ -199,8 +199,16 @@ async def ask_for_push(cluster: RunningCluster, node: str, request: Push) -> Pus
 @pytest.fixture
 def owner(cluster: RunningCluster) -> str:
     """The node that owns web."""
-    status = json.loads(cluster.command("a", "cluster", "status", "--json"))
-    return str(next(project["owner"] for project in status["projects"] if project["slug"] == "web"))
+    found: list[str | None] = []
+
+    def is_owned() -> bool:
+        # Another project may be behind at this moment: exit code 1.
+        status = json.loads(cluster.command("a", "cluster", "status", "--json", code=None))
+        found.extend(project["owner"] for project in status["projects"] if project["slug"] == "web")
+        return bool(found and found[-1])
+
+    wait_until(is_owned, "web has an owner")
+    return str(found[-1])
 
 
 async def test_a_project_is_pushed_through_any_node_as_one_change(
