@@ -194,11 +194,11 @@ def test_both_caches_equal_the_server_byte_for_byte(both_sides: BothSides) -> No
 
 def test_every_command_is_either_known_to_the_server_or_local_by_nature_or_a_plain_read() -> None:
     """Nothing is left to chance: for each command it is written down where it runs."""
-    from lattice_remote.client.routing import _ELSEWHERE, _READS
+    from lattice_remote.client.routing import _PROJECTLESS, _READS
 
     reads = {" ".join(words) for words in _READS}
     assert {path for path, _ in commands_of(cli)} == set(ROUTED) | reads | set(LOCAL)
-    assert {" ".join(words) for words in _ELSEWHERE} | {"dashboard", "remote"} == set(LOCAL)
+    assert {" ".join(words) for words in _PROJECTLESS} | {"dashboard", "remote"} == set(LOCAL)
     assert not set(ROUTED) & set(LOCAL)
 
 

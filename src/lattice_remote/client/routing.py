@@ -48,7 +48,7 @@ _READS = {
     ("weather",),
 }
 """Commands that only read the project, with the exceptions in ``_is_read``."""
-_ELSEWHERE = {
+_PROJECTLESS = {
     ("demo", "init"),
     ("init",),
     ("plugins",),
@@ -106,7 +106,7 @@ def _invoke(command: click.Command, path: tuple[str, ...], directory: str, argv:
     try:
         if path == ("init",):
             _warn_of_init(ctx.params["target_path"], directory)
-        if path in _ELSEWHERE:
+        if path in _PROJECTLESS:
             return _run_here(command, ctx, directory)
         if is_unpushed(directory):
             _require_read(path, ctx, directory)
@@ -131,7 +131,7 @@ def _may_run_warm(path: tuple[str, ...], ctx: click.Context, directory: str) -> 
     """Return whether the warm process may run a command: it reads no file of the caller, serves nothing and starts no
     program but git.
     """
-    if path in _ELSEWHERE or path == ("dashboard",) or is_unpushed(directory):
+    if path in _PROJECTLESS or path == ("dashboard",) or is_unpushed(directory):
         return False
     return not CallersFiles.are_named(path, ctx)
 

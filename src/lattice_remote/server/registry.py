@@ -91,7 +91,6 @@ class ProjectRegistry:
         data: DataDir,
         *,
         config: Config | None = None,
-        bounds: QueueLimits | None = None,
         worker_command: Sequence[str] = WORKER_COMMAND,
         template: Template | None = None,
     ) -> None:
@@ -104,7 +103,7 @@ class ProjectRegistry:
         self.overviews = Overviews(data)
         self.metrics = Metrics()
         limits = self.config.limits
-        self._bounds = bounds or QueueLimits(command_s=limits.command_seconds, per_token=limits.requests_per_token)
+        self._bounds = QueueLimits(command_s=limits.command_seconds, per_token=limits.requests_per_token)
         settings = {"--journal": self.config.journal, "--plugin-commands": self.config.plugin_commands}
         given = (part for name, value in settings.items() for part in (name, msgspec.json.encode(value).decode()))
         self._worker_command = (*worker_command, *given)
