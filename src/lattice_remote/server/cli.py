@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 import typer
@@ -211,8 +211,11 @@ def start(  # noqa: PLR0917 - Typer calls it
         typer.Option(metavar="URL", help="Monitoring port of a NATS server, for its sync setting.", show_default=False),
     ] = None,
     cluster_replicas: Annotated[
-        int, typer.Option(min=1, max=5, help="Copies of each change in NATS; 1 for a trial with one server.")
-    ] = 3,
+        int | None,
+        typer.Option(
+            min=1, max=5, help="Copies of each change in NATS; 1 for a trial with one server.", show_default="3"
+        ),
+    ] = None,
     log_format: Annotated[
         Literal["text", "json"], typer.Option(help="Log format: text or JSON.", envvar=FORMAT_VARIABLE)
     ] = "text",
@@ -252,19 +255,25 @@ def start(  # noqa: PLR0917 - Typer calls it
 
     with contextlib.closing(template):
         listener = bind(host, port)
-        if cluster is not None:
-            scheme = "https" if config.tls.cert else "http"
-            settings: ClusterSettings | None = ClusterSettings(
-                servers=cluster.split(","),
-                node=node or socket.gethostname().partition(".")[0],
-                advertise=advertise or f"{scheme}://{host}:{listener.getsockname()[1]}",
-                credentials=str(cluster_credentials.absolute()) if cluster_credentials else "",
-                ca=str(cluster_ca.absolute()) if cluster_ca else "",
-                monitors=cluster_monitor or [],
-                replicas=cluster_replicas,
-            )
-        else:
-            settings = load_settings(target.path)
+        settings = load_settings(target.path)
+        named: dict[str, Any] = {
+            "servers": cluster.split(",") if cluster is not None else None,
+            "node": node,
+            "advertise": advertise,
+            "credentials": str(cluster_credentials.absolute()) if cluster_credentials else None,
+            "ca": str(cluster_ca.absolute()) if cluster_ca else None,
+            "monitors": cluster_monitor,
+            "replicas": cluster_replicas,
+        }
+        given = {name: value for name, value in named.items() if value is not None}
+        if settings is None and given and cluster is None:
+            raise Misuse(f"{target.path} belongs to no cluster yet; name its NATS servers with --cluster")
+        if cluster is not None and advertise is None:
+            given["advertise"] = f"{'https' if config.tls.cert else 'http'}://{host}:{listener.getsockname()[1]}"
+        if settings is None and given:
+            settings = ClusterSettings([], socket.gethostname().partition(".")[0], "")
+        if settings is not None:
+            settings = msgspec.structs.replace(settings, **given)
         run(target, config, listener, template, settings)
 
 

@@ -73,11 +73,14 @@ class ProjectStatus(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         state: ``ready``, ``starting``, ``closed`` (an administrator's command has it), ``failed``; ``idle`` without a
             request since the server's start; ``stopped`` if no server runs.
-        why: of a project that has failed.
+        why: of a project that has failed, or that this node of a cluster cannot serve now.
         head, oldest: the last and the first change in its journal; null if it never had one.
         writes_per_minute: changes within the last minute.
         queued, with_worker, waiting: requests in its queue, with its worker, and waiting for a resource.
         reads_waiting: HTTP reads that wait for an earlier one.
+        role: on a node of a cluster: ``owner`` or ``follower``; "" on a server alone.
+        owner, term: the node that owns it, as far as this one knows.
+        unapplied: messages of the cluster that are not in this node's files yet.
     """
 
     slug: str
@@ -95,6 +98,10 @@ class ProjectStatus(msgspec.Struct, frozen=True, kw_only=True):
     worker_pid: int | None = None
     lattice_version: str = ""
     clients: list[ClientStatus] = []
+    role: str = ""
+    owner: str = ""
+    term: int = 0
+    unapplied: int = 0
 
 
 class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,10 +157,15 @@ def journal_bytes(journal: Path) -> int:
 def _of_project(project: Project, state: str, files: ProjectStatus, clients: list[ClientStatus]) -> ProjectStatus:
     history, load = project.history, project.load
     is_known = bool(history.epoch)
+    order = project.order
     return msgspec.structs.replace(
         files,
+        role="" if not order.is_shared else "owner" if order.is_owner else "follower",
+        owner=order.owner,
+        term=order.term,
+        unapplied=order.figures.get("cluster_unapplied", 0),
         state=state,
-        why=project.failure.message if project.failure is not None else "",
+        why=project.failure.message if project.failure is not None else order.unavailable,
         epoch=history.epoch or files.epoch,
         head=history.head if is_known else files.head,
         oldest=history.oldest if is_known else files.oldest,
@@ -236,7 +248,13 @@ def status_lines(status: ServerStatus) -> list[str]:
     lines = [printable(head)]
     if not status.projects:
         return [*lines, "No projects; create one with: lattice-remote project create SLUG --code CODE"]
-    lines += ["", *columns([_PROJECT_HEAD, *map(_project_row, status.projects)])]
+    is_node = any(project.role for project in status.projects)
+    rows = [_PROJECT_HEAD, *map(_project_row, status.projects)]
+    if is_node:
+        rows = [
+            (*row, *cells) for row, cells in zip(rows, [_ROLE_HEAD, *map(_role_cells, status.projects)], strict=True)
+        ]
+    lines += ["", *columns(rows)]
     lines += [printable(f"{project.slug}: {project.why}") for project in status.projects if project.why]
     clients = [_client_row(p.slug, client, now) for p in status.projects for client in p.clients]
     if clients:
@@ -245,6 +263,7 @@ def status_lines(status: ServerStatus) -> list[str]:
 
 
 _PROJECT_HEAD = ("PROJECT", "STATE", "CHANGE", "A MINUTE", "JOURNAL", "QUEUED", "CLIENTS", "BEHIND")
+_ROLE_HEAD = ("ROLE", "OWNER", "TERM", "UNAPPLIED")
 _CLIENT_HEAD = ("PROJECT", "CLIENT", "TOKEN", "ADDRESS", "FOR", "BEHIND", "RUNS")
 
 
@@ -261,6 +280,10 @@ def _project_row(project: ProjectStatus) -> tuple[str, ...]:
         str(len(project.clients)),
         str(max(behind)) if behind else "-",
     )
+
+
+def _role_cells(project: ProjectStatus) -> tuple[str, ...]:
+    return project.role or "-", printable(project.owner or "-"), str(project.term), str(project.unapplied)
 
 
 def _client_row(slug: str, client: ClientStatus, now: datetime) -> tuple[str, ...]:

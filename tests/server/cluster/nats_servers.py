@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
@@ -209,11 +209,17 @@ class NatsCluster:
 
 
 @contextmanager
-def nats_cluster(count: int, directory: Path, **options: Any) -> Iterator[NatsCluster]:
-    """Start servers, with the options of NatsCluster, and end them by their process ids, also after a failure."""
+def nats_cluster(
+    count: int, directory: Path, *, prepare: Callable[[NatsCluster], None] = lambda _: None, **options: Any
+) -> Iterator[NatsCluster]:
+    """Start servers, with the options of NatsCluster, and end them by their process ids, also after a failure.
+
+    ``prepare`` may write other configurations before they start.
+    """
     for attempt in range(5):
         cluster = NatsCluster(count, directory / str(attempt), **options)
         try:
+            prepare(cluster)
             try:
                 cluster.heal()
             except RuntimeError as error:

@@ -88,21 +88,19 @@ async def test_a_server_that_does_not_sync_is_refused_if_its_setting_is_known(
     with pytest.raises(Misuse, match="n1 acknowledges before its disk has the data"):
         await weak.check_durability(guarded.monitor_urls)
     await weak.close()
-    only_copy = "the engine keeps 1 copy of each change, not 3"
+    only_copy = "NATS keeps one copy of each change, not 3"
     assert await engine.check_durability(one_server.monitor_urls) == [only_copy]
     unknown, few = await engine.check_durability()
-    assert unknown.startswith("the sync setting is known of 0 of the engine's 1 servers")
+    assert unknown.startswith("the sync setting is known of 0 of 1 NATS servers")
     assert few == only_copy
     monitors = [*one_server.monitor_urls, "http://127.0.0.1:9", "file:///etc/passwd"]
     first, second, _ = await engine.check_durability(monitors)
-    assert first.startswith("cannot read the settings of the engine's server at http://127.0.0.1:9: ")
-    assert second.startswith("cannot read the settings of the engine's server at file:///etc/passwd: not an http")
+    assert first.startswith("cannot read the settings of the NATS server at http://127.0.0.1:9: ")
+    assert second.startswith("cannot read the settings of the NATS server at file:///etc/passwd: not an http")
 
 
 async def test_an_engine_that_is_not_there_is_named_with_the_reason() -> None:
-    with pytest.raises(
-        EngineUnavailable, match=r"cannot connect to the cluster's engine at nats://127.0.0.1:9: Connection refused"
-    ):
+    with pytest.raises(EngineUnavailable, match=r"cannot connect to NATS at nats://127.0.0.1:9: Connection refused"):
         await Engine.connect(["nats://127.0.0.1:9"], node="a", timeout_s=0.5)
 
 

@@ -3,6 +3,7 @@
 import json
 import secrets
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import requests
 from cluster_nodes import RunningCluster, running_cluster, wait_until
 from harness import Copy, tree_of, upload
 from nats_servers import nats_cluster
+from server_process import COMMAND
 
 from lattice_remote.protocol.messages import Push, Pushed, Refused
 from lattice_remote.server.cluster import shared_projects
+from lattice_remote.server.datadir import DataDir
 from sample_projects import pack_of, sample_project
 
 
@@ -25,6 +28,27 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
         running_cluster(nats, tmp_path_factory.mktemp("nodes"), "ab") as nodes,
     ):
         yield nodes
+
+
+@pytest.fixture
+def owner(cluster: RunningCluster) -> str:
+    """The node that owns web, as both nodes know."""
+    owners: set[str] = set()
+
+    def is_known() -> bool:
+        webs = [web_on(cluster, node) for node in "ab"]
+        owners.clear()
+        owners.update(web["owner"] for web in webs)
+        return len(owners) == 1 and [web["role"] for web in webs].count("owner") == 1
+
+    wait_until(is_known, "web has an owner")
+    return owners.pop()
+
+
+def web_on(cluster: RunningCluster, node: str) -> dict[str, str]:
+    """Return the status of web that a node gives without the engine."""
+    status = json.loads(cluster.command(node, "status", "--json"))
+    return dict(next(project for project in status["projects"] if project["slug"] == "web"))
 
 
 def make_token(cluster: RunningCluster, slug: str) -> str:
@@ -70,6 +94,44 @@ def test_a_project_of_one_node_is_on_all_and_its_name_is_taken(cluster: RunningC
         ),
         "the nodes agree",
     )
+
+
+def test_a_node_shows_its_role(cluster: RunningCluster, owner: str) -> None:
+    roles = {node: web_on(cluster, node)["role"] for node in "ab"}
+    assert roles == {"a": "follower", "b": "follower"} | {owner: "owner"}
+
+
+def test_a_second_server_under_the_name_of_a_node_is_refused(cluster: RunningCluster, tmp_path: Path) -> None:
+    data = DataDir(tmp_path / "data")
+    data.create()
+    known = cluster.nodes["a"].data.path / "cluster.json"
+    settings = json.loads(known.read_bytes())
+    (data.path / "cluster.json").write_text(json.dumps({**settings, "directory": "another"}))
+    start = [*COMMAND, "--data", str(data.path), "start", "--port", "0"]
+    done = subprocess.run(start, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "node 'a' runs already" in done.stderr
+    (data.path / "cluster.json").write_text(json.dumps({**settings, "node": "z", "cluster": "another"}))
+    done = subprocess.run(start, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "belongs to another cluster" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--node", "a"), "name its NATS servers with --cluster"),
+        (("--cluster", "localhost:4222"), "expected for example nats://HOST:4222"),
+        (("--cluster", "nats://localhost:1", "--host", "0.0.0.0"), "--advertise https://HOST"),  # noqa: S104
+    ],
+)
+def test_options_that_make_no_node_are_refused(tmp_path: Path, options: tuple[str, ...], why: str) -> None:
+    data = DataDir(tmp_path / "data")
+    data.create()
+    start = [*COMMAND, "--data", str(data.path), "start", "--port", "0", *options]
+    done = subprocess.run(start, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert why in done.stderr
 
 
 def test_an_interrupted_creation_is_finished_by_the_node(
@@ -194,21 +256,6 @@ async def ask_for_push(cluster: RunningCluster, node: str, request: Push) -> Pus
         answer = await copy.answer(request.id)
         assert isinstance(answer, Pushed | Refused)
         return answer
-
-
-@pytest.fixture
-def owner(cluster: RunningCluster) -> str:
-    """The node that owns web."""
-    found: list[str | None] = []
-
-    def is_owned() -> bool:
-        # Another project may be behind at this moment: exit code 1.
-        status = json.loads(cluster.command("a", "cluster", "status", "--json", code=None))
-        found.extend(project["owner"] for project in status["projects"] if project["slug"] == "web")
-        return bool(found and found[-1])
-
-    wait_until(is_owned, "web has an owner")
-    return str(found[-1])
 
 
 async def test_a_project_is_pushed_through_any_node_as_one_change(

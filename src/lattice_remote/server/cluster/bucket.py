@@ -13,6 +13,8 @@ from lattice_remote.server.cluster.jetstream import (
 
 __all__ = ["Bucket", "BucketEntry"]
 
+_SILENT_NS = 5_000_000_000
+
 
 class BucketEntry(NamedTuple):
     """Value of a key. ``revision`` grows with every change in the bucket."""
@@ -95,6 +97,15 @@ class Bucket:
         keys = [subject.removeprefix(self._prefix) for subject in info.state.subjects]
         return {key: entry for key in keys if (entry := await self.get(key)) is not None}
 
+    async def servers(self) -> dict[str, bool]:
+        """Return the names of the servers with a copy of the bucket, and whether they are up."""
+        group = (await self._engine.stream_info(self._stream)).cluster
+        if group is None:
+            return {}
+        return {group.leader: True} | {
+            each.name: not each.offline and each.active < _SILENT_NS for each in group.replicas
+        }
+
     async def revision(self) -> int:
         """Return the number of the last change in the bucket: a cheap way to see that there was one."""
         return (await self._engine.stream_info(self._stream)).state.last_seq
@@ -107,7 +118,7 @@ class Bucket:
             return None
         if ack.error.err_code in FULL:
             raise EngineRefused(ack.error.err_code, ack.error.description)
-        raise EngineUnavailable(f"the cluster's engine cannot write {key}: {ack.error.description}")
+        raise EngineUnavailable(f"NATS cannot write {key}: {ack.error.description}")
 
 
 def _is_deletion(message: StoredMessage) -> bool:

@@ -76,8 +76,19 @@ class ClusterProjectStatus(msgspec.Struct, frozen=True):
     problems: dict[str, str]
 
 
+class NatsServerStatus(msgspec.Struct, frozen=True):
+    """A NATS server; ``is_sync_always`` is None if its setting cannot be known."""
+
+    name: str
+    is_up: bool
+    is_sync_always: bool | None
+
+
 class ClusterStatus(msgspec.Struct, frozen=True):
-    """Status of a cluster, as printed by ``--json``; ``warnings`` are about the engine's settings."""
+    """Status of a cluster, as printed by ``--json``; ``warnings`` are about the settings of NATS.
+
+    ``nats`` are the servers with the cluster's directory; a majority of them must be up.
+    """
 
     node: str
     servers: list[str]
@@ -85,13 +96,19 @@ class ClusterStatus(msgspec.Struct, frozen=True):
     nodes: list[ClusterNodeStatus]
     projects: list[ClusterProjectStatus]
     warnings: list[str]
+    nats: list[NatsServerStatus] = []
 
     @property
     def is_whole(self) -> bool:
-        """Whether every project has an owner and every node is up and has no problem."""
-        return all(node.is_up for node in self.nodes) and all(
-            project.owner is not None and project.stream is not None and not project.problems
-            for project in self.projects
+        """Whether every project has an owner, and every node and NATS server is up and has no problem."""
+        engine = all(server.is_up and server.is_sync_always is not False for server in self.nats)
+        return (
+            engine
+            and all(node.is_up for node in self.nodes)
+            and all(
+                project.owner is not None and project.stream is not None and not project.problems
+                for project in self.projects
+            )
         )
 
 
@@ -141,9 +158,19 @@ def cluster_status(settings: ClusterSettings) -> ClusterStatus:
             )
             for _, report in sorted(reports.items())
         ]
-        return ClusterStatus(settings.node, settings.servers, settings.replicas, nodes, projects, warnings)
+        nats = await _nats_servers(engine, directory, settings)
+        return ClusterStatus(settings.node, settings.servers, settings.replicas, nodes, projects, warnings, nats)
 
     return run_in_cluster(settings, read)
+
+
+async def _nats_servers(
+    engine: Engine, directory: ClusterDirectory, settings: ClusterSettings
+) -> list[NatsServerStatus]:
+    known, _ = await engine.sync_settings(settings.monitors)
+    up = await directory.servers()
+    names = sorted(up.keys() | known.keys())
+    return [NatsServerStatus(name, up.get(name, True), known.get(name)) for name in names]
 
 
 async def _project(
@@ -172,7 +199,14 @@ async def _project(
 
 def status_lines(status: ClusterStatus) -> list[str]:
     """Return the status for people."""
-    lines = [f"Node {status.node}; engine {', '.join(status.servers)}; {status.replicas} copies of each change"]
+    copies = "one copy" if status.replicas == 1 else f"{status.replicas} copies"
+    lines = [f"NATS at {', '.join(status.servers)}; {copies} of each change"]
+    sync = {True: "syncs always", False: "DOES NOT SYNC before it acknowledges", None: "sync setting unknown"}
+    lines += [
+        f"  {server.name:<12} {'up' if server.is_up else 'down':<18} {sync[server.is_sync_always]}"
+        for server in status.nats
+    ]
+    lines.append(f"Nodes: {len(status.nodes)}; this is {status.node}")
     for node in status.nodes:
         state = "up" if node.is_up else f"silent for {node.seen_s:.0f} s"
         owns = ", ".join(node.owns) or "none"

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from nats.aio.client import Client, Srv
 from nats.aio.transport import TcpTransport
@@ -20,6 +20,12 @@ class _Transport(TcpTransport):
     async def connect(self, *args: Any, **options: Any) -> None:
         self.close()  # of an attempt that failed after it was connected
         await super().connect(*args, **options)
+
+    async def connect_tls(self, *args: Any, **options: Any) -> None:
+        await super().connect_tls(*args, **options)
+        # The stream's protocol was made for plain TCP, and would ask for a half-closed connection, with a warning.
+        assert self._io_writer is not None, "it is connected"
+        cast("Any", self._io_writer.transport.get_protocol())._over_ssl = True
 
     def close(self) -> None:
         if self._io_writer is not None:

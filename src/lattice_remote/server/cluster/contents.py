@@ -155,7 +155,7 @@ class StoredContents:
             if ack.error is not None:
                 if ack.error.err_code in FULL:
                     raise EngineRefused(ack.error.err_code, ack.error.description)
-                raise EngineUnavailable(f"the cluster's engine cannot store a content: {ack.error.description}")
+                raise EngineUnavailable(f"NATS cannot store a content: {ack.error.description}")
 
         await persist(attempt)
 

@@ -143,6 +143,10 @@ class ClusterDirectory:
         assert found is not None, "it is never removed"
         return found.value
 
+    async def servers(self) -> dict[str, bool]:
+        """Return the names of the servers with a copy of the directory, and whether they are up."""
+        return await self._bucket.servers()
+
     async def read(self) -> DirectoryContent:
         entries = await self._bucket.entries()
         nodes = _of_kind(entries, "node", NodeReport)

@@ -61,6 +61,8 @@ NO_MESSAGE, NO_STREAM, NAME_IN_USE = 10037, 10059, 10058
 WRONG_SEQUENCE = (10071, 10164)
 FULL = (10002, 10023, 10028, 10047, 10077)
 """Limits of the stream, the account or the disk are reached; the message was not stored."""
+_UNKNOWN_CA = (18, 19, 20, 21)
+"""OpenSSL's numbers for a certificate whose authority is unknown."""
 _TEMPORARY = (10004, 10008, 10009, 10118)
 
 _log = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ class EngineRefused(StorageError):
     """A refusal by the engine; ``number`` is JetStream's ``err_code``. Nothing was changed."""
 
     def __init__(self, number: int, description: str) -> None:
-        super().__init__(f"the cluster's engine refused the request: {description} ({number})")
+        super().__init__(f"NATS refused the request: {description} ({number})")
         self.number = number
         self.description = description
 
@@ -224,7 +226,7 @@ class JetStream:
         except (nats.errors.Error, OSError, TimeoutError) as error:
             await engine.close()
             reason = engine._last_error or _reason(error)
-            raise EngineUnavailable(f"cannot connect to the cluster's engine at {', '.join(urls)}: {reason}") from error
+            raise EngineUnavailable(f"cannot connect to NATS at {', '.join(urls)}: {reason}") from error
         except BaseException:
             await engine.close()
             raise
@@ -260,7 +262,7 @@ class JetStream:
                 return await self._client.request(subject, payload, timeout=timeout_s, headers=headers)
         except (nats.errors.Error, OSError, TimeoutError) as error:
             # Without responders too: the leader may have been lost between the request and the answer of its successor.
-            raise EngineUnavailable(f"no answer from the cluster's engine: {error}") from error
+            raise EngineUnavailable(f"no answer from NATS: {error}") from error
 
     async def api[T](
         self, action: str, kind: type[T], request: Mapping[str, object] | None = None, *, timeout_s: float = REQUEST_S
@@ -272,7 +274,7 @@ class JetStream:
         if error is None:
             return msgspec.json.decode(answer, type=kind)
         if error.code == HTTPStatus.SERVICE_UNAVAILABLE or error.err_code in _TEMPORARY:
-            raise EngineUnavailable(f"the cluster's engine is not ready: {error.description}")
+            raise EngineUnavailable(f"NATS is not ready: {error.description}")
         raise EngineRefused(error.err_code, error.description)
 
     async def publish(
@@ -295,7 +297,7 @@ class JetStream:
             with cancellable():
                 return await self._client.subscribe(subject, cb=callback, pending_bytes_limit=max_bytes)
         except (nats.errors.Error, OSError) as error:
-            raise EngineUnavailable(f"cannot subscribe at the cluster's engine: {error}") from error
+            raise EngineUnavailable(f"cannot subscribe at NATS: {error}") from error
 
     async def create_stream(self, name: str, config: Mapping[str, object]) -> StreamInfo:
         """Create a stream, or return the one of the same name and configuration. Raises EngineRefused if it differs."""
@@ -388,13 +390,13 @@ class JetStream:
                     seen = len(found)
                     await asyncio.wait([ended], timeout=REQUEST_S)
         except (nats.errors.Error, OSError, TimeoutError) as error:
-            raise EngineUnavailable(f"cannot read from the cluster's engine: {error}") from error
+            raise EngineUnavailable(f"cannot read from NATS: {error}") from error
         finally:
             with suppress(nats.errors.Error, OSError):
                 await subscription.unsubscribe()
         status = ended.result() if ended.done() else "timed out"
         if not found and status not in (_END, _NOTHING):
-            raise EngineUnavailable(f"cannot read from the cluster's engine: {status}")
+            raise EngineUnavailable(f"cannot read from NATS: {status}")
         return found
 
     async def check_durability(self, monitors: Sequence[str] = ()) -> list[str]:
@@ -407,29 +409,35 @@ class JetStream:
         Returns warnings: each names something that could not be known, or is weaker than it should be.
         Raises Misuse if a server is known to have another setting than ``sync_interval: always``.
         """
+        known, warnings = await self.sync_settings(monitors)
+        for name, is_always in sorted(known.items()):
+            if not is_always:
+                raise Misuse(
+                    f"the NATS server {name} acknowledges before its disk has the data: a power cut loses changes. "
+                    "Set 'sync_interval: always' in its jetstream { } block and restart it"
+                )
+        if len(known) < self.replicas:
+            warnings.append(
+                f"the sync setting is known of {len(known)} of {self.replicas} NATS servers; "
+                "set 'sync_interval: always' on each, and name their ports with --cluster-monitor to have it checked"
+            )
+        if self.replicas < 3:
+            copies = "one copy" if self.replicas == 1 else f"{self.replicas} copies"
+            warnings.append(f"NATS keeps {copies} of each change, not 3")
+        return warnings
+
+    async def sync_settings(self, monitors: Sequence[str] = ()) -> tuple[dict[str, bool], list[str]]:
+        """Return whether each server syncs before it acknowledges, as far as known, and warnings about ``monitors``."""
         warnings = []
         known = await self._settings_by_request()
         for url in monitors:
             try:
                 settings = await asyncio.to_thread(_read_settings, url)
             except (OSError, ValueError, msgspec.MsgspecError) as error:
-                warnings.append(f"cannot read the settings of the engine's server at {url}: {error}")
+                warnings.append(f"cannot read the settings of the NATS server at {url}: {_reason_of_monitor(error)}")
             else:
                 known[settings.server_name] = settings
-        for name, each in sorted(known.items()):
-            if not each.jetstream.config.sync_always:
-                raise Misuse(
-                    f"the engine's server {name} acknowledges before its disk has the data: a power cut loses changes. "
-                    "Set 'sync_interval: always' in its jetstream { } block and restart it"
-                )
-        if len(known) < self.replicas:
-            warnings.append(
-                f"the sync setting is known of {len(known)} of the engine's {self.replicas} servers; "
-                "set 'sync_interval: always' on each, and name their monitoring ports to have it checked"
-            )
-        if self.replicas < 3:
-            warnings.append(f"the engine keeps {self.replicas} copy of each change, not 3")
-        return warnings
+        return {name: each.jetstream.config.sync_always for name, each in known.items()}, warnings
 
     async def _settings_by_request(self) -> dict[str, "_Settings"]:
         known: dict[str, _Settings] = {}
@@ -454,12 +462,12 @@ class JetStream:
             self._last_error = _reason(error)
             if not self._is_open and "authorization" in self._last_error.lower():
                 # Raised out of connect(), which would otherwise try for ever.
-                raise Misuse(f"the cluster's engine refuses the login: {self._last_error}")
-            _log.debug("connection to the cluster's engine: %s", self._last_error)
+                raise Misuse(f"NATS refuses the login: {self._last_error}")
+            _log.debug("connection to NATS: %s", self._last_error)
 
         async def lost() -> None:
             if not self._is_closing:
-                _log.warning("connection to the cluster's engine lost; connecting again")
+                _log.warning("connection to NATS lost; connecting again")
 
         async def closed() -> None:
             if not self._is_closing:  # a refusal by the server, for example of the login, after which the client ends
@@ -476,7 +484,7 @@ class JetStream:
             try:
                 await self._open()
             except (nats.errors.Error, OSError, TimeoutError) as error:
-                _log.warning("cannot connect to the cluster's engine: %s", error)
+                _log.warning("cannot connect to NATS: %s", error)
                 await asyncio.sleep(_REOPEN_S)
             else:
                 return
@@ -489,7 +497,8 @@ class JetStream:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"certificate verify failed: {error.verify_message}"
+        why = f"certificate verify failed: {error.verify_message}"
+        return f"{why}; name a file with its authority with --cluster-ca" if error.verify_code in _UNKNOWN_CA else why
     if isinstance(error, ssl.SSLError):  # its number is not the system's
         return error.reason or str(error)
     if isinstance(error, OSError) and error.errno is not None:
@@ -514,6 +523,11 @@ class _SettingsAnswer(msgspec.Struct):
     data: _Settings
 
 
+def _reason_of_monitor(error: Exception) -> str:
+    reason = getattr(error, "reason", error)
+    return reason.strerror if isinstance(reason, OSError) and reason.strerror else str(reason)
+
+
 def _read_settings(url: str) -> _Settings:
     if not url.startswith(("http://", "https://")):
         raise ValueError("not an http:// or https:// address")
@@ -528,7 +542,7 @@ def _login(credentials: Path | None) -> dict[str, str]:
     try:
         text = credentials.read_text().strip()
     except (OSError, ValueError) as error:
-        raise Misuse(f"cannot read the engine's credentials {credentials}: {error}") from error
+        raise Misuse(f"cannot read the NATS credentials {credentials}: {error}") from error
     if "BEGIN NATS USER JWT" in text:
         if find_spec("nkeys") is None:
             raise Misuse("a .creds file needs the package nkeys: pip install nkeys")

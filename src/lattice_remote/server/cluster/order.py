@@ -139,7 +139,7 @@ class JetStreamOrder:
         except EngineRefused as error:
             if error.number != NAME_IN_USE:
                 raise
-            raise StreamLost(f"the engine already has a stream {self.name}") from error
+            raise StreamLost(f"NATS already has a stream {self.name}") from error
         self._created = info.created
 
     async def open(self) -> None:
@@ -277,14 +277,12 @@ class JetStreamOrder:
                     await self._check(expected)
                 elif ack.error is None:
                     if ack.seq != expected + 1:  # the same id, long ago or in a stream that was put here
-                        raise StreamLost(f"the engine stored change {expected + 1} of {self.name} as {ack.seq}")
+                        raise StreamLost(f"NATS stored change {expected + 1} of {self.name} as {ack.seq}")
                     return ack.seq
                 elif ack.error.err_code == _WRONG_STREAM:
                     raise StreamLost(f"another stream has taken the subjects of {self.name}")
                 elif ack.error.err_code in FULL and attempts.count == 1:
-                    raise StreamFull(
-                        f"the cluster's engine cannot store more: {ack.error.description} ({ack.error.err_code})"
-                    )
+                    raise StreamFull(f"NATS cannot store more: {ack.error.description} ({ack.error.err_code})")
                 elif ack.error.err_code in WRONG_SEQUENCE:
                     with suppress(EngineUnavailable):
                         if await self._is_there(expected + 1, id_):

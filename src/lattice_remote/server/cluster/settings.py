@@ -45,9 +45,13 @@ class ClusterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, o
             if _SERVER.fullmatch(server) is None:
                 raise Misuse(f"bad --cluster {server!r}: expected for example nats://HOST:4222")
         if not self.servers:
-            raise Misuse("name the engine's servers with --cluster nats://HOST:4222,...")
+            raise Misuse("name the NATS servers with --cluster nats://HOST:4222,...")
         if _URL.fullmatch(self.advertise) is None:
             raise Misuse(f"bad --advertise {self.advertise!r}: expected this node's address, for example https://HOST")
+        if "//0.0.0.0" in self.advertise or "//[::]" in self.advertise or "//::" in self.advertise:
+            raise Misuse(
+                "name the address at which the other nodes reach this one, for example --advertise https://HOST"
+            )
 
 
 def settings_file(data: Path) -> Path:

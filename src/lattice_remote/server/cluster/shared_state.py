@@ -77,8 +77,7 @@ class SharedState:
         content = encode_tokens(tokens)
         if len(content) > self._max_bytes:
             raise Misuse(
-                f"all tokens together have {len(content)} bytes, and the cluster's engine takes {self._max_bytes}; "
-                "nothing was changed"
+                f"all tokens together have {len(content)} bytes, and NATS takes {self._max_bytes}; nothing was changed"
             )
         if revision == 0:
             return await self._bucket.create(_TOKENS, content) is not None

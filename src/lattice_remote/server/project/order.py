@@ -23,6 +23,10 @@ class Order(Protocol):
 
     is_shared: bool
     """Whether other nodes have this project too."""
+    owner: str
+    """Name of the last known owner of a shared project."""
+    term: int
+    """Of that owner."""
 
     @property
     def is_owner(self) -> bool:
@@ -82,6 +86,8 @@ class EmbeddedOrder:
     """Order of one server: the journal's fsync makes an outcome final."""
 
     is_shared = False
+    owner = ""
+    term = 0
     is_owner = True
     is_settled = True
     unavailable = ""
