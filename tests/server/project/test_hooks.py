@@ -73,7 +73,10 @@ async def test_all_of_a_hook_that_takes_too_long_is_ended(
     command = "echo soon >&2; sleep 600 & echo $! > written; mv written pid; wait"
     configure(tmp_path, on={"task_created": command})
     with monkeypatch.context() as patch:
-        clock = SimpleNamespace(monotonic=lambda: 61.0 if (tmp_path / "pid").exists() else 0.0)
+        began = [0.0]
+        clock = SimpleNamespace(
+            monotonic=lambda: began.pop() if began else 61.0 if (tmp_path / "pid").exists() else 0.0
+        )
         patch.setattr("lattice_remote.server.project.hooks.time", clock)
         hooks.submit(7, [call(command)])
         await until(lambda: hooks._task is None)
