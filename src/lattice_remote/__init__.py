@@ -1,17 +1,7 @@
 """lattice-remote: hosted remote for Lattice.
 
-Each command runs where the data is; its changes are sent to every client.
-
-    errors      error tree, by cause
-    protocol    frames, operations and the client's state machine; pure, shared by both sides
-    server      runs the commands of each project in order, journals their changes, sends them to every client
-    client      plugin inside ``lattice``, background agent, cache of plain files
-    storage     Python interface for programs to a local or remote project
-    livepage    live updates of lattice's dashboard page
-    textmerge   three-way line merge of texts
-
-The protocol imports neither side; neither side imports the other. Start with ``protocol/messages.py``, then
-``server/project/project.py`` and ``client/agent/main.py``.
+Each command runs where the data is; its changes are sent to every client. docs/inside/architecture.md names the parts.
+Start with ``protocol/messages.py``, then ``server/project/project.py`` and ``client/agent/main.py``.
 """
 
 TYPE_CHECKING = False  # typing's own would have to be imported by every lattice command

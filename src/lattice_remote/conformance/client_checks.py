@@ -161,6 +161,20 @@ class Play:
         self.server.cut()
         await self.until(lambda: self.server.attempts > before, "attempt to connect")
 
+    async def announce(self, *contents: bytes) -> None:
+        """Announce contents of ``context.md``, one after the other, and hold their pieces back."""
+        self.server.holds_pieces = True
+        for data in contents:
+            after = {**self.server.files, "context.md": data}
+            await self.server.write([AnnounceFile("context.md", len(data), digest_of(data))], after)
+        await self.until(self.has_held_pieces, "Fetch")
+
+    async def release(self) -> None:
+        """Send the pieces that were held back, and wait until the files are equal."""
+        self.server.holds_pieces = False
+        await self.server.flush()
+        await self.equal()
+
     def has_held_pieces(self) -> bool:
         return any(link.connection.pending for link in self.server.links)
 
@@ -243,9 +257,7 @@ async def _(target: ClientTarget) -> None:
         await play.server.change({"tasks/t1.json": b"new", "tasks/t2.json": None, "tasks/new.json": b"{}"})
         await play.server.pieces(2)
         await play.server.change({LOG: LINE, "tasks/t1.json": None})
-        play.server.holds_pieces = False
-        await play.server.flush()
-        await play.equal()
+        await play.release()
 
 
 # --- 4, 5: changes ---
@@ -302,14 +314,8 @@ async def _(target: ClientTarget) -> None:
 @check("5.1", "an announced file is fetched; announced again before it came, the newer content counts")
 async def _(target: ClientTarget) -> None:
     async with target.filled() as play:
-        play.server.holds_pieces = True
-        for data in (b"first" * 20, b"other" * 20):
-            after = {**play.server.files, "context.md": data}
-            await play.server.write([AnnounceFile("context.md", len(data), digest_of(data))], after)
-        await play.until(play.has_held_pieces, "Fetch")
-        play.server.holds_pieces = False
-        await play.server.flush()
-        await play.equal()
+        await play.announce(b"first" * 20, b"other" * 20)
+        await play.release()
 
 
 @check("4", "an announced file with the size of the present one is fetched")
@@ -329,26 +335,18 @@ async def _(target: ClientTarget) -> None:
     )
     for files in steps:
         async with target.filled() as play:
-            play.server.holds_pieces = True
-            after = {**play.server.files, "context.md": b"x" * 70}
-            await play.server.write([AnnounceFile("context.md", 70, digest_of(b"x" * 70))], after)
-            await play.until(play.has_held_pieces, "Fetch")
+            await play.announce(b"x" * 70)
             await play.server.pieces(4)
             await play.server.change(files)
             await play.server.pieces(4)
-            play.server.holds_pieces = False
-            await play.server.flush()
-            await play.equal()
+            await play.release()
 
 
 @check("5.2", "parts with another digest are not used; a restarted file and an old part are")
 async def _(target: ClientTarget) -> None:
     async with target.filled() as play:
-        play.server.holds_pieces = True
         data = b"the right content"
-        after = {**play.server.files, "context.md": data}
-        await play.server.write([AnnounceFile("context.md", len(data), digest_of(data))], after)
-        await play.until(play.has_held_pieces, "Fetch")
+        await play.announce(data)
         seq, link = play.server.model.head, play.server.links[0]
         wrong = Part("context.md", seq, len(data), digest_of(data), 0, b"x" * len(data))
         old = Part("context.md", seq - 1, 3, digest_of(b"old"), 0, b"old")
@@ -357,9 +355,7 @@ async def _(target: ClientTarget) -> None:
         await link.send(encode(old), encode(begun), encode(wrong))
         await play.until(lambda: len(play.sent(Fetch)) > fetches, "second Fetch")
         expect(play.tree.get("context.md") in (None, data), "it stores content with another digest")
-        play.server.holds_pieces = False
-        await play.server.flush()
-        await play.equal()
+        await play.release()
 
 
 @check("5", "a client that is killed continues where it was")
@@ -427,9 +423,7 @@ async def _(target: ClientTarget) -> None:
             if dice.random() < 0.3:
                 await asyncio.sleep(0)
                 await play.server.pieces(dice.randrange(4))
-        play.server.holds_pieces = False
-        await play.server.flush()
-        await play.equal()
+        await play.release()
 
 
 # --- 3.1, 3.4: requests ---
