@@ -1,14 +1,15 @@
 """One segment: which records are read of a damaged one, and which are salvaged from the rest."""
 
+import os
 from pathlib import Path
 
 import msgspec
 import pytest
-from test_journal import fill, record
+from test_journal import NOW, fill, record
 
 from lattice_remote.files import frame, frames
-from lattice_remote.server.journal.journal import Journal
-from lattice_remote.server.journal.segment import read_segment, readable_records, salvaged
+from lattice_remote.server.journal.journal import Journal, Retention, encode_record
+from lattice_remote.server.journal.segment import JournalReader, Record, read_segment, readable_records, salvaged
 
 
 @pytest.fixture
@@ -63,3 +64,23 @@ def test_records_behind_the_rest_of_another_are_salvaged(cut: int) -> None:
 
 def _frame_of(seq: int) -> bytes:
     return frame(msgspec.msgpack.encode(record(seq)))
+
+
+def test_the_last_shared_records_before_a_number_are_found_across_private_ones_and_segments(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path, "e", Retention(segment_bytes=300))
+    shared: list[tuple[int, bytes]] = []
+    for seq in range(1, 9):
+        if seq % 2:  # a content kept before a command is this journal's alone
+            journal.append(Record(seq - 1, b"m", 0.0, moved={"tasks/a.json": b"content"}))
+        number, each = journal.next_number, record(seq)
+        journal.append(each)
+        shared.append((number, encode_record(each)))
+        if journal.is_rotation_due(NOW):
+            os.close(journal.rotate())
+    reader = JournalReader(tmp_path)
+    assert len(list(tmp_path.glob("*.log"))) > 2
+    for upto in range(journal.next_number + 1):
+        before = [payload for number, payload in shared if number < upto]
+        for count in range(len(before) + 1):
+            assert reader.payloads_before(upto, count) == before[len(before) - count :]
+        assert reader.payloads_before(upto, len(before) + 1) is None

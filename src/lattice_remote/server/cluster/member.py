@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import batched, islice
+from itertools import batched
 from pathlib import Path
 
 import msgspec
@@ -402,11 +402,10 @@ class Member:
             if cursor.seq:
                 raise StreamLost(f"the stream {self._order.name} ends before {cursor.seq}, which was acknowledged")
             return
-        records, begin = found[0].records, cursor.number - len(found[0].records)
-        reader = JournalReader(self._paths.journal)
-        if not await asyncio.to_thread(reader.reaches, begin):
+        records, reader = found[0].records, JournalReader(self._paths.journal)
+        here = await asyncio.to_thread(reader.payloads_before, cursor.number, len(records))
+        if here is None:
             return
-        here = await asyncio.to_thread(lambda: [each for _, each in islice(reader.payloads(begin), len(records))])
         is_owner_here = records or (found[0].node, found[0].term) == (cursor.node, cursor.term)
         if here != list(records) or not is_owner_here:
             raise StreamLost(f"message {cursor.seq} of {self._order.name} is another one than was acknowledged")
@@ -498,7 +497,7 @@ class Member:
 
     @property
     def _contents(self) -> Path:
-        return self._paths.root / "contents"
+        return self._paths.root.absolute() / "contents"  # the worker has another current directory
 
     def _finish_batches(self) -> None:
         while self._applying and self._applying[0].left <= 0:

@@ -198,6 +198,15 @@ def cut_records(directory: Path, number: int, aside: Path) -> None:
         return
 
 
+def _shared_in(header: Segment, path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield number and encoding of a segment's records, without the contents kept before a command."""
+    for at, (_, payload) in enumerate(frames(path.read_bytes()), header.number - 1):
+        if at >= header.number:
+            item = outline_decoder.decode(payload)
+            if isinstance(item, Outline) and (item.id or item.files):
+                yield at, payload
+
+
 class JournalReader:
     """Reader of the journal, shared by subscribers. Blocking: call it from a thread. Raises OSError.
 
@@ -236,16 +245,23 @@ class JournalReader:
         """Yield number and encoding of each record of the history from ``number`` on, without the contents kept before
         a command: those are this journal's alone. Nothing if ``number`` has expired.
         """
+        segments = self._of_epoch()
+        if segments and number >= segments[0][0].number:
+            for header, path in segments:
+                yield from ((at, payload) for at, payload in _shared_in(header, path) if at >= number)
+
+    def payloads_before(self, number: int, count: int) -> list[bytes] | None:
+        """Return the last ``count`` encodings before record ``number``, as ``payloads`` does; None if some expired."""
+        found: list[bytes] = []
+        for header, path in reversed(self._of_epoch()):
+            if len(found) < count:
+                found = [payload for at, payload in _shared_in(header, path) if at < number] + found
+        return found[len(found) - count :] if len(found) >= count else None
+
+    def _of_epoch(self) -> list[tuple[Segment, Path]]:
+        """Return the segments of the newest epoch."""
         segments = [(header, path) for path in segment_paths(self._directory) if (header := header_of(path))]
-        of_epoch = [(header, path) for header, path in segments if header.epoch == segments[-1][0].epoch]
-        if not of_epoch or number < of_epoch[0][0].number:
-            return
-        for header, path in of_epoch:
-            for at, (_, payload) in enumerate(frames(path.read_bytes()), header.number - 1):
-                if at >= max(number, header.number):
-                    item = outline_decoder.decode(payload)
-                    if isinstance(item, Outline) and (item.id or item.files):
-                        yield at, payload
+        return [(header, path) for header, path in segments if header.epoch == segments[-1][0].epoch]
 
     def records(self) -> Iterator[Record]:
         return (item for item in self._items(0) if isinstance(item, Record))
