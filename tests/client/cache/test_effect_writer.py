@@ -10,13 +10,13 @@ from client_kit import PLAN, TASK, make_cache, rescued
 from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.cache.edits import Edits
 from lattice_remote.client.cache.effect_writer import EffectWriter
-from lattice_remote.client.cache.rescued_files import RescuePolicy
+from lattice_remote.client.cache.rescued_files import LOST, RESTORED, RescuePolicy
 from lattice_remote.client.cache.verify import RepairSchedule
 from lattice_remote.client.config import read_remote
 from lattice_remote.errors import ProtocolError
 from lattice_remote.protocol.effects import Effect
 from lattice_remote.protocol.messages import Part
-from lattice_remote.protocol.operations import DeleteFile, MoveFile, PutFile, digest_of
+from lattice_remote.protocol.operations import AnnounceFile, DeleteFile, MoveFile, Operation, PutFile, digest_of
 from lattice_remote.protocol.replica import Replica
 
 EVENTS = f"events/{TASK}.jsonl"
@@ -66,6 +66,15 @@ class Place:
 
     async def receive(self, *parts: Part) -> list[Effect]:
         return await self.writer.write_parts(parts, self.replica)
+
+    def know_all(self) -> None:
+        """Have the signatures of all files, as after a comparison."""
+        found = {path: self.cache.signature(path) for path in self.cache.paths()}
+        self.cache.known.settle((path, signature) for path, signature in found.items() if signature is not None)
+        self.cache.known.is_complete = True
+
+    def reasons(self) -> list[str]:
+        return [entry.reason for entry in self.policy.rescued.entries()]
 
     def inode(self, path: str) -> int:
         return os.stat(self.directory / path).st_ino
@@ -268,7 +277,7 @@ def test_an_unedited_text_is_removed_with_its_base(place: Place) -> None:
 
 
 def test_a_text_of_no_task_is_rescued_and_removed(place: Place) -> None:
-    place.cache.known.settle([])
+    place.know_all()
     place.write(PLAN, b"mine\n")
     assert place.writer.is_orphan(PLAN)
     place.writer.remove(PLAN, place.replica)
@@ -282,9 +291,7 @@ def test_a_text_of_no_task_is_rescued_and_removed(place: Place) -> None:
 def test_a_file_is_strange_when_another_program_wrote_it(place: Place) -> None:
     place.holds(SNAPSHOT, b"{}")
     place.holds(PLAN, b"old\n")
-    place.cache.known.settle(
-        (path, signature) for path in (SNAPSHOT, PLAN) if (signature := place.cache.signature(path)) is not None
-    )
+    place.know_all()
     assert not place.writer.is_strange(SNAPSHOT) and not place.writer.is_strange(PLAN)
     place.write(SNAPSHOT, b"[]")
     place.write(PLAN, b"mine\n")
@@ -294,3 +301,162 @@ def test_a_file_is_strange_when_another_program_wrote_it(place: Place) -> None:
     assert place.writer.is_strange(PLAN), "a removed text is restored"
     place.write("plans/task_01HZZZZZZZZZZZZZZZZZZZZZZX.md", b"of no task")
     assert place.writer.is_strange("plans/task_01HZZZZZZZZZZZZZZZZZZZZZZX.md")
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_a_text_that_was_brought_with_its_base_is_strange_if_all_files_are_known(
+    place: Place, is_complete: bool
+) -> None:
+    place.holds(SNAPSHOT, b"{}")
+    place.holds(PLAN, b"new\n")
+    place.know_all()
+    place.cache.known.is_complete = is_complete
+    for path in (PLAN, f".remote/base/{PLAN}"):
+        place.write(path, b"earlier\n")
+    assert not place.edits.is_edited(PLAN)
+    assert place.writer.is_strange(PLAN) == is_complete
+
+
+def test_a_text_is_of_no_task_only_if_all_files_are_known(place: Place) -> None:
+    place.know_all()
+    place.write(PLAN, b"mine\n")
+    place.cache.known.is_complete = False
+    assert not place.writer.is_orphan(PLAN)
+    place.cache.known.is_complete = True
+    assert place.writer.is_orphan(PLAN)
+    place.holds(SNAPSHOT, b"{}")
+    assert not place.writer.is_orphan(PLAN)
+
+
+@pytest.mark.parametrize(
+    ("is_complete", "is_reported", "is_rescued"),
+    [(True, False, True), (False, True, True), (False, False, False)],
+)
+def test_a_snapshot_is_rescued_if_another_program_is_known_to_have_written_it(
+    place: Place, is_complete: bool, is_reported: bool, is_rescued: bool
+) -> None:
+    place.holds(SNAPSHOT, b"{}")
+    place.know_all()
+    place.cache.known.is_complete = is_complete
+    place.writer.keep([SNAPSHOT])
+    assert rescued(place.directory) == {}, "it is the server's"
+    place.write(SNAPSHOT, b"theirs")
+    if is_reported:
+        place.repairs.strange[SNAPSHOT] = (place.cache.signature(SNAPSHOT), digest_of(b"theirs"))
+    place.writer.keep([SNAPSHOT])
+    assert rescued(place.directory) == ({SNAPSHOT: [b"theirs"]} if is_rescued else {})
+
+
+def test_an_edited_text_is_no_rescue(place: Place) -> None:
+    place.holds(PLAN, b"old\n")
+    place.know_all()
+    place.write(PLAN, b"mine\n")
+    place.writer.keep([PLAN])
+    assert rescued(place.directory) == {}, "an edit is sent"
+
+
+@pytest.mark.parametrize(
+    ("is_complete", "is_strange", "after", "reason"),
+    [
+        (True, False, b'{"id":"ev_1"}\n', LOST),
+        (False, False, b"", LOST),
+        (False, False, b'{"id":"ev_1"}\n', RESTORED),
+        (True, True, b'{"id":"ev_1"}\n', RESTORED),
+    ],
+)
+def test_events_that_the_server_had_before_are_lost_others_are_restored(
+    place: Place, is_complete: bool, is_strange: bool, after: bytes, reason: str
+) -> None:
+    place.holds(EVENTS, b'{"id":"ev_1"}\n{"id":"ev_2"}\n')
+    place.know_all()
+    place.cache.known.is_complete = is_complete
+    if is_strange:
+        place.write(EVENTS, b'{"id":"ev_1"}\n{"id":"ev_2"}\n{"id":"ev_3"}\n')
+    place.writer.keep([EVENTS], after)
+    assert place.reasons() == [reason]
+
+
+async def test_events_are_compared_with_a_whole_content_only(place: Place) -> None:
+    place.holds(EVENTS, b'{"id":"ev_1"}\n{"id":"ev_2"}\n')
+    shorter = b'{"id":"ev_1"}\n'
+    await place.receive(part(EVENTS, shorter, end=3))
+    assert rescued(place.directory) == {}
+    await place.receive(part(EVENTS, shorter, offset=3))
+    assert place.cache.read(EVENTS) == shorter and rescued(place.directory) == {}
+    place.holds(EVENTS, b'{"id":"ev_1"}\n{"id":"ev_2"}\n')
+    await place.receive(part(EVENTS, shorter))
+    assert list(rescued(place.directory)) == [EVENTS]
+
+
+def test_a_changed_snapshot_is_rescued_before_operations_that_replace_or_remove_it(place: Place) -> None:
+    other = SNAPSHOT.replace("ZZ.json", "ZX.json")
+    for path in (SNAPSHOT, other, "config.json"):
+        place.holds(path, b"{}")
+    place.know_all()
+    for path in (SNAPSHOT, other, "config.json"):
+        place.write(path, b"theirs")
+    operations: list[Operation] = [PutFile(SNAPSHOT, b"[]"), DeleteFile(other), PutFile("config.json", b"[]")]
+    place.writer.apply((operation for operation in operations), place.replica)
+    assert rescued(place.directory) == {path: [b"theirs"] for path in (SNAPSHOT, other, "config.json")}
+    assert place.cache.read(SNAPSHOT) == place.cache.read("config.json") == b"[]" and place.cache.size(other) is None
+    assert not place.writer.is_strange(SNAPSHOT) and not place.writer.is_strange("config.json")
+
+
+def test_what_an_operation_wrote_is_the_servers(place: Place) -> None:
+    place.holds("config.json", b"{}")
+    place.writer.apply([PutFile("config.json", b"[]")], place.replica)
+    place.writer.keep(["config.json"], b"{}")
+    assert rescued(place.directory) == {}
+
+
+@pytest.mark.parametrize("brings", [MoveFile, PutFile, AnnounceFile, None])
+def test_events_of_an_archived_task_are_not_lost(place: Place, brings: type[Operation] | None) -> None:
+    events, archived = b'{"id":"ev_1"}\n', f"archive/{EVENTS}"
+    place.holds(EVENTS, events)
+    operations: dict[type[Operation] | None, list[Operation]] = {
+        MoveFile: [MoveFile(EVENTS, archived, digest_of(events))],
+        PutFile: [PutFile(archived, events), DeleteFile(EVENTS)],
+        AnnounceFile: [DeleteFile(EVENTS), AnnounceFile(archived, len(events), digest_of(events))],
+        None: [DeleteFile(EVENTS)],
+    }
+    place.writer.apply(operations[brings], place.replica)
+    assert place.cache.size(EVENTS) is None
+    assert place.reasons() == ([LOST] if brings is None else [])
+
+
+def test_a_link_that_an_operation_replaces_is_named(place: Place, tmp_path: Path) -> None:
+    place.holds(PLAN, b"old\n")
+    target = tmp_path / "mine.md"
+    target.write_text("mine")
+    (place.directory / PLAN).unlink()
+    (place.directory / PLAN).symlink_to(target)
+    place.writer.apply([PutFile(PLAN, b"new\n")], place.replica)
+    assert [str(target) in notice for notice in place.policy.notices] == [True]
+    assert target.read_text() == "mine" and place.cache.read(PLAN) == b"new\n"
+
+
+def test_a_removed_snapshot_is_rescued_if_another_program_wrote_it(place: Place) -> None:
+    place.holds(SNAPSHOT, b"{}")
+    place.know_all()
+    place.write(SNAPSHOT, b"theirs")
+    place.writer.remove(SNAPSHOT, place.replica)
+    assert place.cache.size(SNAPSHOT) is None and rescued(place.directory) == {SNAPSHOT: [b"theirs"]}
+    assert not place.writer.is_strange(SNAPSHOT), "removed as the server has it"
+
+
+async def test_a_restored_text_is_a_repair(place: Place) -> None:
+    place.holds(PLAN, b"old\n")
+    (place.directory / PLAN).unlink()
+    place.repairs.strange[PLAN] = (None, None)
+    await place.receive(part(PLAN, b"old\n"))
+    assert place.repairs.strange == {} and (place.repairs.count, place.repairs.last_path) == (1, PLAN)
+    place.write(PLAN, b"old\nmine\n")
+    assert place.edits.base(PLAN) == b"old\n" and place.edits.is_edited(PLAN)
+
+
+def test_nothing_is_fetched_after_operations_that_fit(place: Place) -> None:
+    def fail(_: list[str]) -> list[Effect]:
+        raise AssertionError("nothing has drifted")
+
+    place.drifts.drifted = fail  # type: ignore[method-assign]
+    assert place.writer.apply([PutFile(SNAPSHOT, b"{}")], place.replica) == []

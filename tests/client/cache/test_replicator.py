@@ -1,7 +1,9 @@
 """A replicator on real files, beside a server in memory: what is written, stored and shared, frame by frame."""
 
 import asyncio
+import contextlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -591,3 +593,182 @@ async def test_a_session_of_requests_applies_nothing(server: InMemoryServer) -> 
     assert (await session.receive([reply])).answers == [reply]
     await session.disconnected()
     assert not session.is_current
+
+
+# --- several processes, step by step ---
+
+
+async def test_several_parts_at_once_are_one_batch(directory: Path) -> None:
+    server = InMemoryServer(piece=3)
+    server.write(delta({}, FILES), dict(FILES))
+    follower = Follower(server, directory)
+    await follower.greet()
+    while follower.replicator.progress() is None:
+        await follower.step()
+    while follower.connection.to_server:
+        server.take(follower.connection)
+    while server.send_next(follower.connection, piece_first=True):
+        pass
+    frames = [received(follower.connection) for _ in range(len(follower.connection.to_client))]
+    assert len(frames) > len(FILES)
+    await follower.replicator.receive(frames)
+    assert follower.tree() == FILES and follower.replicator.received == len(frames)
+
+
+async def test_no_other_process_comes_between_the_steps_of_a_resync(directory: Path) -> None:
+    server = InMemoryServer(piece=2)
+    server.write(delta({}, FILES), dict(FILES))
+    follower = Follower(server, directory)
+    await follower.greet()
+    assert await follower.step() is not None
+    other = Cache(str(directory), follower.cache.remote)
+    steps = 0
+    while not follower.replicator.is_current or follower.replicator.replica.missing:
+        with pytest.raises(StorageError):
+            async with other.locked(0.0):
+                pass
+        steps += 1
+        await follower.step()
+    assert steps > len(FILES) and follower.tree() == FILES
+    async with other.locked(0.0):
+        pass
+
+
+async def test_a_resync_rescues_only_what_another_program_wrote(follower: Follower, server: InMemoryServer) -> None:
+    other = "tasks/task_01HZZZZZZZZZZZZZZZZZZZZZZX.json"
+    follower.change(FILES | {other: b"{}\n"})
+    await follower.settle()
+    await follower.replicator.disconnected()
+    after = FILES | {SNAPSHOT: b"[]\n", other: b"[]\n"}
+    server.write(delta(server.files, after), after)
+    server.new_epoch()
+    follower.write(SNAPSHOT, b"theirs")
+    await follower.follow()
+    assert follower.tree() == after and rescued(follower.directory) == {SNAPSHOT: [b"theirs"]}
+
+
+async def test_a_comparison_ends_when_another_process_writes(follower: Follower, server: InMemoryServer) -> None:
+    other = await Follower(server, follower.directory).follow()
+    outcome, _ = await follower.replicator.compare(repair=False)
+    assert outcome.to_send and follower.replicator.replica.state is State.COMPARING
+    other.change(FILES | {SNAPSHOT: b"[]\n"})
+    await other.settle()
+    with pytest.raises(ConnectionFailed, match="during the comparison"):
+        await follower.replicator.receive([])
+
+
+async def test_a_comparison_that_nobody_awaits_any_longer_ends_quietly(follower: Follower) -> None:
+    outcome, future = await follower.replicator.compare(repair=True)
+    future.cancel()
+    follower.write(SNAPSHOT, b"theirs")
+    follower.send(outcome)
+    await follower.settle()
+    assert follower.tree() == FILES
+    _, lost = await follower.replicator.compare(repair=False)
+    lost.cancel()
+    await follower.replicator.disconnected()
+
+
+async def test_a_content_that_another_process_fetched_is_no_longer_deferred(
+    server: InMemoryServer, directory: Path
+) -> None:
+    follower, data = await deferring(server, directory)
+    other = await Follower(server, directory).follow()
+    (directory / ".remote/tmp/arrived").write_bytes(data)
+    assert await other.replicator.arrived(ARTIFACT, content_of(data), ".remote/tmp/arrived")
+    await follower.replicator.receive([])
+    assert not follower.replicator.replica.deferred
+    assert not await follower.replicator.arrived(ARTIFACT, content_of(data), None)
+
+
+async def test_each_step_goes_on_from_where_another_process_is(server: InMemoryServer, directory: Path) -> None:
+    follower, _ = await deferring(server, directory)
+    replicator, replica = follower.replicator, follower.replicator.replica
+    other = await Follower(server, directory).follow()
+    found = follower.cache.signature(PLAN)
+    assert found is not None
+    steps = (
+        lambda: replicator.bring(SNAPSHOT),
+        lambda: replicator.learned(SNAPSHOT, content_of(b""), 0),
+        lambda: replicator.arrived(SNAPSHOT, content_of(b""), None),
+        lambda: replicator.vacate(SNAPSHOT, content_of(b"")),
+        lambda: replicator.repair([]),
+        lambda: replicator.restore(PLAN, (0, *found[1:]), None),
+        lambda: replicator.settle(Put("5" * 32, PLAN, FILES[PLAN], FILES[PLAN]), "stored", FILES[PLAN]),
+        lambda: replicator.receive([]),
+    )
+    for number, step in enumerate(steps):
+        other.change(server.files | {"config.json": b"%d" % number})
+        await other.settle()
+        await step()
+        assert replica.position.seq == server.head, number
+        replicator.current_at = 5e9 + number
+        await replicator.store_age()
+        assert follower.cache.load_state().current_at == 5e9 + number, "its state is known again"
+
+
+async def test_an_age_is_not_stored_over_what_another_process_stored_meanwhile(
+    follower: Follower, server: InMemoryServer
+) -> None:
+    other = await Follower(server, follower.directory).follow()
+    follower.replicator.current_at = 5e9
+    async with other.cache.locked():
+        storing = asyncio.create_task(follower.replicator.store_age())
+        await asyncio.sleep(0)
+        other.cache.save_state(replace(other.replicator.state, current_at=7e9))
+    with contextlib.suppress(StorageError):  # on a machine so slow that it no longer waits for the lock
+        await storing
+    assert follower.cache.load_state().current_at == 7e9
+
+
+async def test_without_a_session_nothing_is_brought(server: InMemoryServer, directory: Path) -> None:
+    follower, _ = await deferring(server, directory)
+    await follower.replicator.disconnected()
+    assert (await follower.replicator.bring(ARTIFACT)).to_send == []
+    await follower.replicator.learned(ARTIFACT, content_of(b"new"), follower.replicator.replica.position.seq)
+    assert follower.cache.load_state().deferred[ARTIFACT] != content_of(b"new")
+
+
+async def test_progress_continues_after_a_restart(server: InMemoryServer, directory: Path) -> None:
+    follower = Follower(server, directory)
+    await follower.greet()
+    while follower.replicator.progress() != (1, len(FILES)):
+        await follower.step()
+    await follower.replicator.disconnected()
+    again = Follower(server, directory)
+    await again.greet()
+    await again.step()
+    assert again.replicator.progress() == (0, len(FILES) - 1)
+
+
+# --- what must be durable ---
+
+
+async def test_saves_and_withheld_texts_are_recorded_for_a_later_process(follower: Follower) -> None:
+    missing = PLAN.replace("plans/", "notes/")
+    follower.write(PLAN, b"mine\n")
+    await follower.replicator.withhold([(PLAN, "because"), (missing, "because")])
+    evidence = Follower(follower.server, follower.directory).replicator.edits.evidence
+    assert evidence.withheld() == {PLAN: "because"}
+    await follower.replicator.record([(PLAN, b"mine\n")])
+    assert Follower(follower.server, follower.directory).replicator.edits.evidence.withheld() == {}
+
+
+async def test_work_on_files_ends_before_its_cancellation() -> None:
+    entered, may_end, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def work() -> None:
+        entered.set()
+        await may_end.wait()
+        ended.set()
+
+    task = asyncio.create_task(replicator_module._uninterrupted(work()))
+    await entered.wait()
+    task.cancel()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not task.done()
+    may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended.is_set()
