@@ -99,6 +99,13 @@ async def test_a_server_that_does_not_sync_is_refused_if_its_setting_is_known(
     assert second.startswith("cannot read the settings of the NATS server at file:///etc/passwd: not an http")
 
 
+async def test_several_copies_at_one_server_are_refused_with_advice(one_server: NatsCluster, slug: str) -> None:
+    engine = await Engine.connect(one_server.urls, node="a")
+    with pytest.raises(Misuse, match="use --cluster-replicas 1"):
+        await engine.kv(slug)
+    await engine.close()
+
+
 async def test_an_engine_that_is_not_there_is_named_with_the_reason() -> None:
     with pytest.raises(EngineUnavailable, match=r"cannot connect to NATS at nats://127.0.0.1:9: Connection refused"):
         await Engine.connect(["nats://127.0.0.1:9"], node="a", timeout_s=0.5)

@@ -61,6 +61,11 @@ class Bucket:
         found = await self._engine.message(self._stream, last_of=self._prefix + key)
         return None if found is None or _is_deletion(found) else BucketEntry(found.data, found.seq)
 
+    async def changed_at(self, key: str) -> float:
+        """Return when a key was changed, by the engine's clock; in seconds since the epoch, 0 if there is none."""
+        found = await self._engine.message(self._stream, last_of=self._prefix + key)
+        return 0.0 if found is None else found.stored_at
+
     async def put(self, key: str, value: bytes) -> int:
         """Set a key, over any value. Returns the new revision."""
         revision = await self._write(key, value, {})

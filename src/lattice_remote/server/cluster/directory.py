@@ -183,6 +183,10 @@ class ClusterDirectory:
     async def report(self, report: NodeReport) -> None:
         await self._bucket.put(f"node.{report.name}", msgspec.json.encode(report))
 
+    async def clock_difference(self, report: NodeReport) -> float:
+        """Return by how many seconds the engine's clock is ahead of that of the node that has stored this report."""
+        return await self._bucket.changed_at(f"node.{report.name}") - report.at
+
     async def remove_node(self, name: str) -> None:
         await self._bucket.delete(f"node.{name}")
 

@@ -58,12 +58,13 @@ _SLACK_BYTES = 1 << 20
 _END, _NOTHING = "204", "404"
 
 NO_MESSAGE, NO_STREAM, NAME_IN_USE = 10037, 10059, 10058
+_NOT_CLUSTERED = 10074
 WRONG_SEQUENCE = (10071, 10164)
 FULL = (10002, 10023, 10028, 10047, 10077)
 """Limits of the stream, the account or the disk are reached; the message was not stored."""
 _UNKNOWN_CA = (18, 19, 20, 21)
 """OpenSSL's numbers for a certificate whose authority is unknown."""
-_TEMPORARY = (10004, 10008, 10009, 10118)
+_TEMPORARY = (10004, 10005, 10008, 10009, 10118)
 
 _log = logging.getLogger(__name__)
 
@@ -274,7 +275,7 @@ class JetStream:
         if error is None:
             return msgspec.json.decode(answer, type=kind)
         if error.code == HTTPStatus.SERVICE_UNAVAILABLE or error.err_code in _TEMPORARY:
-            raise EngineUnavailable(f"NATS is not ready: {error.description}")
+            raise EngineUnavailable(f"NATS is not ready: {error.description}; a majority of its servers must run")
         raise EngineRefused(error.err_code, error.description)
 
     async def publish(
@@ -300,9 +301,20 @@ class JetStream:
             raise EngineUnavailable(f"cannot subscribe at NATS: {error}") from error
 
     async def create_stream(self, name: str, config: Mapping[str, object]) -> StreamInfo:
-        """Create a stream, or return the one of the same name and configuration. Raises EngineRefused if it differs."""
+        """Create a stream, or return the one of the same name and configuration.
+
+        Raises EngineRefused if it differs, Misuse if the server is alone and several copies are wanted.
+        """
         full = {"name": name, "storage": "file", "num_replicas": self.replicas, "discard": "new", **config}
-        return await self.api(f"STREAM.CREATE.{name}", StreamInfo, full, timeout_s=10.0)
+        try:
+            return await self.api(f"STREAM.CREATE.{name}", StreamInfo, full, timeout_s=10.0)
+        except EngineRefused as error:
+            if error.number != _NOT_CLUSTERED:
+                raise
+            raise Misuse(
+                "this NATS server runs alone and keeps one copy of each change: run three as a cluster, or for a "
+                "trial use --cluster-replicas 1"
+            ) from error
 
     async def ensure_stream(self, name: str, config: Mapping[str, object]) -> StreamInfo:
         """Return the stream; create it if it is missing. Waits for an engine without a quorum, 60 s at most."""

@@ -580,7 +580,8 @@ class Member:
     def _dismiss_if_behind(self) -> None:
         why = self.unavailable if self._is_ready else ""
         if why and not self._is_dismissed:
-            _log.error("%s: %s", self.slug, why)
+            level = logging.ERROR if self._current_at > 0 else logging.INFO  # it has just started
+            _log.log(level, "%s: %s", self.slug, why.partition(";")[0])
             self.project.dismiss(Bye("REMOTE_BUSY", why, 1.0))
         self._is_dismissed = bool(why)
 

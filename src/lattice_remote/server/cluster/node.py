@@ -50,6 +50,7 @@ __all__ = ["Node"]
 
 _STEP_S = 1.0
 _STOP_S = 10.0
+_CLOCKS_S = 3.0
 
 _log = logging.getLogger(__name__)
 
@@ -212,7 +213,10 @@ class Node:
         await self._arrange()
         for slug in self._strangers():
             await self._enter(slug)
-        await self._report()
+        report = await self._report()
+        difference = await self._directory.clock_difference(report)
+        if abs(difference) > _CLOCKS_S:
+            _log.warning("this machine's clock is %.0f s off that of NATS; nodes must agree to a second", difference)
 
     async def run(self) -> None:
         """Keep the members, the shared files and the reports up to date, for ever."""
@@ -363,7 +367,7 @@ class Node:
         if self.refusal_of(slug) is None:
             self.registry.project(slug)
 
-    async def _report(self) -> None:
+    async def _report(self) -> NodeReport:
         projects = {
             slug: ProjectReport(
                 member.position, member.project.history.head, member.is_owner, member.term, member.in_doubt, problem
@@ -376,6 +380,7 @@ class Node:
         name, url = self._identity.name, self._identity.url
         report = NodeReport(name, url, version, time.time(), projects, self.settings.directory)
         await self._directory.report(report)
+        return report
 
     # --- wishes ---
 

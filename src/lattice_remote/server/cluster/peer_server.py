@@ -42,7 +42,9 @@ class PeerServer:
             return refusal
         if node is None:
             return quota.failed() or ApiError(
-                HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", "missing or invalid proof of a node of this cluster"
+                HTTPStatus.UNAUTHORIZED,
+                "REMOTE_UNAUTHORIZED",
+                "missing or invalid proof of a node of this cluster; compare the clocks of the machines",
             )
         matched = _PATH.fullmatch(request.path)
         if matched is None:
