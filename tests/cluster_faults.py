@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -232,6 +232,12 @@ async def stream_records(cluster: RunningCluster, epoch: str) -> list[bytes]:
         await engine.close()
 
 
+def owner_of(cluster: RunningCluster) -> str:
+    """Return the owner; waits for one."""
+    wait_until(cluster.owner, "a node owns the project")
+    return cluster.owner()
+
+
 # --- leases that are lost ---
 
 
@@ -250,7 +256,7 @@ def lose_lease(
         answers_only: the engine gets the owner's append and lease, and its answers are lost.
         kill_worker: the owner's worker dies in between.
     """
-    owner = cluster.owner()
+    owner = owner_of(cluster)
     other = next(name for name in cluster.names if name != owner)
     tasks = cluster.tree(owner) / "tasks"
     before, began = len(list(tasks.glob("*.json"))), time.monotonic()
@@ -280,18 +286,57 @@ def lose_lease(
     return f"{count} unacknowledged commands at a lost {lost}{worker}: each once, {took:.1f} s"
 
 
+# --- edits beside the nodes ---
+
+
+def edit_beside(nats: NatsCluster, cluster: RunningCluster, account: Account, *, delay_s: float = 0.0) -> str:
+    """Edit a plan in the nodes' directories: only an owner's edit becomes a change, also around a takeover."""
+    del nats
+    ack = account.write_once("a", f"planned {time.monotonic():.6f}")
+    plan = f"plans/{json.loads(ack.text)['data']['id']}.md"
+    wait_until(cluster.agree, "the nodes agree")
+    owner = owner_of(cluster)
+    others = [name for name in cluster.names if name != owner]
+    (cluster.tree(owner) / plan).write_text("by the owner\n")
+    head = cluster.head(owner)[1]
+    wait_until(lambda: _has(cluster, cluster.names, plan, "by the owner\n"), "the owner's edit is on all nodes")
+    for name in others:
+        (cluster.tree(name) / plan).write_text(f"beside {name}\n")
+    wait_until(lambda: _has(cluster, others, plan, "by the owner\n"), "the other nodes' edits are undone")
+    cluster.kill(owner)
+    time.sleep(delay_s)  # the moment of the next edits within the takeover
+    for name in cluster.names:
+        (cluster.tree(name) / plan).write_text(f"at the takeover on {name}\n")
+    account.write_once(others[0], f"{ack.title} after the takeover")
+    cluster.start(owner)
+    account.check()
+    assert _has(cluster, cluster.names, plan, "by the owner\n"), "an edit was numbered at the takeover"
+    for name in cluster.names:
+        kept = cluster.nodes[name].data.project("web").root.glob(f"set-aside/*/{plan}")
+        texts = {path.read_text() for path in kept}
+        assert f"at the takeover on {name}\n" in texts, f"node {name} has not kept the edit: {texts}"
+        assert name == owner or f"beside {name}\n" in texts, f"node {name} has not kept the edit: {texts}"
+    changes = cluster.head(owner)[1] - head
+    assert changes == 2, f"{changes} changes of an edit and a write"
+    return f"edits on three nodes, {delay_s:.1f} s behind a killed owner: 1 numbered, 5 set aside"
+
+
+def _has(cluster: RunningCluster, names: Sequence[str], path: str, text: str) -> bool:
+    return all((cluster.tree(name) / path).read_text() == text for name in names)
+
+
 # --- partitions ---
 
 
 def cut_owner(nats: NatsCluster, cluster: RunningCluster, account: Account) -> str:
     """Cut the owner off from the engine. A client that knows only this node gets no acknowledgement."""
-    owner = cluster.owner()
+    owner = owner_of(cluster)
     other = next(name for name in cluster.names if name != owner)
     with account.running(writers=owner + other, readers=owner):
         account.wait_for(owner)
-        since = time.monotonic()
+        ended, since = listen(cluster, owner), time.monotonic()
         cluster.cut_off(owner, *(server.name for server in nats.servers))
-        line = _while_cut_off(cluster, account, owner, other, since)
+        line = _while_cut_off(cluster, account, owner, other, since, ended)
         cluster.heal()
         account.wait_for(owner)
     account.check()
@@ -300,13 +345,13 @@ def cut_owner(nats: NatsCluster, cluster: RunningCluster, account: Account) -> s
 
 def owner_with_minority(nats: NatsCluster, cluster: RunningCluster, account: Account) -> str:
     """Leave the owner with one of three servers of the engine, which leads it."""
-    owner = cluster.owner()
+    owner = owner_of(cluster)
     return _minority(nats, cluster, account, owner, next(name for name in cluster.names if name != owner))
 
 
 def cut_follower(nats: NatsCluster, cluster: RunningCluster, account: Account) -> str:
     """Leave a node that only follows with one of three servers of the engine, which leads it."""
-    owner = cluster.owner()
+    owner = owner_of(cluster)
     return _minority(nats, cluster, account, next(name for name in cluster.names if name != owner), owner)
 
 
@@ -318,12 +363,12 @@ def _minority(nats: NatsCluster, cluster: RunningCluster, account: Account, name
     with account.running(writers=name + other, readers=name):
         account.wait_for(name)
         account.wait_for(other)
-        since = time.monotonic()
+        ended, since = listen(cluster, name), time.monotonic()
         nats.isolate(leader)
         for each in cluster.names:
             if each != name:
                 cluster.cut_off(each, leader)
-        line = _while_cut_off(cluster, account, name, other, since)
+        line = _while_cut_off(cluster, account, name, other, since, ended)
         cluster.heal()
         nats.heal()
         account.wait_for(name)
@@ -331,11 +376,32 @@ def _minority(nats: NatsCluster, cluster: RunningCluster, account: Account, name
     return f"node {name} with the engine's leader, without a majority: {line}"
 
 
-def _while_cut_off(cluster: RunningCluster, account: Account, name: str, other: str, since: float) -> str:
+def listen(cluster: RunningCluster, name: str) -> threading.Event:
+    """Listen to a node's events; the returned event is set once the node has ended the connection."""
+    url = f"http://127.0.0.1:{cluster.nodes[name].port}/projects/web/events/stream"
+    headers = {"Authorization": f"Bearer {cluster.token}", "Accept": "text/event-stream"}
+    answer = requests.get(url, headers=headers, stream=True, timeout=60)
+    assert answer.status_code == 200, answer.text
+    ended = threading.Event()
+
+    def read() -> None:
+        with contextlib.suppress(requests.RequestException):
+            for _ in answer.iter_content(1024):
+                pass
+        ended.set()
+
+    threading.Thread(target=read, daemon=True).start()
+    return ended
+
+
+def _while_cut_off(
+    cluster: RunningCluster, account: Account, name: str, other: str, since: float, ended: threading.Event
+) -> str:
     wait_until(lambda: account.count_of(other, since=since) >= 3, f"node {other} acknowledges further writes")
     took = time.monotonic() - since
     wait_until(lambda: not cluster.is_open(name), f"node {name} refuses reads")
     wait_until(lambda: "cannot reach the cluster" in cluster.ask(name, "GET", "").text, f"node {name} says why")
+    wait_until(ended.is_set, f"node {name} ends its clients' connections")
     refused = time.monotonic() - since
     account.wait_for(other)
     assert account.count_of(name, since=since) == 0, "a minority has acknowledged a write"
@@ -362,6 +428,10 @@ SCENARIOS: dict[str, Callable[[NatsCluster, RunningCluster, Account], str]] = {
     "the owner alone": cut_owner,
     "the owner with a minority": owner_with_minority,
     "another node with a minority": cut_follower,
+    **{
+        f"edits beside the nodes, {delay_s} s behind a kill": partial(edit_beside, delay_s=delay_s)
+        for delay_s in (0.0, 1.0, 2.0, 3.0, 4.0)
+    },
     **{
         f"lost {how} with {count}{' and the worker' if killed else ''}": partial(
             lose_lease, count=count, answers_only=how == "answers", kill_worker=killed

@@ -226,3 +226,20 @@ def test_processes_of_an_unused_project_leave_and_come_back(data: DataDir) -> No
         assert server.end() == 0
     assert is_gone(template)
     assert "ERROR" not in (data.path.parent / "log").read_text()
+
+
+def test_a_server_alone_needs_nothing_of_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['nats'] = None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    data = make_data(tmp_path / "data")
+    server = Process(data)
+    try:
+        url = f"http://127.0.0.1:{server.port}/projects/web/tasks"
+        headers = {"Authorization": f"Bearer {make_token(data)}"}
+        assert requests.post(url, json={"title": "alone"}, headers=headers, timeout=60).status_code == 201
+    finally:
+        assert server.end() == 0
+    joining = [*COMMAND, "--data", data.path, "start", "--port", "0", "--cluster", "nats://127.0.0.1:9", "--node", "a"]
+    refused = subprocess.run(joining, capture_output=True, text=True, timeout=60, check=False)
+    assert refused.returncode == 1
+    assert "pip install 'lattice-remote[cluster]'" in refused.stderr

@@ -33,8 +33,11 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 90.0
 class RunningCluster:
     """Nodes ``a``, ``b``, ... with a project ``web`` and a token, both made on the first."""
 
-    def __init__(self, nats: NatsCluster, directory: Path, names: str, *, proxied: bool = False) -> None:
+    def __init__(
+        self, nats: NatsCluster, directory: Path, names: str, *, proxied: bool = False, monitored: bool = True
+    ) -> None:
         self._nats = nats
+        self._monitored = monitored  # the nodes can read the servers' settings
         self.links = {
             (name, server.name): FaultProxy(server.port) for server in nats.servers for name in names if proxied
         }
@@ -55,7 +58,8 @@ class RunningCluster:
                 self._install_hook(data)
             else:
                 data.create()
-        monitors = [option for url in self._nats.monitor_urls for option in ("--cluster-monitor", url)]
+        urls = self._nats.monitor_urls if self._monitored else []
+        monitors = [option for url in urls for option in ("--cluster-monitor", url)]
         links = [link.url.replace("http", "nats") for (node, _), link in self.links.items() if node == name]
         engine = ("--cluster", ",".join(links or self._nats.urls), "--cluster-replicas", str(len(self._nats.urls)))
         self.nodes[name] = Process(data, *engine, "--node", name, *monitors)
@@ -110,12 +114,10 @@ class RunningCluster:
         return self._nats.urls
 
     def owner(self) -> str:
-        """Return the node that was the last to say that it owns the project; "" if none does."""
-        for name, node in self.nodes.items():
-            log = (node.data.path.parent / "log").read_text(errors="replace")
-            if log.rfind("this node owns the project") > log.rfind("no longer owns the project"):
-                return name
-        return ""
+        """Return the node that holds the project's lease; "" if none does."""
+        data = self._directory / self.names[0] / "data"
+        done = CliRunner().invoke(app, ["--data", str(data), "cluster", "status", "--json"])
+        return json.loads(done.stdout)["projects"][0]["owner"] or "" if done.stdout else ""
 
     def cut_off(self, name: str, *servers: str) -> None:
         """Let a node reach none of these servers of the engine; connections stay open, and silent."""
@@ -170,9 +172,9 @@ class RunningCluster:
 
 @contextmanager
 def running_cluster(
-    nats: NatsCluster, directory: Path, names: str = "abc", *, proxied: bool = False
+    nats: NatsCluster, directory: Path, names: str = "abc", *, proxied: bool = False, monitored: bool = True
 ) -> Iterator[RunningCluster]:
-    cluster = RunningCluster(nats, directory, names, proxied=proxied)
+    cluster = RunningCluster(nats, directory, names, proxied=proxied, monitored=monitored)
     try:
         for name in names:
             cluster.start(name)

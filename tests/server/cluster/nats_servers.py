@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
@@ -30,6 +30,8 @@ class NatsServer:
         self.name = name
         self.port, self.route_port, self.monitor_port = ports
         self.directory = directory
+        self.store = directory / "js"
+        """Where its streams are."""
         self.process: subprocess.Popen[bytes] | None = None
         self._is_paused = False
 
@@ -67,7 +69,7 @@ listen: "127.0.0.1:{self.port}"
 http: "127.0.0.1:{self.monitor_port}"
 log_file: "{self.directory}/nats.log"
 jetstream {{
-  store_dir: "{self.directory}/js", max_mem: 64MB, max_file: {max_file}
+  store_dir: "{self.store}", max_mem: 64MB, max_file: {max_file}
   {f"sync_interval: {sync}" if sync else ""}
 }}
 {cluster if routes is not None else ""}
@@ -141,6 +143,7 @@ class NatsCluster:
         max_file: str = "2GB",
         extra: str = "",
         proxied: bool = False,
+        stores: Sequence[Path] = (),
     ) -> None:
         ports = _free_ports(3 * count)
         self.servers = [
@@ -149,6 +152,8 @@ class NatsCluster:
         ]
         self.routes: dict[frozenset[str], FaultProxy] = {}
         """The proxy between two servers, by their names, if they are ``proxied``."""
+        for each, store in zip(self.servers, stores, strict=False):
+            each.store = store
         for number, each in enumerate(self.servers):
             others = self.servers[number + 1 :] if proxied else [other for other in self.servers if other is not each]
             ports = [other.route_port for other in others]
@@ -179,10 +184,13 @@ class NatsCluster:
         for each in self.servers:
             self._wait(each)
 
-    def end(self) -> None:
-        """Kill every server; none is left behind."""
+    def kill_all(self) -> None:
         for each in self.servers:
             each.kill()
+
+    def end(self) -> None:
+        """Kill every server; none is left behind."""
+        self.kill_all()
         for proxy in self.routes.values():
             proxy.close()
 

@@ -155,11 +155,18 @@ async def test_an_edit_on_a_follower_is_set_aside_and_restored(pair: tuple[Path,
         follower.apply(owner.records)
         await until(lambda: follower.project.history.head == owner.project.history.head)
         plan = next((follower.project.paths.lattice / "plans").glob("*.md"))
-        right = plan.read_bytes()
+        (owner.project.paths.lattice / "plans" / plan.name).write_bytes(b"by the owner\n")
+        owner.project.files_touched({f"plans/{plan.name}"})
+        await until(lambda: owner.project.history.head == 2)
+        follower.apply(owner.records[1:])
+        await until(lambda: follower.project.history.head == 2)
+        right = b"by the owner\n"
+        assert plan.read_bytes() == right
         plan.write_bytes(b"by hand\n")
         follower.project.files_touched({f"plans/{plan.name}"})
         await until(lambda: plan.read_bytes() == right)
         assert [path.read_bytes() for path in pair[1].glob(f"set-aside/*/plans/{plan.name}")] == [b"by hand\n"]
+        assert not follower.missing
         assert follower.project.history.head == owner.project.history.head
 
 

@@ -6,7 +6,7 @@ import pytest
 from cluster_nodes import RunningCluster, running_cluster
 from nats_servers import NatsCluster, nats_cluster
 
-from cluster_faults import Account, lose_lease, owner_with_minority
+from cluster_faults import Account, edit_beside, lose_lease, owner_with_minority
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +43,9 @@ def test_commands_whose_acknowledgement_by_the_engine_is_lost_are_there_once(
     nats: NatsCluster, cluster: RunningCluster, account: Account
 ) -> None:
     lose_lease(nats, cluster, account, count=16, answers_only=True, kill_worker=True)
+
+
+def test_only_the_owners_edits_are_numbered_also_around_a_takeover(
+    nats: NatsCluster, cluster: RunningCluster, account: Account
+) -> None:
+    edit_beside(nats, cluster, account)

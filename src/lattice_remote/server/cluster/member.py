@@ -191,7 +191,7 @@ class Member:
         self._head_changed = asyncio.Event()
         self._confirmed_at = -_CURRENT_S  # when a majority was last asked that answered
         self._current_at = -_BEHIND_S  # when this node last lacked nothing
-        self._is_dismissed = False
+        self._was_current = False  # clients have connected since
         self._is_closed = False
         self._wanted = ""
         self._is_retiring = False
@@ -224,12 +224,16 @@ class Member:
 
     @property
     def unavailable(self) -> str:
-        now = time.monotonic()
-        if now - self._confirmed_at > _CURRENT_S:
+        if time.monotonic() - self._confirmed_at > _CURRENT_S:
             return "this node cannot reach the cluster; try again, or use another node"
-        if self._is_ready and now - self._current_at < _BEHIND_S:
-            return ""
-        return "this node is catching up with the cluster; try again in a moment"
+        is_usable = self._is_ready and self._is_current
+        return "" if is_usable else "this node is catching up with the cluster; try again in a moment"
+
+    @property
+    def _is_current(self) -> bool:
+        """Whether this node had, some seconds ago, every change that was acknowledged then."""
+        now = time.monotonic()
+        return now - self._confirmed_at <= _CURRENT_S and now - self._current_at <= _BEHIND_S
 
     @property
     def position(self) -> int:
@@ -578,12 +582,13 @@ class Member:
         self._lose(error.message) if self._is_owner else self._restart()
 
     def _dismiss_if_behind(self) -> None:
-        why = self.unavailable if self._is_ready else ""
-        if why and not self._is_dismissed:
-            level = logging.ERROR if self._current_at > 0 else logging.INFO  # it has just started
-            _log.log(level, "%s: %s", self.slug, why.partition(";")[0])
+        if self._is_current:
+            self._was_current = True
+        elif self._was_current:
+            self._was_current = False
+            why = self.unavailable
+            _log.error("%s: %s", self.slug, why.partition(";")[0])
             self.project.dismiss(Bye("REMOTE_BUSY", why, 1.0))
-        self._is_dismissed = bool(why)
 
     async def _look(self) -> None:
         holder = await self._lease.holder(self.slug)

@@ -1,6 +1,7 @@
 """``DATA/cluster.json``: a data directory's place in a cluster. While it exists, the directory never starts alone."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -27,6 +28,8 @@ class ClusterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, o
         replicas: copies of each stream in the engine.
         cluster: identity of the cluster; "": the directory has not joined one yet.
         directory: identity of this data directory.
+
+    Raises Misuse if the package for clusters is not installed.
     """
 
     servers: list[str]
@@ -38,6 +41,10 @@ class ClusterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, o
     replicas: int = 3
     cluster: str = ""
     directory: str = ""
+
+    def __post_init__(self) -> None:
+        if find_spec("nats") is None:
+            raise Misuse("a cluster needs the package nats-py; run: pip install 'lattice-remote[cluster]'")
 
     def check(self) -> None:
         """Raise Misuse if an address is malformed."""

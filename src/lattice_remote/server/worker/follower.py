@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lattice_remote.errors import Rejected
 from lattice_remote.files import write_all, write_atomically
-from lattice_remote.protocol.operations import AnnounceFile, apply
+from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, MoveFile, apply
 from lattice_remote.server.ipc import ApplyRecords, PathState, RecordApplied
 from lattice_remote.server.journal.contents import Contents, change_of
 from lattice_remote.server.journal.journal import CommitJob, Committer
@@ -65,6 +65,7 @@ class Follower:
         if record.change is not None:
             if record.seq != journal.head + 1:
                 raise CopyNeeded(f"change {record.seq} follows change {journal.head}")
+            self._keep_replaced(record)
             self._place_contents(record, contents)
             self._note_sessions(record)
         descriptor = journal.append(record, payload)
@@ -81,6 +82,14 @@ class Follower:
         if change.command.startswith("session start"):
             with contextlib.suppress(Rejected):  # an unreadable file: this node's administrator must look
                 self._owners.note(change.ops, record.token_id, change.token_actor or change.actor)
+
+    def _keep_replaced(self, record: Record) -> None:
+        """Make the contents that a change replaces durable in the journal, before its record: the later one counts."""
+        for operation in change_of(record).ops:
+            if not isinstance(operation, AppendBytes | AnnounceFile):
+                path = operation.to if isinstance(operation, MoveFile) else operation.path
+                if (size := self._files.size(path)) is not None:
+                    self._store.write_ahead(self._store.tree.absolute(path), size)
 
     def _place_contents(self, record: Record, contents: Mapping[str, str]) -> None:
         """Copy announced contents into place, durably, before the journal has their record."""
@@ -133,7 +142,6 @@ class _Files:
             return file.read()
 
     def replace(self, path: str, data: bytes) -> None:
-        self._keep(path)
         target = self._prepare(path)
         directory, name = os.path.split(target)
         scratch = os.path.join(directory, f".tmp.apply.{name}")
@@ -147,17 +155,10 @@ class _Files:
             os.close(descriptor)
 
     def move(self, path: str, to: str) -> None:
-        self._keep(to)
         os.replace(self._store.tree.absolute(path), self._prepare(to))
 
     def delete(self, path: str) -> None:
-        self._keep(path)
         Path(self._store.tree.absolute(path)).unlink(missing_ok=True)
-
-    def _keep(self, path: str) -> None:
-        """Make the replaced content durable in the journal, unless it is."""
-        if (size := self.size(path)) is not None:
-            self._store.write_ahead(self._store.tree.absolute(path), size)
 
     def _prepare(self, path: str) -> str:
         target = self._store.tree.absolute(path)
