@@ -89,9 +89,7 @@ def push(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Send edited texts, or after lattice remote add the whole project.
-
-    Texts are plans and notes.
+    """Send edited plans and notes, or after add the whole project.
 
     Example: lattice remote push --dry-run
     """

@@ -188,7 +188,7 @@ def list_(as_json: Json = False) -> None:
 
 @rescued_app.command()
 def show(numbers: Numbers = None, as_json: Json = False) -> None:
-    """Show the files, their location, and the events that the server lacks.
+    """Show files, their location, and events that the server lacks.
 
     Example: lattice remote rescued show 1
     """

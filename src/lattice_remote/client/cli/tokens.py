@@ -33,9 +33,9 @@ app = typer.Typer()
 
 @app.command()
 def login(url: Url = "", ca_file: CaFile = None, insecure: Insecure = False) -> None:
-    """Store a token for this user, for a server or for one of its projects; it replaces the previous one.
+    """Store this user's token for a server or one project.
 
-    It is typed without echo, or read from stdin.
+    It is typed without echo, or read from stdin, and replaces the previous one.
 
     Example: lattice remote login https://board.example.org < token.txt
     """

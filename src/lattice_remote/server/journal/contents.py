@@ -102,13 +102,13 @@ class Contents:
 
     def find(self, path: str, size: int, digest: bytes, read: Read, kept: bytes | None = None) -> bytes | None:
         """Return the content of this size and digest, also if it is ``kept``; None if it cannot be reconstructed."""
-        told = self._known.get(path) or _Known(path)
-        on_disk = read(told.base or path)
+        known = self._known.get(path) or _Known(path)
+        on_disk = read(known.base or path)
         candidates = [on_disk[:size]]
-        if told.base is None or len(on_disk) >= told.offset:
-            candidates.append((on_disk[: told.offset] if told.base is not None else b"") + told.data)
+        if known.base is None or len(on_disk) >= known.offset:
+            candidates.append((on_disk[: known.offset] if known.base is not None else b"") + known.data)
         for candidate in candidates:
-            for data in (candidate, _patched(candidate, told.patches)):
+            for data in (candidate, _patched(candidate, known.patches)):
                 if digest_of(data) == digest:
                     return data
         return kept if kept is not None and digest_of(kept) == digest else None
