@@ -13,8 +13,12 @@ from cluster_nodes import RunningCluster, running_cluster, wait_until
 from harness import Copy, tree_of, upload
 from nats_servers import nats_cluster
 from server_process import COMMAND
+from test_server import make_data
+from typer.testing import CliRunner
 
+from lattice_remote.errors import Misuse
 from lattice_remote.protocol.messages import Push, Pushed, Refused
+from lattice_remote.server.cli import app
 from lattice_remote.server.cluster import shared_projects
 from lattice_remote.server.datadir import DataDir
 from sample_projects import pack_of, sample_project
@@ -102,8 +106,7 @@ def test_a_node_shows_its_role(cluster: RunningCluster, owner: str) -> None:
 
 
 def test_a_second_server_under_the_name_of_a_node_is_refused(cluster: RunningCluster, tmp_path: Path) -> None:
-    data = DataDir(tmp_path / "data")
-    data.create()
+    data = make_data(tmp_path / "data")
     known = cluster.nodes["a"].data.path / "cluster.json"
     settings = json.loads(known.read_bytes())
     (data.path / "cluster.json").write_text(json.dumps({**settings, "directory": "another"}))
@@ -115,6 +118,11 @@ def test_a_second_server_under_the_name_of_a_node_is_refused(cluster: RunningClu
     done = subprocess.run(start, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "belongs to another cluster" in done.stderr
+    for argv in (("project", "archive", "web"), ("token", "create", "--project", "web", "--actor", "human:ben")):
+        refused = CliRunner().invoke(app, ["--data", str(data.path), *argv])
+        assert isinstance(refused.exception, Misuse)
+        assert "belongs to another cluster" in refused.exception.message
+    assert CliRunner().invoke(app, ["--data", str(data.path), "cluster", "status"]).exit_code == 1
 
 
 @pytest.mark.parametrize(

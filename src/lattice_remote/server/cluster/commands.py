@@ -87,7 +87,8 @@ class NatsServerStatus(msgspec.Struct, frozen=True):
 class ClusterStatus(msgspec.Struct, frozen=True):
     """Status of a cluster, as printed by ``--json``; ``warnings`` are about the settings of NATS.
 
-    ``nats`` are the servers with the cluster's directory; a majority of them must be up.
+    ``nats`` are the servers with the cluster's directory; a majority of them must be up. ``is_member`` is false if the
+    data directory belongs to another cluster.
     """
 
     node: str
@@ -97,13 +98,15 @@ class ClusterStatus(msgspec.Struct, frozen=True):
     projects: list[ClusterProjectStatus]
     warnings: list[str]
     nats: list[NatsServerStatus] = []
+    is_member: bool = True
 
     @property
     def is_whole(self) -> bool:
         """Whether every project has an owner, and every node and NATS server is up and has no problem."""
         engine = all(server.is_up and server.is_sync_always is not False for server in self.nats)
         return (
-            engine
+            self.is_member
+            and engine
             and all(node.is_up for node in self.nodes)
             and all(
                 project.owner is not None and project.stream is not None and not project.problems
@@ -122,13 +125,21 @@ def settings_of(data: DataDir) -> ClusterSettings:
     return settings
 
 
-def run_in_cluster[T](settings: ClusterSettings, work: Callable[[Engine, ClusterDirectory], Awaitable[T]]) -> T:
-    """Run a command's work with a connection to the engine. Raises EngineUnavailable, Misuse, and as ``work``."""
+def run_in_cluster[T](
+    settings: ClusterSettings, work: Callable[[Engine, ClusterDirectory], Awaitable[T]], *, is_member: bool = True
+) -> T:
+    """Run a command's work with a connection to the engine. ``is_member``: only in the cluster of the data directory.
+
+    Raises EngineUnavailable, Misuse, and as ``work``.
+    """
 
     async def run() -> T:
         engine = await connect(settings)
         try:
-            return await work(engine, await ClusterDirectory.open(engine))
+            directory = await ClusterDirectory.open(engine)
+            if is_member:
+                await directory.require_member(settings.cluster)
+            return await work(engine, directory)
         finally:
             await engine.close()
 
@@ -143,6 +154,9 @@ def cluster_status(settings: ClusterSettings) -> ClusterStatus:
             warnings = await engine.check_durability(settings.monitors)
         except Misuse as error:
             warnings = [error.message]
+        is_member = settings.cluster in ("", identity_of(await directory.secret()))
+        if not is_member:
+            warnings.append("the data directory belongs to another cluster than these NATS servers have")
         reports, lease = await directory.nodes(), Lease(engine)
         projects = []
         catalogue = await directory.catalogue()
@@ -159,9 +173,11 @@ def cluster_status(settings: ClusterSettings) -> ClusterStatus:
             for _, report in sorted(reports.items())
         ]
         nats = await _nats_servers(engine, directory, settings)
-        return ClusterStatus(settings.node, settings.servers, settings.replicas, nodes, projects, warnings, nats)
+        return ClusterStatus(
+            settings.node, settings.servers, settings.replicas, nodes, projects, warnings, nats, is_member=is_member
+        )
 
-    return run_in_cluster(settings, read)
+    return run_in_cluster(settings, read, is_member=False)
 
 
 async def _nats_servers(
@@ -304,7 +320,7 @@ def leave(data: DataDir, settings: ClusterSettings, *, keeps_projects: bool) -> 
         await directory.remove_node(settings.node)
         return sorted(catalogue.projects)
 
-    slugs = run_in_cluster(settings, ask)
+    slugs = run_in_cluster(settings, ask, is_member=False)
     roots = {place.slug: root_of(data, place) for place, id_ in local_ids(data).items() if id_}
     for slug, root in roots.items():
         if keeps_projects:  # also of those that an interrupted attempt has taken out

@@ -143,6 +143,14 @@ class ClusterDirectory:
         assert found is not None, "it is never removed"
         return found.value
 
+    async def require_member(self, cluster: str) -> None:
+        """Raise Misuse if a data directory belongs to another cluster, by the identity in its settings, if any."""
+        if cluster not in ("", identity_of(await self.secret())):
+            raise Misuse(
+                "this data directory belongs to another cluster than these NATS servers have, or they have lost it; to "
+                "take its projects out: lattice-remote cluster leave"
+            )
+
     async def servers(self) -> dict[str, bool]:
         """Return the names of the servers with a copy of the directory, and whether they are up."""
         return await self._bucket.servers()

@@ -128,7 +128,8 @@ class Node:
             directory, shared = await ClusterDirectory.open(engine), await SharedState.open(engine)
             secret = await directory.secret()
             settings = msgspec.structs.replace(settings, cluster=identity_of(secret))
-            _require_membership(known, settings, await directory.nodes(), data.path)
+            await directory.require_member(known.cluster if known is not None else "")
+            _require_own_name(settings, await directory.nodes())
             authorities = Path(settings.ca) if settings.ca else None
             access = PeerAccess(settings.node, secret, authorities=authorities)
         except BaseException:
@@ -430,15 +431,8 @@ class Node:
         _log.warning("%s: a new epoch begins with this node's files", slug)
 
 
-def _require_membership(
-    known: ClusterSettings | None, settings: ClusterSettings, nodes: Mapping[str, NodeReport], data: Path
-) -> None:
-    """Raise Misuse if the data directory is of another cluster, or another server runs under this node's name."""
-    if known is not None and known.cluster not in ("", settings.cluster):
-        raise Misuse(
-            f"{data} belongs to another cluster than these NATS servers have, or they have lost it; to take its "
-            "projects out: lattice-remote cluster leave"
-        )
+def _require_own_name(settings: ClusterSettings, nodes: Mapping[str, NodeReport]) -> None:
+    """Raise Misuse if a server on another data directory runs under this node's name."""
     found = nodes.get(settings.node)
     if found is not None and not found.is_silent and found.directory != settings.directory:
         raise Misuse(f"node {settings.node!r} runs already, at {found.url}; choose another name with --node")

@@ -16,6 +16,7 @@ from typing import Self
 from lattice_remote.errors import Misuse, StorageError
 from lattice_remote.files import write_atomically
 from lattice_remote.server.auth import signing_key
+from lattice_remote.server.cluster.directory import ClusterDirectory
 from lattice_remote.server.cluster.engine import Bucket, Engine, EngineUnavailable
 from lattice_remote.server.cluster.settings import ClusterSettings
 from lattice_remote.server.datadir import DataDir
@@ -172,6 +173,7 @@ def shared_tokens(settings: ClusterSettings) -> Iterator[SharedTokens]:
         engine: Engine | None = None
         try:
             engine = runner.run(connect(settings))
+            runner.run(_require_member(engine, settings))
             state = runner.run(SharedState.open(engine))
             yield _CommandTokens(runner, state)
         except EngineUnavailable as error:
@@ -179,6 +181,10 @@ def shared_tokens(settings: ClusterSettings) -> Iterator[SharedTokens]:
         finally:
             if engine is not None:
                 runner.run(engine.close())
+
+
+async def _require_member(engine: Engine, settings: ClusterSettings) -> None:
+    await (await ClusterDirectory.open(engine)).require_member(settings.cluster)
 
 
 class _CommandTokens:
