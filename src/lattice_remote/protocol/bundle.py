@@ -191,8 +191,9 @@ def first_sign_of_use(files: Iterable[tuple[str, int]]) -> str | None:
 
     ``files`` has path and size of each replicated file.
     """
-    used = sorted(path for path, size in files if path not in _OF_AN_EMPTY_PROJECT and (path != _LIFECYCLE or size))
-    tasks = sum(path.startswith(("tasks/", "archive/tasks/")) for path in used)
-    if tasks:
-        return f"{tasks} task{'s' * (tasks != 1)}"
-    return used[0] if used else None
+    tasks, first = 0, None
+    for path, size in files:
+        if path not in _OF_AN_EMPTY_PROJECT and (path != _LIFECYCLE or size):
+            tasks += path.startswith(("tasks/", "archive/tasks/"))
+            first = path if first is None else min(first, path)
+    return f"{tasks} task{'s' * (tasks != 1)}" if tasks else first

@@ -425,7 +425,7 @@ class Downloaded(_Frame, frozen=True, tag="downloaded"):
     data: bytes
 
 
-class Entry(msgspec.Struct, frozen=True):
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """One file of the manifest."""
 
     path: _Path

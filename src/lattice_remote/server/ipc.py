@@ -193,7 +193,7 @@ ToWorker = (
 )
 
 
-class PathState(msgspec.Struct, frozen=True):
+class PathState(msgspec.Struct, frozen=True, gc=False):
     path: str
     size: int
     digest: bytes | None

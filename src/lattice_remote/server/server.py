@@ -19,6 +19,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from lattice_remote.errors import Misuse
+from lattice_remote.memory import return_large_buffers
 from lattice_remote.server import status as statussocket
 from lattice_remote.server.cluster.settings import ClusterSettings, save_settings
 from lattice_remote.server.config import Config
@@ -81,6 +82,7 @@ def run(
     Raises Misuse: a setting, a listening address, the certificate or its key is invalid; StorageError: ``tokens.json``
     cannot be read.
     """
+    return_large_buffers()
     notify = service_manager()
     certificate = _certificate(config, data.path)
     _warn_of_plain_text(config, listener)

@@ -27,6 +27,7 @@ from lattice_remote.client.agent.service import Service, answered
 from lattice_remote.errors import RemoteError, unknown_if_sent
 from lattice_remote.file_watcher import FileWatcher
 from lattice_remote.files import Signature, signature_of
+from lattice_remote.memory import return_large_buffers
 
 __all__ = ["Agent", "main"]
 
@@ -321,6 +322,7 @@ def _take_over(lock: FileLock, place: agent_runtime.Runtime) -> bool:
 
 
 def main() -> int:
+    return_large_buffers()
     place = agent_runtime.locate()
     agent_runtime.prepare(place)
     os.umask(_UMASK)

@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import batched
 from pathlib import Path
@@ -260,7 +260,7 @@ class _Sender:
             await asyncio.sleep(_ROUND_DELAY_S)  # a change by another program gets its number
         raise StorageError("other programs keep changing the project's files; try again")
 
-    def _missing(self, files: dict[str, Content]) -> list[str]:
+    def _missing(self, files: Mapping[str, Content]) -> list[str]:
         return [path for path, (_, digest) in files.items() if self.known.get(path) != digest]
 
     async def _send_pieces(self, pieces: Iterator[_Piece]) -> None:

@@ -7,7 +7,7 @@ reads head, files or manifest and queues the result without yielding is consiste
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from itertools import batched, islice
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -17,6 +17,7 @@ import msgspec
 from lattice_remote.errors import StorageError
 from lattice_remote.protocol.bundle import first_sign_of_use
 from lattice_remote.protocol.effects import Position
+from lattice_remote.protocol.file_table import contents_by_path
 from lattice_remote.protocol.messages import Bye, Change, Entries, Entry, encode
 from lattice_remote.server.ipc import PathState, Ready
 from lattice_remote.server.journal.ids import ChangeIds
@@ -98,14 +99,15 @@ class History:
         self.mark = b""
         self.oldest = 0
         """First change that can be replayed."""
-        self.files: dict[str, Content] = {}
+        self.files: MutableMapping[str, Content] = {}
         self._journal = JournalReader(journal)
         self._change_ids = ChangeIds(journal)
         self._committed = committed
         self._reading = asyncio.Lock()  # one read at a time: each holds a segment in memory
         self._recent = Recent()
         self._was_at: dict[Position, bool] = {}  # by position in a former epoch: clients reconnect together
-        self._entries: tuple[int, list[bytes]] | None = None  # the manifest's frames at a head
+        self._entries: list[bytes] | None = None  # the manifest's frames at the head
+        self._used: tuple[int, str | None] | None = None  # at a head
         self._expected: dict[tuple[str, Content], list[Callable[[], None]]] = {}
         self._subscribers: set[Subscriber] = set()
 
@@ -157,12 +159,14 @@ class History:
         return not known
 
     def entries(self) -> list[bytes]:
-        if self._entries is None or self._entries[0] != self.head:
-            entries = [Entry(path, size, digest) for path, (size, digest) in self.files.items()]
-            pieces = [list(piece) for piece in batched(entries, _ENTRIES_PER_FRAME)] or [[]]
-            frames = [Entries(self.head, self.mark, piece, piece is pieces[-1]) for piece in pieces]
-            self._entries = (self.head, [websocket_frame(encode(frame)) for frame in frames])
-        return self._entries[1]
+        if self._entries is None:
+            entries = (Entry(path, size, digest) for path, (size, digest) in self.files.items())
+            left, frames = len(self.files), []
+            for piece in batched(entries, _ENTRIES_PER_FRAME) if left else ((),):
+                left -= len(piece)
+                frames.append(websocket_frame(encode(Entries(self.head, self.mark, list(piece), left == 0))))
+            self._entries = frames
+        return self._entries
 
     def expect(self, path: str, content: Content, call: Callable[[], None]) -> Callable[[], None]:
         """Call ``call()`` in the tick in which a change gives the file this content; return a function that cancels it.
@@ -184,7 +188,7 @@ class History:
         """Send a durable change to every subscriber (I2); ``oldest`` is 0 when unknown."""
         assert seq == self.head + 1, f"{seq} follows {self.head}: a gap (I1)"
         frame = websocket_frame(change)
-        self.head, self.mark = seq, mark
+        self.head, self.mark, self._entries = seq, mark, None
         self.oldest = oldest or self.oldest or seq
         for file in after:
             if file.digest is None:
@@ -240,8 +244,9 @@ class History:
     def _take(self, ready: Ready) -> None:
         self.epoch, self.head, self.mark = ready.epoch, ready.head, ready.mark
         self.oldest = ready.oldest
-        self.files = {file.path: (file.size, file.digest) for file in ready.files if file.digest is not None}
-        self._entries = None
+        contents = ((file.path, (file.size, file.digest)) for file in ready.files if file.digest is not None)
+        self.files = contents_by_path(contents, len(ready.files))
+        self._entries = self._used = None
 
 
 _MINUTE_S = 60.0

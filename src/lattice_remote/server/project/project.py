@@ -615,6 +615,7 @@ class Project:
             _log.info("%s: %s", self.slug, note)
         self.lattice_version = ready.lattice_version
         await self.history.resume(ready)
+        self._ready = None  # it holds every file
         if self._worker_ended.is_set():
             raise StorageError("it ended as soon as it was ready")
         self._working, self._failure = True, None

@@ -14,14 +14,16 @@ import stat
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from lattice_remote import files
+from lattice_remote.protocol.file_table import COMPACT_FROM, FileTable
 from lattice_remote.protocol.operations import (
     TAIL_BYTES,
     AnnounceFile,
@@ -49,6 +51,7 @@ __all__ = [
     "SyncFailed",
     "TreeDiff",
     "TrustedDigest",
+    "encode_manifest",
     "has_signature",
     "load_manifest",
     "patch_between",
@@ -100,7 +103,7 @@ class SyncFailed(OSError):
     """The disk lost written data: nothing may be acknowledged. Other storage errors come before a promise."""
 
 
-class FileState(msgspec.Struct, frozen=True, array_like=True):
+class FileState(msgspec.Struct, frozen=True, array_like=True, gc=False):
     size: int
     digest: bytes
     mtime_ns: int
@@ -125,6 +128,7 @@ class ManifestFile(msgspec.Struct, frozen=True):
 
 
 _decoder = msgspec.msgpack.Decoder(ManifestFile)
+_encoder = msgspec.msgpack.Encoder()
 
 
 def load_manifest(path: Path) -> ManifestFile | None:
@@ -132,6 +136,21 @@ def load_manifest(path: Path) -> ManifestFile | None:
         return _decoder.decode(path.read_bytes())
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
+
+
+def encode_manifest(manifest: ManifestFile) -> bytes:
+    """Return the content of the manifest. Its ``files`` may be a ``FileTable``."""
+    return msgspec.msgpack.encode(manifest, enc_hook=_encoded_in_pieces)
+
+
+def _encoded_in_pieces(files: object) -> msgspec.Raw:
+    """Encode a table without a dict of all its files."""
+    assert isinstance(files, FileTable), "all else is encoded by msgspec"
+    data = bytearray(b"\xdf" + len(files).to_bytes(4))  # a map of so many pairs
+    for pairs in batched(files.items(), 1000):
+        piece = _encoder.encode(dict(pairs))
+        data += piece[1 if len(pairs) < 16 else 3 :]
+    return msgspec.Raw(bytes(data))
 
 
 def save_manifest(path: Path, content: bytes) -> None:
@@ -269,12 +288,26 @@ class _Log:
     tail: bytes
 
 
+def _state_table(files: Mapping[str, FileState]) -> FileTable[FileState]:
+    table = FileTable[FileState]("<Q32sqQ?", _packed_state, FileState)
+    table.update(files)
+    return table
+
+
+def _packed_state(state: FileState) -> tuple[int, bytes, int, int, bool]:
+    # A time outside of 64 bits, after 2262, never equals the file's: that is read at each start.
+    mtime_ns = max(-(2**63), min(state.mtime_ns, 2**63 - 1))
+    return state.size, state.digest, mtime_ns, state.inode, state.settled
+
+
 class ProjectTree:
     """The files below ``root`` (a ``.lattice`` directory). Methods raise OSError as the disk does."""
 
     def __init__(self, root: Path, files: dict[str, FileState]) -> None:
         self.root = root
-        self.files = files
+        self.files: MutableMapping[str, FileState] = files
+        """In a large project a compact table."""
+        self._compact()
         self._prefix = f"{root}/"
         self._logs: OrderedDict[str, _Log] = OrderedDict()
 
@@ -284,6 +317,11 @@ class ProjectTree:
                 self.files.pop(path, None)
             else:
                 self.files[path] = state
+        self._compact()
+
+    def _compact(self) -> None:
+        if len(self.files) >= COMPACT_FROM and not isinstance(self.files, FileTable):
+            self.files = _state_table(self.files)
 
     def distrust(self, paths: Iterable[str]) -> None:
         """Read these files at the next ``reconcile``."""
@@ -328,16 +366,30 @@ class ProjectTree:
             touched.steps.extend(rest)
             return _Comparison(self, touched, lambda _: None, limit, {}).run()
         if paths is None:
-            on_disk = dict(self.scan())
-            candidates = on_disk.keys() | self.files.keys()
+            changed = self._changed(trust_signatures=trust_signatures)
         else:
-            candidates = {path for path in paths if is_replicated(path)}
-            on_disk = {path: status for path in candidates if (status := self.status(path)) is not None}
-        for path in sorted(candidates, key=_reading_order):
-            status = on_disk.get(path)
-            if status is None or not trust_signatures or not self.is_unchanged(path, status):
-                touched.steps.append(path)
+            replicated = {path for path in paths if is_replicated(path)}
+            changed = [
+                path
+                for path in replicated
+                if not trust_signatures or (status := self.status(path)) is None or not self.is_unchanged(path, status)
+            ]
+        changed.sort(key=_reading_order)
+        touched.steps.extend(changed)
         return _Comparison(self, touched, lambda _: None, limit, {}).run()
+
+    def _changed(self, *, trust_signatures: bool) -> list[str]:
+        """Return the files on disk that may differ from their known state, and the known ones that are not there."""
+        changed, known = [], 0
+        for path, status in self.scan():
+            state = self.files.get(path)
+            known += state is not None
+            if state is None or not trust_signatures or not state.settled or not has_signature(state, status):
+                changed.append(path)
+        if known == len(self.files):
+            return changed
+        present = {path for path, _ in self.scan()}
+        return changed + [path for path in self.files if path not in present]
 
     def scan(self) -> Iterator[tuple[str, os.stat_result]]:
         """Yield every replicated regular file on disk."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import msgspec
 
@@ -50,6 +50,7 @@ from lattice_remote.server.tree.tree import (
     SyncFailed,
     TreeDiff,
     TrustedDigest,
+    encode_manifest,
     save_manifest,
     sync,
     sync_files,
@@ -69,7 +70,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-_encoder = msgspec.msgpack.Encoder()
 
 
 _MAX_MOVED_BYTES = 8 * 1024 * 1024
@@ -455,14 +455,14 @@ class Store:
 
     def manifest(self, *, clean: bool) -> bytes:
         journal = self.journal
-        return _encoder.encode(
+        return encode_manifest(
             ManifestFile(
                 journal.epoch,
                 journal.head,
                 journal.mark,
                 self._boot_id,
                 clean,
-                self.tree.files,
+                cast("dict[str, FileState]", self.tree.files),
                 place_of(journal.directory),
             )
         )

@@ -25,6 +25,7 @@ from typing import NoReturn
 
 import msgspec
 
+from lattice_remote.memory import return_large_buffers
 from lattice_remote.server.ipc import GO, MAX_FORK_REQUEST_BYTES
 from lattice_remote.server.worker.executor import load_lattice
 
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server ends this process, as it does a worker
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ.pop("NOTIFY_SOCKET", None)  # the service manager hears the server alone
+    return_large_buffers()
     gc.disable()  # a collection would leave holes in pages that children share
     control = socket.socket(fileno=options.fd)
     programs = _preload()
