@@ -49,15 +49,14 @@ class RunningCluster:
         self.token = ""
 
     def start(self, name: str) -> None:
-        """Start a node; it prepares its data directory the first time."""
+        """Start a node. The first time it makes its data directory, unless that of the first node is there."""
         data = DataDir(self._directory / name / "data")
-        if not data.path.exists():
-            if name == self.names[0]:
-                data = make_data(data.path)
-                self.token = make_token(data)
-                self._install_hook(data)
-            else:
-                data.create()
+        if name == self.names[0] and not self.token:
+            data = data if data.path.exists() else make_data(data.path)
+            self.token = make_token(data)
+            self._install_hook(data)
+        elif not data.path.exists():
+            data.create()
         urls = self._nats.monitor_urls if self._monitored else []
         monitors = [option for url in urls for option in ("--cluster-monitor", url)]
         links = [link.url.replace("http", "nats") for (node, _), link in self.links.items() if node == name]

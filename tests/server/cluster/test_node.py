@@ -1,5 +1,6 @@
 """A cluster of real nodes on real NATS servers: one order, wherever the owner is."""
 
+import asyncio
 import json
 import subprocess
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ from cluster_nodes import RunningCluster, running_cluster, wait_until
 from harness import tree_of
 from nats_servers import NatsCluster, nats_cluster
 from server_process import COMMAND, Process
+from test_server import make_data, make_token
+
+from memory_client import MemoryClient
 
 
 @pytest.fixture
@@ -57,13 +61,20 @@ def status(cluster: RunningCluster, name: str, code: int = 0) -> dict[str, Any]:
 
 
 def test_a_project_moves_and_leaves_with_its_numbers(nats: NatsCluster, tmp_path: Path) -> None:
+    data = make_data(tmp_path / "a/data")
+    token = make_token(data)
+    single = Process(data)
+    cache = followed(single, token)
+    single.end()
     with running_cluster(nats, tmp_path, "ab") as cluster:
         assert cluster.write("b", "one").status_code == 201
+        cache = followed(cluster.nodes["a"], token, cache)
         assert status(cluster, "b")["projects"][0]["owner"] == "a"
         assert "Node b owns web." in command(cluster, "a", "cluster", "move", "web", "b")
         found = status(cluster, "a")
         assert (found["projects"][0]["owner"], [node["name"] for node in found["nodes"]]) == ("b", ["a", "b"])
         assert cluster.write("a", "two").status_code == 201
+        cache = followed(cluster.nodes["b"], token, cache)
         assert "no node 'x' runs in this cluster; these do: a, b" in command(
             cluster, "a", "cluster", "move", "web", "x", code=1
         )
@@ -77,6 +88,8 @@ def test_a_project_moves_and_leaves_with_its_numbers(nats: NatsCluster, tmp_path
         cluster.nodes["b"] = alone
         assert cluster.head("b") == before, "epoch and number stay"
         assert cluster.write("b", "three").status_code == 201
+        cache = followed(alone, token, cache)
+        assert cache.files == tree_of(cluster.tree("b"))
         stale = subprocess.run(
             [*COMMAND, "--data", cluster.nodes["a"].data.path, "start", "--port", "0"],
             capture_output=True,
@@ -86,6 +99,21 @@ def test_a_project_moves_and_leaves_with_its_numbers(nats: NatsCluster, tmp_path
         )
         assert stale.returncode == 1
         assert "taken project 'web' out of the cluster" in stale.stderr
+
+
+def followed(server: Process, token: str, after: MemoryClient | None = None) -> MemoryClient:
+    """Return a cache that has caught up with a server; one that goes on ``after`` another fetches nothing anew."""
+
+    async def follow() -> MemoryClient:
+        cache = MemoryClient(f"http://127.0.0.1:{server.port}", token, slug="web", after=after)
+        cache.start()
+        await cache.current(after.replica.position.seq + 1 if after is not None else 0)
+        await cache.close()
+        return cache
+
+    cache = asyncio.run(follow())
+    assert cache.resyncs == (after is None), "the cache was compared as a whole"
+    return cache
 
 
 def leave(cluster: RunningCluster, name: str) -> str:
