@@ -10,6 +10,7 @@ from cluster_nodes import RunningCluster, running_cluster, wait_until
 from nats_servers import NatsCluster, nats_cluster
 
 from lattice_remote.server.cluster.engine import Engine
+from lattice_remote.server.cluster.jetstream import StreamInfo
 from lattice_remote.server.cluster.order import JetStreamOrder
 
 
@@ -98,3 +99,36 @@ def is_refused(cluster: RunningCluster, name: str, title: str) -> bool:
 
 def titles_on(cluster: RunningCluster, name: str) -> set[str]:
     return {json.loads(path.read_bytes())["title"] for path in (cluster.tree(name) / "tasks").glob("*.json")}
+
+
+def limit_order(cluster: RunningCluster, free_bytes: int | None) -> None:
+    """Leave so much room in the order; None: any."""
+
+    async def work(engine: Engine, order: JetStreamOrder) -> None:
+        info = await engine.stream_info(order.name)
+        limit = -1 if free_bytes is None else info.state.bytes + free_bytes
+        await engine.api(f"STREAM.UPDATE.{order.name}", StreamInfo, {**info.config, "max_bytes": limit})
+
+    with_order(cluster, work)
+
+
+def test_a_full_order_refuses_writes_and_goes_on_with_more_room(cluster: RunningCluster) -> None:
+    assert cluster.write("b", "before the order is full").status_code == 201
+    limit_order(cluster, 200)
+    title = "into a full order"
+    wait_until(lambda: is_full(cluster, "b", title), "the write is refused with the reason", 240)
+    wait_until(lambda: cluster.is_open("a") and cluster.is_open("b"), "reads go on")
+    limit_order(cluster, None)
+    assert cluster.write("a", "with more room").status_code == 201
+    wait_until(cluster.agree, "the nodes agree")
+    titles = titles_on(cluster, "b")
+    assert {"before the order is full", "with more room"} <= titles
+    assert title not in titles
+
+
+def is_full(cluster: RunningCluster, name: str, title: str) -> bool:
+    url = f"http://127.0.0.1:{cluster.nodes[name].port}/projects/web/tasks"
+    headers = {"Idempotency-Key": title}
+    answer = cluster.sessions[name].post(url, json={"title": title}, headers=headers, timeout=120)
+    assert answer.status_code == 503, answer.text
+    return "cannot store more: maximum bytes exceeded" in answer.text

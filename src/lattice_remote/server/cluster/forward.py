@@ -120,6 +120,8 @@ class Forwarder:
         self._again = asyncio.Event()  # try to connect now
         self._alone_since = time.monotonic()
         self._patience: asyncio.TimerHandle | None = None
+        self.obstacle = ""
+        """Why this node cannot become the owner, if it has tried."""
         project.history.join(self)
 
     # --- requests, as in Project ---
@@ -133,13 +135,13 @@ class Forwarder:
         job = self._queue.get(message.id)
         if job is not None:
             if (refusal := refusal_to_join(job, message)) is not None:
-                self._refuse(requester, message, on_result, *refusal)
+                self.refuse(requester, message, on_result, *refusal)
             elif requester not in job.requesters:
                 job.requesters.append(requester)
             return
         job = QueuedRequest(message, [requester], on_result=on_result)
         if (objection := self._queue.objection(job)) is not None:
-            self._refuse(requester, message, on_result, "REMOTE_BUSY", objection)
+            self.refuse(requester, message, on_result, "REMOTE_BUSY", objection)
             return
         self._queue.add(job)
         self._wake()
@@ -193,7 +195,7 @@ class Forwarder:
             for requester in job.requesters or [_Nobody()]:
                 submit(message, requester, job.on_result)
 
-    def _refuse(
+    def refuse(
         self, requester: Requester, message: ForwardedRequest, on_result: OutcomeListener | None, code: str, why: str
     ) -> None:
         self._project.request_log.refused(message, code, on_result)
@@ -455,15 +457,16 @@ class Forwarder:
             for job in self._queue.requests()
             if job.state == "queued" and now - max(job.arrived_at, self._alone_since) >= self._patience_s
         ]
+        why = f"{_NO_OWNER}: {self.obstacle}" if self.obstacle else _NO_OWNER
         for job in overdue:
             is_unsent, message = self._is_unsent(job), _request_of(job)
             self._queue.withdraw(job)
             self._sent_at.pop(job.id, None)
             for requester in job.requesters:
                 if is_unsent:
-                    self._refuse(requester, message, job.on_result, "REMOTE_BUSY", f"{_NO_OWNER}; nothing was changed")
+                    self.refuse(requester, message, job.on_result, "REMOTE_BUSY", f"{why}; nothing was changed")
                 else:
-                    requester.end(Bye("REMOTE_BUSY", _NO_OWNER, 1.0))
+                    requester.end(Bye("REMOTE_BUSY", why, 1.0))
         self._watch()
 
 

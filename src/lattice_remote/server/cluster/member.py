@@ -613,6 +613,11 @@ class Member:
         except (Fenced, TimeoutError):  # there is more to apply first
             await held.release()
             return
+        except StreamFull as error:
+            self._forward.obstacle = error.message
+            await held.release()
+            return
+        self._forward.obstacle = ""
         self._stop("follow")
         self._seq = seq
         self._start("renew", self._renew(held))
@@ -699,7 +704,8 @@ class Member:
             _log.warning("%s: %s", self.slug, error)
             self._lose("another node owns the project")
         except StreamFull as error:
-            self._lose(error.message)
+            self._forward.obstacle = error.message
+            self._lose(error.message, is_full=True)
 
     def _next_batch(self) -> list[tuple[Callable[[], None], RequestDone | None]]:
         batch, size = [], 0
@@ -731,8 +737,11 @@ class Member:
             else:
                 return
 
-    def _lose(self, why: str) -> None:
-        """Follow from now on: the worker restarts, and unanswered requests go to the next owner."""
+    def _lose(self, why: str, *, is_full: bool = False) -> None:
+        """Follow from now on: the worker restarts, and unanswered requests go to the next owner.
+
+        If the engine is full, those that no owner has had before are refused: none of them is in the stream (I6).
+        """
         if not self._is_owner:
             return
         _log.warning("%s: this node no longer owns the project: %s", self.slug, why)
@@ -745,6 +754,10 @@ class Member:
             message = job.message
             if not isinstance(message, ForwardedRequest):
                 continue  # given up here: the client asks again, and learns the outcome
+            if is_full and message.first_sent_at is None and not job.suspect:
+                for requester in job.requesters:
+                    self._forward.refuse(requester, message, job.on_result, "REMOTE_STORAGE", why)
+                continue
             first = message.first_sent_at or time.time() - (time.monotonic() - job.submitted_at)
             for requester in job.requesters:
                 self.forward(msgspec.structs.replace(message, first_sent_at=first), requester, job.on_result)
