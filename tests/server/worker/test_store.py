@@ -6,15 +6,19 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from worker_process import closing, tree_of
 
 from lattice_remote.errors import Rejected
-from lattice_remote.protocol.messages import Reply
+from lattice_remote.protocol.messages import Refused, Reply, encode
+from lattice_remote.server.ipc import RequestDone
 from lattice_remote.server.journal.journal import CommitJob, Retention
 from lattice_remote.server.tree.capture import Capture
 from lattice_remote.server.worker import store as store_module
@@ -105,7 +109,12 @@ def killer(monkeypatch: pytest.MonkeyPatch) -> Killer:
 class AtOnce:
     """Stands for the committer: what it is given is done before it returns."""
 
+    def __init__(self) -> None:
+        self.done: list[RequestDone] = []
+
     def submit(self, job: CommitJob) -> None:
+        if isinstance(job.message, RequestDone):
+            self.done.append(job.message)
         if job.then is not None:
             job.then()
 
@@ -290,3 +299,45 @@ def test_no_segment_is_removed_while_the_list_of_files_can_not_be_written(
     assert kept[0] == kept[1]
     monkeypatch.setattr(store_module, "save_manifest", full)
     assert change(3) > kept[0]
+
+
+# --- what is reported of a request ---
+
+
+@pytest.mark.parametrize("is_keyed", [True, False])
+def test_each_request_is_reported_with_its_command_and_its_time(
+    projects: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, is_keyed: bool
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(store_module, "time", SimpleNamespace(perf_counter=lambda: now, time=time.time))
+    committer = AtOnce()
+    project = projects[0]
+    stubs: tuple[Any] = (committer,)
+    store = open_store(project, project / "tmp", *stubs, code=[], retention=TINY_SEGMENTS).store
+    store.begin_request("create", is_keyed=is_keyed)
+    now = 102.5
+    store.set_label("mcp: create")
+    with store.transaction() as touched:
+        replace(project / ".lattice/tasks/small.json", b"other\n")
+    reply = Reply(REQUEST, 1, 0, b"", b"")
+    store.commit(store.difference(touched), CAUSE, lambda _: reply)
+    done = committer.done[-1]
+    assert (done.id, done.seq, done.reply) == (REQUEST, 1, encode(reply))
+    assert (done.report.command, done.report.seconds) == ("mcp: create", 2.5), "from its beginning"
+    assert (done.report.again, done.report.made, done.report.code) == (False, None, "")
+    record = store.journal.find(REQUEST)
+    assert record is not None and record.is_keyed == is_keyed
+    store.begin_request("edit", is_keyed=True)
+    now = 103.0
+    with store.transaction() as touched:
+        replace(project / ".lattice/tasks/small.json", b"another\n")
+    store.commit(store.difference(touched), ChangeOrigin("", "", "server", "edit"))
+    assert (committer.done[-1].report.command, committer.done[-1].report.seconds) == ("edit", 0.5)
+    store.resend_reply(REQUEST, record)
+    again = committer.done[-1]
+    assert (again.id, again.seq, again.reply) == (REQUEST, 1, encode(reply))
+    assert (again.report.again, again.report.made) == (True, 1)
+    store.refuse(Refused(REQUEST, "REMOTE_BUSY", "x"))
+    assert (committer.done[-1].report.code, committer.done[-1].seq) == ("REMOTE_BUSY", 2)
+    store.reply_without_record(lambda seq: Reply(REQUEST, seq, 1, b"", b""))
+    assert committer.done[-1].reply == encode(Reply(REQUEST, 2, 1, b"", b"")) and store.journal.head == 2
