@@ -48,6 +48,10 @@ class RunningCluster:
         self.sessions: dict[str, requests.Session] = {}
         self.token = ""
 
+    @property
+    def nats_urls(self) -> list[str]:
+        return self._nats.urls
+
     def start(self, name: str) -> None:
         """Start a node. The first time it makes its data directory, unless that of the first node is there."""
         data = DataDir(self._directory / name / "data")

@@ -1,5 +1,6 @@
 """Projects of a cluster: created, renamed, archived, deleted and imported on one node, for all nodes."""
 
+import asyncio
 import json
 import secrets
 import shutil
@@ -20,6 +21,8 @@ from lattice_remote.errors import Misuse
 from lattice_remote.protocol.messages import Push, Pushed, Refused
 from lattice_remote.server.cli import app
 from lattice_remote.server.cluster import shared_projects
+from lattice_remote.server.cluster.directory import ClusterDirectory
+from lattice_remote.server.cluster.engine import Engine
 from lattice_remote.server.cluster.settings import ClusterSettings
 from lattice_remote.server.datadir import DataDir
 from sample_projects import pack_of, sample_project
@@ -257,6 +260,29 @@ def test_a_node_that_was_away_follows_all_that_was_decided(cluster: RunningClust
 
 def name_in(root: Path) -> str:
     return str(json.loads((root / ".lattice/config.json").read_bytes())["project_name"])
+
+
+async def lose_catalogue(cluster: RunningCluster) -> None:
+    """Remove the catalogue, and restore it once each node has looked twice."""
+    engine = await Engine.connect(cluster.nats_urls, node="test", replicas=1)
+    bucket, directory = await engine.kv("lattice-directory"), await ClusterDirectory.open(engine)
+    before = await bucket.get("catalogue")
+    assert before is not None
+    await bucket.delete("catalogue")
+    for _ in range(2):
+        reported = {name: node.at for name, node in (await directory.nodes()).items()}
+        async with asyncio.timeout(60):
+            while any(node.at == reported[name] for name, node in (await directory.nodes()).items()):  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+    answers = [cluster.ask(node, "GET", "").status_code for node in "ab"]
+    await bucket.put("catalogue", before.value)
+    await engine.close()
+    assert answers == [200, 200]
+
+
+def test_without_the_catalogue_the_projects_go_on(cluster: RunningCluster, owner: str) -> None:
+    assert owner in "ab"
+    asyncio.run(lose_catalogue(cluster))
 
 
 async def ask_for_push(cluster: RunningCluster, node: str, request: Push) -> Pushed | Refused:

@@ -116,9 +116,13 @@ class Wish(msgspec.Struct, frozen=True):
 
 
 class DirectoryContent(NamedTuple):
-    """The directory at about one moment: projects, nodes seen within a day, and wishes for projects."""
+    """The directory at about one moment: projects, nodes seen within a day, and wishes for projects.
+
+    ``revision`` is the catalogue's, 0 if there is none.
+    """
 
     catalogue: Catalogue
+    revision: int
     nodes: dict[str, NodeReport]
     wishes: dict[str, Wish]
 
@@ -159,7 +163,9 @@ class ClusterDirectory:
         entries = await self._bucket.entries()
         nodes = _of_kind(entries, "node", NodeReport)
         recent = {name: node for name, node in nodes.items() if time.time() - node.at < _FORGOTTEN_S}
-        return DirectoryContent(_catalogue_in(entries.get(_CATALOGUE)), recent, _of_kind(entries, "wish", Wish))
+        entry = entries.get(_CATALOGUE)
+        revision = entry.revision if entry is not None else 0
+        return DirectoryContent(_catalogue_in(entry), revision, recent, _of_kind(entries, "wish", Wish))
 
     async def catalogue(self) -> Catalogue:
         return _catalogue_in(await self._bucket.get(_CATALOGUE))

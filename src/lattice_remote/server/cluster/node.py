@@ -98,7 +98,7 @@ class Node:
         self._access = access
         self._identity = NodeIdentity(settings.node, settings.advertise)
         self._lease = Lease(engine)
-        self._catalogue = Catalogue()
+        self._catalogue, self._revision = Catalogue(), 0
         self._local: dict[Place, str] = {}  # ids of the projects here
         self._renamed: dict[str, str] | None = None  # former names that all tokens follow
         self._members: dict[str, Member] = {}
@@ -210,7 +210,7 @@ class Node:
         await asyncio.to_thread(finish_copies, self._data.projects)
         if self._is_new:
             await self._bring_former_names()
-        self._catalogue, self._nodes, _ = await self._directory.read()
+        self._catalogue, self._revision, self._nodes, _ = await self._directory.read()
         await self._arrange()
         for slug in self._strangers():
             await self._enter(slug)
@@ -242,7 +242,10 @@ class Node:
         await self._report()
         found = await self._directory.read()
         self._nodes = found.nodes
-        await self._follow_catalogue(found.catalogue)
+        # An older one is of a server that was the leader; a missing one was deleted, and the projects go on.
+        if found.revision >= self._revision:
+            self._revision = found.revision
+            await self._follow_catalogue(found.catalogue)
         await self._fulfil(found.wishes)  # changes the directory: last
         for slug, entry in self._catalogue.projects.items():
             opening = self._opening.get(slug)
