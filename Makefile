@@ -58,8 +58,9 @@ ROUNDS ?= 200
 claims: venv  ## Let 32 processes race for one task, round after round: one winner each (ROUNDS=200)
 	@$(PYTHON_VENV) tests/claims.py --rounds $(ROUNDS)
 
-cluster: venv  ## Kill, pause and stop the nodes of a cluster and its engine beside writers, seed after seed (SEEDS=20)
+cluster: venv  ## Kill, pause and stop the nodes of a cluster and its engine beside writers (SEEDS=20); then partitions, lost leases, large contents, edits, restarts
 	@$(PYTHON_VENV) tests/cluster_soak.py --seeds $(SEEDS) --first $(FIRST)
+	@$(PYTHON_VENV) tests/cluster_faults.py
 
 order: venv  ## Kill, pause and cut off the cluster's engine and its nodes, seed after seed (SEEDS=200)
 	@$(PYTHON_VENV) tests/cluster_order.py --seeds $(SEEDS) --first $(FIRST)

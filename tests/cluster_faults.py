@@ -1,6 +1,6 @@
 """Faults of a cluster, with an account of its nodes: acknowledged writes, reads, and the files and order afterwards.
 
-    python tests/cluster_faults.py --rounds 3 [--only partition]
+    python tests/cluster_faults.py --rounds 3 --only "lost lease"
 
 Each round runs three nodes and three NATS servers, all connected through proxies.
 """
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import signal
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -76,7 +78,7 @@ class Seen:
 
 
 class Account:
-    """Writers and readers of single nodes, and what they were answered."""
+    """Writers and readers of single nodes, and the answers that they got."""
 
     def __init__(self, cluster: RunningCluster) -> None:
         self._cluster = cluster
@@ -115,6 +117,12 @@ class Account:
         """Wait until a node has acknowledged some further writes."""
         since = time.monotonic()
         wait_until(lambda: self.count_of(name, since=since) >= count, f"node {name} acknowledges {count} writes")
+
+    def longest_gap_s(self, since: float) -> float:
+        """Return the longest time without an acknowledgement since then."""
+        with self._lock:
+            times = sorted(ack.answered for ack in self.acknowledged if ack.answered >= since)
+        return max(b - a for a, b in pairwise([since, *times]))
 
     def staleness_s(self, names: str) -> float:
         """Return for how long a change had been acknowledged, at most, when a read was sent that did not show it."""
@@ -325,6 +333,97 @@ def _has(cluster: RunningCluster, names: Sequence[str], path: str, text: str) ->
     return all((cluster.tree(name) / path).read_text() == text for name in names)
 
 
+# --- contents, absent nodes, restarts ---
+
+
+def kill_beside_content(
+    nats: NatsCluster, cluster: RunningCluster, account: Account, *, size: int, delay_s: float
+) -> str:
+    """Kill the owner at some moment after a large file came into its directory: no node has a change without it."""
+    del nats
+    owner = owner_of(cluster)
+    path = f"artifacts/payload/art_{time.monotonic_ns()}.bin"
+    data = random.Random(path).randbytes(size)
+    source = cluster.tree(owner).parent / "incoming"
+    source.write_bytes(data)
+    (cluster.tree(owner) / path).parent.mkdir(parents=True, exist_ok=True)
+    source.rename(cluster.tree(owner) / path)
+    time.sleep(delay_s)  # some moment of its storage
+    cluster.kill(owner)
+    other = next(name for name in cluster.names if name != owner)
+    account.write_once(other, f"beside {path}")
+    cluster.start(owner)
+    account.check()
+    found = {name: (cluster.tree(name) / path).is_file() for name in cluster.names}
+    assert len(set(found.values())) == 1, found
+    assert not found[owner] or (cluster.tree(other) / path).read_bytes() == data
+    outcome = "is on all nodes" if found[owner] else "was never numbered"
+    return f"a content of {size / 1e6:.0f} MB, its owner killed after {delay_s:.2f} s, {outcome}"
+
+
+def purge_beside_absent(nats: NatsCluster, cluster: RunningCluster, account: Account) -> str:
+    """Let a node be away for longer than the stream reaches, with altered files, and its owner die in between."""
+    del nats
+    owner = owner_of(cluster)
+    absent, other = (name for name in cluster.names if name != owner)
+    for number in range(3):
+        account.write_once(other, f"before {absent} is away {number}")
+    wait_until(cluster.agree, "the nodes agree")
+    cluster.nodes[absent].end()
+    with account.running(writers=other, readers=""):
+        account.wait_for(other, 20)
+        asyncio.run(_purge(cluster))
+        cluster.kill(owner)
+        account.wait_for(other, 10)
+        asyncio.run(_purge(cluster))
+        cluster.start(owner)
+        files = sorted((cluster.tree(absent) / "tasks").glob("*.json"))
+        files[0].write_text("{}")
+        files[1].unlink()
+        (cluster.tree(absent) / "tasks/strange.json").write_text("{}")
+        cluster.start(absent)
+        account.wait_for(other, 5)
+    wait_until(lambda: cluster.is_open(absent), f"node {absent} is open", 180)
+    wait_until(cluster.agree, "the nodes agree", 180)
+    log = (cluster.nodes[absent].data.path.parent / "log").read_text()
+    assert "copied change" in log.rpartition("open at change")[0], "the node has copied the project"
+    return "a node away for longer than the stream reaches, with altered files: equal"
+
+
+async def _purge(cluster: RunningCluster) -> None:
+    engine = await Engine.connect(cluster.engine_urls, node="purge", replicas=len(cluster.engine_urls))
+    try:
+        epoch = next(head for head, number in map(cluster.head, cluster.names) if number >= 0)
+        order = JetStreamOrder(engine, "web", epoch)
+        await order.purge((await order.bounds())[1] - 3)
+    finally:
+        await engine.close()
+
+
+def rolling_restart(nats: NatsCluster, cluster: RunningCluster, account: Account) -> str:
+    """Restart every node and every server of the engine, one after the other, beside writers."""
+    gaps: dict[str, float] = {}
+    with account.running(writers=cluster.names, readers=""):
+        for name in cluster.names:
+            account.wait_for(name)
+            since = time.monotonic()
+            cluster.nodes[name].end()
+            cluster.start(name)
+            wait_until(lambda name=name: cluster.is_open(name), f"node {name} is open")
+            account.wait_for(name)
+            gaps[f"node {name}"] = account.longest_gap_s(since)
+        for server in nats.servers:
+            since = time.monotonic()
+            server.stop()
+            server.start()
+            nats.heal()
+            for name in cluster.names:
+                account.wait_for(name)
+            gaps[server.name] = account.longest_gap_s(since)
+    account.check()
+    return "longest time without writes: " + ", ".join(f"{name} {gap:.2f} s" for name, gap in gaps.items())
+
+
 # --- partitions ---
 
 
@@ -428,6 +527,12 @@ SCENARIOS: dict[str, Callable[[NatsCluster, RunningCluster, Account], str]] = {
     "the owner alone": cut_owner,
     "the owner with a minority": owner_with_minority,
     "another node with a minority": cut_follower,
+    "a rolling restart": rolling_restart,
+    **{
+        f"a content of {size} MB, {delay_s} s": partial(kill_beside_content, size=size * 1_000_000, delay_s=delay_s)
+        for size, delays in ((20, (0.1, 0.4, 0.7, 1.0, 1.5)), (100, (0.5, 1.5, 3.0, 5.0)))
+        for delay_s in delays
+    },
     **{
         f"edits beside the nodes, {delay_s} s behind a kill": partial(edit_beside, delay_s=delay_s)
         for delay_s in (0.0, 1.0, 2.0, 3.0, 4.0)
@@ -440,12 +545,13 @@ SCENARIOS: dict[str, Callable[[NatsCluster, RunningCluster, Account], str]] = {
         for count in (1, 16, 64)
         for killed in (False, True)
     },
+    "a node away for long": purge_beside_absent,  # the stream no longer has everything: the last one
 }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", default="", help="part of a scenario's name")
     options = parser.parse_args()
     failed = 0
