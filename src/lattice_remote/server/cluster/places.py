@@ -32,7 +32,7 @@ def root_of(data: DataDir, place: Place) -> Path:
 
 
 def staging(data: DataDir, id_: str) -> Path:
-    """Return the place of a project between two places. What is there is put in place once the catalogue has it."""
+    """Return the place of a project that moves, or enters the cluster; it stays there until the catalogue has it."""
     return data.projects / f"{_MOVING}{id_}"
 
 
