@@ -305,16 +305,16 @@ def edit_beside(nats: NatsCluster, cluster: RunningCluster, account: Account, *,
     wait_until(cluster.agree, "the nodes agree")
     owner = owner_of(cluster)
     others = [name for name in cluster.names if name != owner]
-    (cluster.tree(owner) / plan).write_text("by the owner\n")
     head = cluster.head(owner)[1]
+    _save(cluster.tree(owner) / plan, "by the owner\n")
     wait_until(lambda: _has(cluster, cluster.names, plan, "by the owner\n"), "the owner's edit is on all nodes")
     for name in others:
-        (cluster.tree(name) / plan).write_text(f"beside {name}\n")
+        _save(cluster.tree(name) / plan, f"beside {name}\n")
     wait_until(lambda: _has(cluster, others, plan, "by the owner\n"), "the other nodes' edits are undone")
     cluster.kill(owner)
     time.sleep(delay_s)  # the moment of the next edits within the takeover
     for name in cluster.names:
-        (cluster.tree(name) / plan).write_text(f"at the takeover on {name}\n")
+        _save(cluster.tree(name) / plan, f"at the takeover on {name}\n")
     account.write_once(others[0], f"{ack.title} after the takeover")
     cluster.start(owner)
     account.check()
@@ -327,6 +327,13 @@ def edit_beside(nats: NatsCluster, cluster: RunningCluster, account: Account, *,
     changes = cluster.head(owner)[1] - head
     assert changes == 2, f"{changes} changes of an edit and a write"
     return f"edits on three nodes, {delay_s:.1f} s behind a killed owner: 1 numbered, 5 set aside"
+
+
+def _save(path: Path, text: str) -> None:
+    """Replace a file at once: no node sees it empty."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text)
+    new.replace(path)
 
 
 def _has(cluster: RunningCluster, names: Sequence[str], path: str, text: str) -> bool:
@@ -433,8 +440,9 @@ def cut_owner(nats: NatsCluster, cluster: RunningCluster, account: Account) -> s
     other = next(name for name in cluster.names if name != owner)
     with account.running(writers=owner + other, readers=owner):
         account.wait_for(owner)
-        ended, since = listen(cluster, owner), time.monotonic()
+        ended = listen(cluster, owner)
         cluster.cut_off(owner, *(server.name for server in nats.servers))
+        since = time.monotonic()
         line = _while_cut_off(cluster, account, owner, other, since, ended)
         cluster.heal()
         account.wait_for(owner)
@@ -462,11 +470,12 @@ def _minority(nats: NatsCluster, cluster: RunningCluster, account: Account, name
     with account.running(writers=name + other, readers=name):
         account.wait_for(name)
         account.wait_for(other)
-        ended, since = listen(cluster, name), time.monotonic()
+        ended = listen(cluster, name)
         nats.isolate(leader)
         for each in cluster.names:
             if each != name:
                 cluster.cut_off(each, leader)
+        since = time.monotonic()
         line = _while_cut_off(cluster, account, name, other, since, ended)
         cluster.heal()
         nats.heal()
