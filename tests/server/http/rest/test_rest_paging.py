@@ -13,7 +13,9 @@ from lattice_remote.server.ipc import ReadResult
 from lattice_remote.server.worker.reader import laid_out
 
 VALUES = st.recursive(
-    st.none() | st.text(max_size=5), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    st.none() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=8,
 )
 ITEMS = st.lists(st.tuples(st.text('abé"\\,]}', min_size=1, max_size=3), VALUES), unique_by=lambda item: item[0])
 
