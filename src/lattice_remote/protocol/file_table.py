@@ -7,7 +7,7 @@ from typing import Any
 
 from lattice_remote.protocol.effects import Content
 
-__all__ = ["COMPACT_FROM", "FileTable", "contents_by_path"]
+__all__ = ["COMPACT_FROM", "FileTable", "compacted", "contents_by_path"]
 
 COMPACT_FROM = 50_000
 """Files from which on a compact table saves more memory than it costs time."""
@@ -142,6 +142,15 @@ class _Items[V](ItemsView[str, V]):
 def _framed(path: str) -> bytes:
     data = path.encode(errors="surrogatepass")
     return b"\x01" + len(data).to_bytes(2) + data
+
+
+def compacted[V](files: MutableMapping[str, V], table: Callable[[], FileTable[V]]) -> MutableMapping[str, V]:
+    """Return ``files``, if these are many in a compact table; ``table`` makes an empty one."""
+    if len(files) < COMPACT_FROM or isinstance(files, FileTable):
+        return files
+    compact = table()
+    compact.update(files)
+    return compact
 
 
 def contents_by_path(files: Iterable[tuple[str, Content]], count: int) -> MutableMapping[str, Content]:

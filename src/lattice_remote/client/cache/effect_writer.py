@@ -1,6 +1,8 @@
 """Application of changes to the files of a cache, without losing text that a person writes there (I4)."""
 
+import asyncio
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -28,6 +30,8 @@ from lattice_remote.protocol.replica import Replica
 
 __all__ = ["EffectWriter"]
 
+_LONGEST_STEP_S = 0.01
+"""Then other caches of the agent get their turn."""
 _MAX_MISFITS = 5
 """The connection is given up when the parts of one file do not add up this often."""
 
@@ -109,7 +113,14 @@ class EffectWriter:
         """
         if self.first_fill is not None:
             parts = await self.first_fill.write(parts)
-        return [effect for part in parts for effect in self._write_part(part, replica)]
+        effects: list[Effect] = []
+        pause_at = time.monotonic() + _LONGEST_STEP_S
+        for part in parts:
+            effects += self._write_part(part, replica)
+            if time.monotonic() > pause_at:
+                await asyncio.sleep(0)
+                pause_at = time.monotonic() + _LONGEST_STEP_S
+        return effects
 
     def _write_part(self, part: Part, replica: Replica) -> list[Effect]:
         if self._is_only_touched(part):

@@ -12,10 +12,11 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 
 from lattice_remote.client.config import PRIVATE_DIRECTORY
 from lattice_remote.files import SAFE, Signature, write_all
+from lattice_remote.protocol.file_table import FileTable, compacted
 
 __all__ = ["STORED", "WRITTEN_LOG", "Fingerprints", "Signature"]
 
@@ -33,9 +34,9 @@ class Fingerprints:
         self.is_complete = False
         """Whether every file was compared with the server's, so that an unknown one is foreign."""
         self._log = os.path.join(directory, WRITTEN_LOG)
-        self._marks: dict[str, int] = {}  # path -> hashes of the signature: a quarter of the memory
-        self._settled: dict[str, int] = {}  # the same for plans and notes that equal their base
-        self._settled_before: dict[str, int] = {}  # those of earlier processes
+        self._marks: MutableMapping[str, int] = {}  # path -> hashes of the signature: a quarter of the memory
+        self._settled: MutableMapping[str, int] = {}  # the same for plans and notes that equal their base
+        self._settled_before: MutableMapping[str, int] = {}  # those of earlier processes
         self._unshared: dict[str, Signature | None] = {}
         self._read_up_to: tuple[int, int] | None = None  # inode of the log, bytes
 
@@ -76,13 +77,14 @@ class Fingerprints:
             self._settled_before.pop(path, None)
         elif time.time_ns() - found[3] > _TICK_NS:
             self._settled[path] = _mark(found)
+            self._settled = compacted(self._settled, _mark_table)
 
     def note(self, path: str, found: Signature | None) -> None:
         self._unshared[path] = found
         self._remember(path, found)
 
     def settle(self, files: Iterable[tuple[str, Signature]]) -> None:
-        self._marks = {path: _mark(found) for path, found in files}
+        self._marks = compacted({path: _mark(found) for path, found in files}, _mark_table)
         self.is_complete = True
 
     def _remember(self, path: str, found: Signature | None) -> None:
@@ -90,6 +92,7 @@ class Fingerprints:
             self._marks.pop(path, None)
         else:
             self._marks[path] = _mark(found)
+            self._marks = compacted(self._marks, _mark_table)
 
     # --- storage ---
 
@@ -99,7 +102,7 @@ class Fingerprints:
             return None
         known = {**self._settled_before, **self._settled}
         settled = [path for path, mark in known.items() if self._marks.get(path) == mark]
-        fields = {"boot_id": boot_id, "log": self._read_up_to, "marks": self._marks, "settled": settled}
+        fields = {"boot_id": boot_id, "log": self._read_up_to, "marks": dict(self._marks.items()), "settled": settled}
         return json.dumps(fields).encode()
 
     def restore(self, data: bytes, boot_id: str) -> None:
@@ -113,7 +116,7 @@ class Fingerprints:
                 return
         except (ValueError, TypeError, KeyError, AttributeError):
             return
-        self._marks, self._settled_before = marks, settled
+        self._marks, self._settled_before = compacted(marks, _mark_table), compacted(settled, _mark_table)
         self._read_up_to, self.is_complete = (int(inode), int(offset)), True
 
     # --- other processes of ours; under the cache's lock ---
@@ -153,6 +156,10 @@ class Fingerprints:
 def _mark(found: Signature) -> int:
     """Return two hashes in one: of the fields that a write changes, and of all."""
     return (hash(found[:3]) << 64) | (hash(found) & (2**64 - 1))
+
+
+def _mark_table() -> FileTable[int]:
+    return FileTable("<qQ", lambda mark: (mark >> 64, mark & (2**64 - 1)), lambda high, low: high << 64 | low)
 
 
 def _line(path: str, found: Signature | None) -> str:

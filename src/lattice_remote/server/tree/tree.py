@@ -14,7 +14,7 @@ import stat
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import batched
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from lattice_remote import files
-from lattice_remote.protocol.file_table import COMPACT_FROM, FileTable
+from lattice_remote.protocol.file_table import FileTable, compacted
 from lattice_remote.protocol.operations import (
     TAIL_BYTES,
     AnnounceFile,
@@ -288,10 +288,8 @@ class _Log:
     tail: bytes
 
 
-def _state_table(files: Mapping[str, FileState]) -> FileTable[FileState]:
-    table = FileTable[FileState]("<Q32sqQ?", _packed_state, FileState)
-    table.update(files)
-    return table
+def _state_table() -> FileTable[FileState]:
+    return FileTable("<Q32sqQ?", _packed_state, FileState)
 
 
 def _packed_state(state: FileState) -> tuple[int, bytes, int, int, bool]:
@@ -305,9 +303,7 @@ class ProjectTree:
 
     def __init__(self, root: Path, files: dict[str, FileState]) -> None:
         self.root = root
-        self.files: MutableMapping[str, FileState] = files
-        """In a large project a compact table."""
-        self._compact()
+        self.files = compacted(files, _state_table)
         self._prefix = f"{root}/"
         self._logs: OrderedDict[str, _Log] = OrderedDict()
 
@@ -317,11 +313,7 @@ class ProjectTree:
                 self.files.pop(path, None)
             else:
                 self.files[path] = state
-        self._compact()
-
-    def _compact(self) -> None:
-        if len(self.files) >= COMPACT_FROM and not isinstance(self.files, FileTable):
-            self.files = _state_table(self.files)
+        self.files = compacted(self.files, _state_table)
 
     def distrust(self, paths: Iterable[str]) -> None:
         """Read these files at the next ``reconcile``."""
