@@ -158,7 +158,7 @@ class Account:
         lines = [line for path in (tree / "events").glob("*.jsonl") for line in path.read_text().splitlines()]
         assert hooked.keys() <= {json.loads(line)["id"] for line in lines}, "a hook ran for an event that was undone"
         journals = {name: journal_of(cluster, name) for name in cluster.names}
-        order = asyncio.run(stream_records(cluster, cluster.head(cluster.names[0])[0]))
+        order = asyncio.run(stream_records(cluster, cluster.position(cluster.names[0])[0]))
         for name, journal in journals.items():
             assert journal[-len(order) :] == order, f"the journal of {name} differs from the stream"
         changes = {}
@@ -305,7 +305,7 @@ def edit_beside(nats: NatsCluster, cluster: RunningCluster, account: Account, *,
     wait_until(cluster.agree, "the nodes agree")
     owner = owner_of(cluster)
     others = [name for name in cluster.names if name != owner]
-    head = cluster.head(owner)[1]
+    head = cluster.position(owner)[1]
     _save(cluster.tree(owner) / plan, "by the owner\n")
     wait_until(lambda: _has(cluster, cluster.names, plan, "by the owner\n"), "the owner's edit is on all nodes")
     for name in others:
@@ -324,7 +324,7 @@ def edit_beside(nats: NatsCluster, cluster: RunningCluster, account: Account, *,
         texts = {path.read_text() for path in kept}
         assert f"at the takeover on {name}\n" in texts, f"node {name} has not kept the edit: {texts}"
         assert name == owner or f"beside {name}\n" in texts, f"node {name} has not kept the edit: {texts}"
-    changes = cluster.head(owner)[1] - head
+    changes = cluster.position(owner)[1] - head
     assert changes == 2, f"{changes} changes of an edit and a write"
     return f"edits on three nodes, {delay_s:.1f} s behind a killed owner: 1 numbered, 5 set aside"
 

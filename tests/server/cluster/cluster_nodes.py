@@ -109,6 +109,17 @@ class RunningCluster:
             return "", -1
         return (answer.json()["epoch"], answer.json()["head"]) if answer.ok else ("", -1)
 
+    def position(self, name: str) -> tuple[str, int]:
+        """Return epoch and number of a node's head, once it answers: for a moment it may refuse reads."""
+        found: list[tuple[str, int]] = []
+
+        def is_known() -> bool:
+            found.append(self.head(name))
+            return bool(found[-1][0])
+
+        wait_until(is_known, f"node {name} answers")
+        return found[-1]
+
     def tree(self, name: str) -> Path:
         return self.nodes[name].data.project("web").lattice
 

@@ -32,7 +32,7 @@ def equal_trees(cluster: RunningCluster, names: str) -> bool:
 def test_a_write_through_any_node_is_on_all(nats: NatsCluster, tmp_path: Path) -> None:
     with running_cluster(nats, tmp_path) as cluster:
         for name in "abcabc":
-            assert cluster.write(name, f"by {name}", key=f"{name}{cluster.head(name)}").status_code == 201
+            assert cluster.write(name, f"by {name}", key=f"{name}{cluster.position(name)}").status_code == 201
         wait_until(lambda: equal_trees(cluster, "abc"), "the nodes agree")
         assert len(list((cluster.tree("b") / "tasks").glob("*.json"))) == 6
 
@@ -79,14 +79,14 @@ def test_a_project_moves_and_leaves_with_its_numbers(nats: NatsCluster, tmp_path
             cluster, "a", "cluster", "move", "web", "x", code=1
         )
         wait_until(lambda: equal_trees(cluster, "ab"), "the nodes agree")
-        before = cluster.head("b")
+        before = cluster.position("b")
         cluster.nodes["a"].end()
         assert "another server" in command(cluster, "b", "cluster", "leave", code=1)
         cluster.nodes["b"].end()
         wait_until(lambda: "Node b has left" in leave(cluster, "b"), "node a is known to be gone")
         alone = Process(cluster.nodes["b"].data)
         cluster.nodes["b"] = alone
-        assert cluster.head("b") == before, "epoch and number stay"
+        assert cluster.position("b") == before, "epoch and number stay"
         assert cluster.write("b", "three").status_code == 201
         cache = followed(alone, token, cache)
         assert cache.files == tree_of(cluster.tree("b"))
@@ -138,10 +138,10 @@ def test_a_rebuilt_project_goes_on_with_the_files_of_one_node(nats: NatsCluster,
     with running_cluster(nats, tmp_path, "ab") as cluster:
         assert cluster.write("a", "one").status_code == 201
         wait_until(lambda: equal_trees(cluster, "ab"), "the nodes agree")
-        epoch = cluster.head("a")[0]
+        epoch = cluster.position("a")[0]
         assert "with the files of node b" in command(cluster, "b", "cluster", "rebuild", "web", "--yes")
         assert cluster.write("a", "two").status_code == 201
         assert cluster.write("b", "three").status_code == 201
         wait_until(lambda: equal_trees(cluster, "ab"), "the nodes agree again")
-        assert cluster.head("a")[0] not in ("", epoch)
+        assert cluster.position("a")[0] not in ("", epoch)
         assert len(list((cluster.tree("a") / "tasks").glob("*.json"))) == 3

@@ -32,7 +32,7 @@ def with_order[T](cluster: RunningCluster, work: Callable[[Engine, JetStreamOrde
     async def connected() -> T:
         engine = await Engine.connect(cluster.engine_urls, node="damage", replicas=1)
         try:
-            return await work(engine, JetStreamOrder(engine, "web", cluster.head("a")[0]))
+            return await work(engine, JetStreamOrder(engine, "web", cluster.position("a")[0]))
         finally:
             await engine.close()
 
@@ -72,7 +72,7 @@ def test_a_damaged_order_is_refused_on_all_nodes_until_it_is_rebuilt(
 ) -> None:
     assert cluster.write("b", f"before {damage.__name__}").status_code == 201
     wait_until(cluster.agree, "the nodes agree")
-    epoch = cluster.head("a")[0]
+    epoch = cluster.position("a")[0]
     damage(nats, cluster)
     for name in "ab":
         wait_until(lambda name=name: is_refused(cluster, name, f"unwritten {damage.__name__}"), f"node {name} refuses")
@@ -83,7 +83,7 @@ def test_a_damaged_order_is_refused_on_all_nodes_until_it_is_rebuilt(
     assert cluster.write("a", f"after {damage.__name__}").status_code == 201
     assert cluster.write("b", f"after {damage.__name__} too").status_code == 201
     wait_until(cluster.agree, "the nodes agree again")
-    assert cluster.head("a")[0] not in ("", epoch)
+    assert cluster.position("a")[0] not in ("", epoch)
     assert titles_on(cluster, "b") == titles | {f"after {damage.__name__}", f"after {damage.__name__} too"}
 
 
