@@ -78,7 +78,7 @@ def test_a_token_is_taken_once_and_the_cookie_does_from_then_on(visitor: Visitor
     assert token not in home.text + str(signed.headers) + signed.text
     made = visitor.session.post(f"{visitor.base}/projects/web/tasks", json={"title": "From a browser"}, timeout=30)
     assert made.status_code == 201
-    wait_for(lambda: "just now" in visitor.get("/").text, "what was done to be on the page", 10)
+    wait_for(lambda: "just now" in visitor.get("/").text, "what was done to be on the page", 60)
     [project] = visitor.session.get(f"{visitor.base}/projects", timeout=30).json()["data"]
     assert project["last"]["actor"] == "human:ana"
     out = visitor.post("/sign-out")

@@ -112,12 +112,12 @@ def test_ready_means_that_every_project_can_be_used(server: Process) -> None:
     holder = threading.Thread(target=hold)
     holder.start()
     try:
-        wait_for(lambda: ready()[0] == 503, "the closed project to be noticed", 10)
+        wait_for(lambda: ready()[0] == 503, "the closed project to be noticed", 60)
         assert ready()[1] == ["closed: the project is in use by an administrator's command (1 of 3)"]
     finally:
         let_go.set()
         holder.join()
-    wait_for(lambda: ready() == (200, []), "the project to be open again", 10)
+    wait_for(lambda: ready() == (200, []), "the project to be open again", 60)
 
 
 async def test_a_project_whose_worker_does_not_start_is_no_ready_one(

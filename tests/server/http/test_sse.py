@@ -225,7 +225,7 @@ def test_nothing_is_kept_for_those_who_have_left(
         listening = Listening(server.port, token)
         listening.reset() if n % 2 else listening.close()
     create(session, url)
-    wait_for(lambda: len(list(files.iterdir())) <= before + 1, "the connections to be closed", 10)
+    wait_for(lambda: len(list(files.iterdir())) <= before + 1, "the connections to be closed", 60)
 
 
 def test_a_killed_server_loses_and_doubles_nothing(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_a_killed_server_loses_and_doubles_nothing(tmp_path: Path) -> None:
         assert session.get(f"{url}/tasks", timeout=30).ok
         [reader] = children_of(first, b"worker.reader")
         assert first.end(signal.SIGKILL) == -signal.SIGKILL
-        wait_for(lambda: is_gone(reader), "its reader to leave", 10)
+        wait_for(lambda: is_gone(reader), "its reader to leave", 60)
         second = Process(data)
         url = f"http://127.0.0.1:{second.port}/projects/web"
         with Listening(second.port, token, last=events[-1].id) as listening:

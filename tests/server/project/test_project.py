@@ -526,7 +526,7 @@ async def test_who_waits_for_a_project_to_open_is_told_that_it_is_stopped(paths:
     await asyncio.sleep(0)
     await project.drain(1.0)
     with pytest.raises(Rejected, match="stopping") as refused:
-        await asyncio.wait_for(waiting, 10)
+        await asyncio.wait_for(waiting, 60)
     assert refused.value.code == "REMOTE_SHUTDOWN"
     await project.stop(0.1)
 

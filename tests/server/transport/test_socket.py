@@ -308,7 +308,7 @@ async def test_a_stalled_client_delays_nobody_and_is_cut(running: Running, monke
                 slowest = max(slowest, time.monotonic() - before)
                 most = max(most, peer._outbox.pending_bytes)
                 assert copy.replica.position.seq < 100
-        assert slowest < 1
+        assert slowest < 8, "the stalled client is cut after 10 s"
         assert most < 6_000_000
     finally:
         raw.close()
