@@ -57,6 +57,7 @@ def restore_older(nats: NatsCluster, cluster: RunningCluster) -> None:
     server.start()
     for number in range(3):
         assert cluster.write("b", f"behind the backup {number}").status_code == 201
+    wait_until(cluster.agree, "both nodes have what the backup lacks")
     server.stop()
     shutil.rmtree(server.directory / "js")
     backup.rename(server.directory / "js")
