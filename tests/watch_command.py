@@ -63,8 +63,8 @@ class Watcher:
 
     @property
     def numbers(self) -> list[tuple[str, int]]:
-        """Epoch and number of each change, in order."""
-        return [(record["epoch"], record["seq"]) for record in self.records]
+        """Epoch and number of each change, in order. The last record may be the error that it ended with."""
+        return [(record["epoch"], record["seq"]) for record in self.records if "seq" in record]
 
     def check(self) -> int:
         """Insist on every change up to where the others are, once and in order; return how many it was told.
