@@ -93,6 +93,34 @@ def test_a_view_whose_answers_come_late_does_not_take_the_place_of_the_next(it: 
         expect(page.locator("#app .detail")).to_have_count(0)
 
 
+SLOW_STATS = """() => {
+  const json = Response.prototype.json;
+  Response.prototype.json = async function () {
+    if (this.url.endsWith("/api/stats")) await new Promise(done => { window.release = done; });
+    return json.call(this);
+  };
+}"""
+
+
+@pytest.mark.parametrize("view", ["board", "list"])
+def test_a_view_that_is_drawn_late_during_a_poll_does_not_take_the_place_of_the_next(it: Board, view: str) -> None:
+    it.made(f"Shown in the {view}")
+    with it.person() as person:
+        page = it.open(person)
+        page.evaluate(SLOW_STATS)
+        page.evaluate("location.hash = '#/stats'")
+        wait_for(lambda: page.evaluate("window.release !== undefined"), "the statistics to arrive")
+        held: list[Route] = []
+        page.route("**/api/tasks", lambda route: held.append(route))  # noqa: PLW0108 - Playwright marks it
+        page.evaluate("view => { location.hash = '#/' + view; }", view)
+        wait_for(lambda: held or page.wait_for_timeout(20), "the poll")
+        page.evaluate("window.release()")
+        expect(page.locator("#app .stats-view")).to_be_attached()
+        page.unroute("**/api/tasks")  # the poll goes on
+        expect(page.locator("#app .stats-view")).to_have_count(0)
+        expect(page.get_by_text(f"Shown in the {view}").first).to_be_attached()
+
+
 def test_a_panel_that_is_opened_while_the_page_looks_stays_open(it: Board) -> None:
     task = it.made("Opened meanwhile")
     with it.person() as person:

@@ -94,21 +94,22 @@
   });
 
   // The page draws a view when its responses arrive, even if another view was chosen since: then redraw that.
-  var visit = 0, late = false, lateUntil = 0;
+  var visit = 0, late = false;
   function drawAgain() {
     late = true;
     refresh();
   }
+  var DRAWN = { task: ".detail", stats: ".stats-view", activity: ".activity-filters" };
   function isOvertaken() {
-    var isBoard = /^(#\/board)?$/.test(location.hash);
-    return (!isTask() && document.querySelector("#app .detail")) ||
-           (isBoard && !document.querySelector("#app .board-wrapper, #app .empty, #app .loading"));
+    var view = location.hash.split("/")[1] || "board";
+    return Object.keys(DRAWN).some(function (name) { return name !== view && document.querySelector("#app " + DRAWN[name]); }) ||
+           (view === "board" && !document.querySelector("#app .board-wrapper, #app .empty, #app .loading"));
   }
-  remote.on("drawn", function () {
-    window.setTimeout(function () {
-      if (Date.now() < lateUntil && !drawing && isOvertaken()) drawAgain();
-    }, 0);
-  });
+  function checkOvertaken() {
+    if (drawing) window.setTimeout(checkOvertaken, DRAWN_MS);  // a poll without a change does not draw the view again
+    else if (isOvertaken()) drawAgain();
+  }
+  remote.on("drawn", function () { window.setTimeout(checkOvertaken, 0); });
   window.addEventListener("hashchange", function (event) {
     if (!event.isTrusted) return;
     visit += 1;
@@ -118,7 +119,6 @@
     var begun = visit;
     function answered() {
       if (begun === visit) return;
-      lateUntil = Date.now() + SETTLED_MS;
       window.setTimeout(drawAgain, DRAWN_MS);
     }
     if (within !== lookEverywhere) asked.then(answered, answered);  // a poll knows its view
