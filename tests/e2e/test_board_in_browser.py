@@ -121,6 +121,19 @@ def test_a_view_that_is_drawn_late_during_a_poll_does_not_take_the_place_of_the_
         expect(page.get_by_text(f"Shown in the {view}").first).to_be_attached()
 
 
+@pytest.mark.parametrize("address", ["#task/{}", "#//task/{}", "#/task/{}"])
+def test_a_view_with_any_address_that_the_page_accepts_is_not_drawn_again(it: Board, address: str) -> None:
+    task = it.made("At an unusual address")
+    with it.person() as person:
+        page = it.open(person)
+        page.evaluate("hash => { location.hash = hash; }", address.format(task))
+        expect(page.locator("#app .detail")).to_contain_text("At an unusual address")
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.wait_for_timeout(1500)  # an observation: seven times the least gap between two draws
+        assert len([url for url in asked if "/api/" in url]) < 6, asked
+
+
 def test_a_panel_that_is_opened_while_the_page_looks_stays_open(it: Board) -> None:
     task = it.made("Opened meanwhile")
     with it.person() as person:

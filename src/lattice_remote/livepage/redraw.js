@@ -101,7 +101,7 @@
   }
   var DRAWN = { task: ".detail", stats: ".stats-view", activity: ".activity-filters" };
   function isOvertaken() {
-    var view = location.hash.split("/")[1] || "board";
+    var view = location.hash.replace("#", "").split("/").filter(Boolean)[0] || "board";  // as the page reads it
     return Object.keys(DRAWN).some(function (name) { return name !== view && document.querySelector("#app " + DRAWN[name]); }) ||
            (view === "board" && !document.querySelector("#app .board-wrapper, #app .empty, #app .loading"));
   }
