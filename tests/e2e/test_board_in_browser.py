@@ -132,6 +132,7 @@ def test_a_view_with_any_address_that_the_page_accepts_is_not_drawn_again(it: Bo
         page.on("request", lambda request: asked.append(request.url))
         page.wait_for_timeout(1500)  # an observation: seven times the least gap between two draws
         assert len([url for url in asked if "/api/" in url]) < 6, asked
+    it.does("archive", task)  # the board of the tests below fits into the window
 
 
 def test_a_panel_that_is_opened_while_the_page_looks_stays_open(it: Board) -> None:
