@@ -19,11 +19,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import lattice_remote
 from lattice_remote.errors import RemoteError
 from lattice_remote.server.http import dashboard, pages, sse
-from lattice_remote.server.http.access_log import log_entry_of, with_access_log
 from lattice_remote.server.http.auth import Cookies, authenticated, registry_of, request_context
 from lattice_remote.server.http.middleware import (
     closing_after_unread_body,
+    log_entry_of,
     refuse_body,
+    with_access_log,
     with_paced_bodies,
     with_security_headers,
 )

@@ -10,8 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lattice_remote.server.auth import Login, bearer
-from lattice_remote.server.http.access_log import log_entry_of
-from lattice_remote.server.http.middleware import wants_page
+from lattice_remote.server.http.middleware import log_entry_of, wants_page
 from lattice_remote.server.project.metrics import OutcomeListener
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.registry import ProjectRegistry
