@@ -19,8 +19,8 @@ _Bytes = Annotated[int, Meta(ge=1, le=1 << 40)]
 class LimitSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Limits per token, per address and in total.
 
-    Enforced in ``transport/admission`` (connections, rates), ``transport/response_budget`` (answers),
-    ``transport/websocket`` (messages), ``project/connection`` (frames), ``project/queue`` and ``project/uploads``.
+    Enforced in ``transport/admission`` (connections, rates, answers), ``transport/websocket`` (messages),
+    ``project/connection`` (frames), ``project/queue`` and ``project/uploads``.
     """
 
     connections_per_token: _Count = 1_000

@@ -28,9 +28,8 @@ from lattice_remote.server.project.project import Project
 from lattice_remote.server.project.queue import QueueLimits
 from lattice_remote.server.project.worker_process import WORKER_COMMAND
 from lattice_remote.server.project_summary import Overviews
-from lattice_remote.server.transport.admission import AdmissionControl
+from lattice_remote.server.transport.admission import AdmissionControl, ResponseBudget
 from lattice_remote.server.transport.api_error import ApiError
-from lattice_remote.server.transport.response_budget import ResponseBudget
 from lattice_remote.server.transport.websocket import Handoff, Request, Response, SendBudget, http_answer
 
 __all__ = ["STOP_S", "ProjectRegistry", "State"]

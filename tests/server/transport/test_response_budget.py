@@ -7,8 +7,8 @@ from harness import until
 
 from lattice_remote.errors import Rejected
 from lattice_remote.server.config import LimitSettings
-from lattice_remote.server.transport import response_budget
-from lattice_remote.server.transport.response_budget import COUNTED_BYTES, ResponseBudget, ResponseShare
+from lattice_remote.server.transport import admission
+from lattice_remote.server.transport.admission import COUNTED_BYTES, ResponseBudget, ResponseShare
 
 BODY = bytes(COUNTED_BYTES + 1)
 
@@ -106,7 +106,7 @@ async def test_who_waits_for_room_goes_on_when_an_answer_is_over(monkeypatch: py
     holding.close()
     await room
     holding.hold(body())
-    monkeypatch.setattr(response_budget, "_WAIT_S", 0.01)
+    monkeypatch.setattr(admission, "_WAIT_S", 0.01)
     with pytest.raises(Rejected, match="are unread") as caught:
         await waiting.room()
     assert caught.value.code == "REMOTE_BUSY"
@@ -119,7 +119,7 @@ async def test_a_token_makes_one_answer_of_unknown_size_at_a_time(monkeypatch: p
     async with one.making():
         async with share(budget, "tok_b").making():
             pass
-        monkeypatch.setattr(response_budget, "_WAIT_S", 0.01)
+        monkeypatch.setattr(admission, "_WAIT_S", 0.01)
         with pytest.raises(Rejected):
             async with two.making():
                 pass

@@ -14,9 +14,8 @@ from lattice_remote.server.http.middleware import log_entry_of, wants_page
 from lattice_remote.server.project.metrics import OutcomeListener
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.registry import ProjectRegistry
-from lattice_remote.server.transport.admission import ConnectionQuota
+from lattice_remote.server.transport.admission import ConnectionQuota, ResponseShare
 from lattice_remote.server.transport.api_error import ApiError
-from lattice_remote.server.transport.response_budget import ResponseShare
 
 __all__ = [
     "Cookies",

@@ -24,9 +24,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lattice_remote.server.auth import Login
 from lattice_remote.server.project.metrics import RequestOutcome
 from lattice_remote.server.registry import ProjectRegistry
-from lattice_remote.server.transport.admission import ConnectionQuota, TokenBucket
+from lattice_remote.server.transport.admission import (
+    COUNTED_BYTES,
+    ConnectionQuota,
+    ResponseBudget,
+    ResponseShare,
+    TokenBucket,
+)
 from lattice_remote.server.transport.api_error import ApiError
-from lattice_remote.server.transport.response_budget import COUNTED_BYTES, ResponseBudget, ResponseShare
 from lattice_remote.server.transport.websocket import PlainHttp
 
 __all__ = [

@@ -68,7 +68,7 @@ from lattice_remote.server.project.history import REPLAY_BYTES, CommitTimes, His
 from lattice_remote.server.project.metrics import ProjectMetrics
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.tokens import READ_ONLY, Token
-from lattice_remote.server.transport.response_budget import COUNTED_BYTES
+from lattice_remote.server.transport.admission import COUNTED_BYTES
 from lattice_remote.server.transport.websocket import (
     MAX_PENDING_BYTES,
     Handoff,

@@ -18,7 +18,7 @@ from lattice_remote.protocol.messages import Part, Parts, WholeFile, pack_files
 from lattice_remote.protocol.operations import digest_of
 from lattice_remote.server.project.history import Content
 from lattice_remote.server.project.project import Project
-from lattice_remote.server.transport.response_budget import ResponseShare
+from lattice_remote.server.transport.admission import ResponseShare
 from lattice_remote.server.transport.websocket import SendQueue
 
 __all__ = ["PIECE_BYTES", "FileSender", "Snapshot", "read_content", "text_at_head"]

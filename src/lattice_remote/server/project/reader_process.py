@@ -27,7 +27,7 @@ from lattice_remote.server.ipc import (
 )
 from lattice_remote.server.project.child_process import PYTHON, ChildProcess, StartChild, spawn_child
 from lattice_remote.server.project.queue import FairLock
-from lattice_remote.server.transport.response_budget import ResponseShare
+from lattice_remote.server.transport.admission import ResponseShare
 
 __all__ = ["ReadCache", "ReaderProcess"]
 
