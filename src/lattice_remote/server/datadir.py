@@ -1,4 +1,4 @@
-"""Data directory of the server: layout and creation.
+"""Data directory of the server: layout, creation and locks.
 
     config.json                     settings, see ``config.py``
     tokens.json                     tokens and their rights, mode 0600, see ``tokens.py``
@@ -13,6 +13,8 @@
     projects/<slug>/adopting/       a pushed project being put in place, see ``worker/project_import.py``
     projects/<slug>/copying/        a copy from another node that is not complete, see ``cluster/peer_copy.py``
     projects/<slug>/copied/         a complete one being put in place
+    projects/<slug>/.writer.lock    held by the project's worker
+    projects/<slug>/.closing        held by an administrative command, with a message for the project's clients
     projects/.moving-<id>/          a project of a cluster between two names, see ``cluster/places.py``
     cluster.json                    the directory's cluster, mode 0600, see ``cluster/settings.py``
     left/<slug>/                    projects of a cluster that this node has left
@@ -24,10 +26,15 @@
     status.sock                     status of the running server, see ``status.py``
 
 Restoring a server needs all but ``signing-key``, ``tokens-used.json``, ``tmp/``, ``uploads/``, ``incoming/``,
-``trash/``, the lock and the socket, and nothing else.
+``trash/``, the locks and the socket, and nothing else.
+
+A command that needs a project for itself locks ``.closing``. A running server notices within a quarter of a second,
+disconnects the clients, and ends the project's worker; the command waits for the worker's lock. The kernel releases all
+locks when their holder ends in any way.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import os
@@ -37,7 +44,8 @@ import secrets
 import shlex
 import shutil
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -46,18 +54,104 @@ import msgspec
 from lattice_remote.errors import Misuse, StorageError
 from lattice_remote.files import SAFE, write_all, write_atomically
 from lattice_remote.server.config import Config
-from lattice_remote.server.locks import LockedElsewhere, lock
 
 __all__ = [
     "AdminEntry",
     "AdminLog",
     "DataDir",
+    "LockedElsewhere",
     "ProjectPaths",
     "ProjectSummary",
     "administered",
+    "closed_because",
+    "closing",
     "default_location",
+    "lock",
     "remember",
 ]
+
+
+class LockedElsewhere(Exception):
+    def __init__(self, path: Path, holder: str) -> None:
+        super().__init__(f"{path} is locked by process {holder or 'unknown'}")
+        self.holder = holder
+
+
+def lock(path: Path) -> int:
+    """Lock ``path``, write this process's id into it, and return the descriptor that holds the lock.
+
+    The lock lives until every process that inherited the descriptor has closed it or died. The file is never removed:
+    that would let two processes lock two files of one name.
+
+    Raises LockedElsewhere or OSError.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise LockedElsewhere(path, holder) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+_MARK = ".closing"
+_TIMEOUT_S = 60.0
+"""A worker finishes its command first."""
+_RETRY_S = 0.05
+
+
+@contextlib.contextmanager
+def closing(project: Path, why: str) -> Iterator[Callable[[], None]]:
+    """Hold the project in this directory exclusively; it may be moved within. ``why`` is one line for its clients.
+
+    Yields a function that releases the worker's lock early.
+
+    Raises Misuse: another command has it; StorageError: its worker does not end.
+    """
+    try:
+        mark = lock(project / _MARK)
+    except LockedElsewhere as error:
+        raise Misuse(f"project {project.name} is locked by another command; try again later") from error
+    try:
+        os.ftruncate(mark, 0)
+        os.pwrite(mark, why.encode(), 0)
+        with contextlib.ExitStack() as writer:
+            writer.callback(os.close, _writer_lock(project))
+            yield writer.close
+    finally:
+        os.close(mark)
+
+
+def _writer_lock(project: Path) -> int:
+    deadline = time.monotonic() + _TIMEOUT_S
+    while True:
+        try:
+            return lock(ProjectPaths(project).writer_lock)
+        except LockedElsewhere as error:
+            if time.monotonic() > deadline:
+                raise StorageError(
+                    f"the worker (pid {error.holder}) of project {project.name} does not end; nothing was changed"
+                ) from error
+            time.sleep(_RETRY_S)
+
+
+def closed_because(project: Path) -> str | None:
+    """Return the message for clients if a command holds this project."""
+    try:
+        mark = os.open(project / _MARK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(mark, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(mark, 1000, 0).decode(errors="replace") or "its administrator is at work on it"
+    else:
+        return None
+    finally:
+        os.close(mark)
 
 
 _MAX_CODE_CHARS = 5

@@ -16,8 +16,7 @@ from lattice_remote.protocol.messages import SUBPROTOCOL, Bye
 from lattice_remote.protocol.paths import is_replicated
 from lattice_remote.server.auth import Authenticator, Login, bearer
 from lattice_remote.server.config import Config
-from lattice_remote.server.datadir import DataDir
-from lattice_remote.server.locks import closed_because
+from lattice_remote.server.datadir import DataDir, closed_because
 from lattice_remote.server.maintenance.project_commands import finish_renames
 from lattice_remote.server.project.child_process import Template
 from lattice_remote.server.project.connection import ClientConnection

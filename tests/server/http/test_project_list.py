@@ -13,7 +13,7 @@ from harness import serving, until
 from server_process import Process
 from test_server import make_data
 
-from lattice_remote.server.locks import closing
+from lattice_remote.server.datadir import closing
 from lattice_remote.server.tokens import TokenFile
 from sandbox import descendants, wait_for
 

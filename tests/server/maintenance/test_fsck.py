@@ -16,10 +16,9 @@ from worker_process import ANA, WorkerProcess, file_at, make_project
 from lattice_remote.errors import Misuse
 from lattice_remote.files import frames
 from lattice_remote.server.cli import app
-from lattice_remote.server.datadir import DataDir
+from lattice_remote.server.datadir import DataDir, lock
 from lattice_remote.server.journal.repair import place_of
 from lattice_remote.server.journal.segment import segment_paths
-from lattice_remote.server.locks import lock
 from lattice_remote.server.maintenance import fsck_project
 from lattice_remote.server.maintenance.fsck import FsckReport, fsck
 from lattice_remote.server.maintenance.fsck_project import Finding

@@ -13,9 +13,8 @@ from harness import until
 from worker_process import tree_of
 
 from lattice_remote.errors import Misuse
-from lattice_remote.server.datadir import DataDir
+from lattice_remote.server.datadir import DataDir, closed_because, closing
 from lattice_remote.server.ipc import ImportProject
-from lattice_remote.server.locks import closed_because, closing
 from lattice_remote.server.maintenance.fsck import chosen, fsck
 from lattice_remote.server.maintenance.project_commands import (
     archive_project,
@@ -165,7 +164,7 @@ def test_a_command_that_is_killed_leaves_nothing_closed(data: DataDir) -> None:
     held = f"""
 import sys, time
 from pathlib import Path
-from lattice_remote.server.locks import closing
+from lattice_remote.server.datadir import closing
 with closing(Path({str(root)!r}), "at work"):
     print("closed", flush=True)
     time.sleep(60)

@@ -17,9 +17,8 @@ from harness import FAKE_WORKER, until
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.messages import Attachment, Bye, Change, Refused, Reply, decode_server_frame
 from lattice_remote.server.config import Config
-from lattice_remote.server.datadir import ProjectPaths
+from lattice_remote.server.datadir import LockedElsewhere, ProjectPaths, lock
 from lattice_remote.server.ipc import Read, ReadPage, ReadResult, Ready, RunCommand, Stop, ToWorker
-from lattice_remote.server.locks import LockedElsewhere, lock
 from lattice_remote.server.project.hooks import HookRunner
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.project.queue import QueueLimits

@@ -19,12 +19,11 @@ import msgspec
 from lattice_remote.errors import Misuse, StorageError, printable
 from lattice_remote.output import counted
 from lattice_remote.server.config import JournalSettings
-from lattice_remote.server.datadir import DataDir, ProjectPaths
+from lattice_remote.server.datadir import DataDir, LockedElsewhere, ProjectPaths, lock
 from lattice_remote.server.ipc import Ready, Stop, ToServer
 from lattice_remote.server.journal.contents import Contents
 from lattice_remote.server.journal.repair import Repair
 from lattice_remote.server.journal.segment import JournalReader
-from lattice_remote.server.locks import LockedElsewhere, lock
 from lattice_remote.server.maintenance.fsck_project import Finding, ProjectCheck, check_project
 from lattice_remote.server.project.worker_process import WORKER_COMMAND, WorkerProcess, WriterLock
 from lattice_remote.server.tokens import METRICS_ACTOR, Token, TokenFile, check_actor

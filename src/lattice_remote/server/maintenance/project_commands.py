@@ -15,9 +15,8 @@ import msgspec
 
 from lattice_remote.errors import Misuse, Rejected, StorageError
 from lattice_remote.protocol.paths import is_replicated
-from lattice_remote.server.datadir import DataDir, ProjectPaths
+from lattice_remote.server.datadir import DataDir, ProjectPaths, closing
 from lattice_remote.server.ipc import ImportProject
-from lattice_remote.server.locks import closing
 from lattice_remote.server.maintenance.fsck import recover
 from lattice_remote.server.maintenance.fsck_project import check_project
 from lattice_remote.server.project.bundle_check import ImportReport, quarantine

@@ -11,9 +11,8 @@ from typing import cast
 
 import msgspec
 
-from lattice_remote.server.datadir import ProjectPaths
+from lattice_remote.server.datadir import LockedElsewhere, ProjectPaths, lock
 from lattice_remote.server.ipc import FrameBuffer, ToServer, ToWorker, encode_frames
-from lattice_remote.server.locks import LockedElsewhere, lock
 from lattice_remote.server.project.child_process import PYTHON, ChildProcess, StartChild, spawn_child
 
 __all__ = ["WORKER_COMMAND", "WorkerProcess", "WriterLock"]
