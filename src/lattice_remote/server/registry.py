@@ -26,7 +26,6 @@ from lattice_remote.server.project.order import Order
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.project.queue import QueueLimits
 from lattice_remote.server.project.worker_process import WORKER_COMMAND
-from lattice_remote.server.project_summary import Overviews
 from lattice_remote.server.transport.admission import AdmissionControl, ResponseBudget
 from lattice_remote.server.transport.api_error import ApiError
 from lattice_remote.server.transport.websocket import Handoff, Request, Response, SendBudget, http_answer
@@ -98,7 +97,6 @@ class ProjectRegistry:
         self.admission = AdmissionControl(self.config.limits, self.config.trusted_proxies)
         self.responses = ResponseBudget(self.config.limits)
         self.send_budget = SendBudget()
-        self.overviews = Overviews(data)
         self.metrics = Metrics()
         limits = self.config.limits
         self._bounds = QueueLimits(command_s=limits.command_seconds, per_token=limits.requests_per_token)

@@ -20,13 +20,13 @@ from test_server import make_data, make_token
 from worker_process import file_at
 
 from lattice_remote.errors import Rejected, StorageError
-from lattice_remote.server import project_summary as overview_module
 from lattice_remote.server.datadir import DataDir
+from lattice_remote.server.http import pages
+from lattice_remote.server.http.pages import Overviews
 from lattice_remote.server.ipc import Read, ReadCommand, ReadPage, ReadResult
 from lattice_remote.server.project import reader_process
 from lattice_remote.server.project import reader_process as reader_module
 from lattice_remote.server.project.reader_process import ReaderProcess
-from lattice_remote.server.project_summary import Overviews
 from lattice_remote.server.tree.undo import Begin, UndoLog
 from sandbox import wait_for
 
@@ -390,8 +390,8 @@ async def test_a_list_of_projects_counts_no_status_that_is_rolled_back(
     data: DataDir, title: Title, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked = threading.Event()
-    monkeypatch.setattr(overview_module.time, "sleep", lambda _: looked.set())
-    monkeypatch.setattr(overview_module, "_MAX_LOOKS", 1_000_000)
+    monkeypatch.setattr(pages.time, "sleep", lambda _: looked.set())
+    monkeypatch.setattr(pages, "_MAX_LOOKS", 1_000_000)
     title.change()
     title.task.write_text(title.task.read_text().replace("backlog", "done"))
     counting = asyncio.create_task(Overviews(data).of("web"))

@@ -129,6 +129,7 @@ def http_app(registry: ProjectRegistry, gauges: Gauges) -> ASGIApp:
     app.state.registry = registry
     app.state.gauges = gauges
     app.state.feeds = Feeds()
+    app.state.overviews = pages.Overviews(registry.data)
     app.state.cookies = Cookies(registry.auth.signing_key, registry.config.sign_in_days)
     bounded = closing_after_unread_body(with_paced_bodies(app, registry.responses))
     admitted = with_security_headers(_behind_admission(bounded, registry, app.state.cookies))
