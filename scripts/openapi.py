@@ -12,7 +12,7 @@ import msgspec
 import lattice_remote
 from lattice_remote.server.http.app import ENDPOINTS, Health, ProjectDescription, Readiness
 from lattice_remote.server.http.pages import Listed
-from lattice_remote.server.http.rest.endpoint import Endpoint, Nothing
+from lattice_remote.server.http.rest import Endpoint, Nothing
 from lattice_remote.server.http.writes import KEY_HEADER, MAX_KEY_CHARS
 
 

@@ -29,8 +29,7 @@ from lattice_remote.server.http.middleware import (
     with_security_headers,
 )
 from lattice_remote.server.http.pages import error_response
-from lattice_remote.server.http.rest import resources, tasks, texts
-from lattice_remote.server.http.rest.endpoint import routes_of
+from lattice_remote.server.http.rest import resources, routes_of, tasks, texts
 from lattice_remote.server.http.sse import Feeds
 from lattice_remote.server.registry import ProjectRegistry, State
 from lattice_remote.server.status import Gauges

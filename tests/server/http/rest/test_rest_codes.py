@@ -9,7 +9,7 @@ import lattice.cli
 import msgspec
 import pytest
 
-from lattice_remote.server.http.rest.endpoint import envelope_response
+from lattice_remote.server.http.rest import envelope_response
 
 STATUSES = {
     409: "ALREADY_CLAIMED CONFLICT EXPIRED NOT_HELD RESOURCE_HELD TIMEOUT",

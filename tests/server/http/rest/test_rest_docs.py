@@ -13,7 +13,7 @@ from server_process import Process
 from test_server import make_data, make_token
 
 from lattice_remote.server.http.app import ENDPOINTS
-from lattice_remote.server.http.rest.endpoint import Nothing
+from lattice_remote.server.http.rest import Nothing
 from lattice_remote.server.tokens import TokenFile
 
 PAGE = (Path(__file__).resolve().parents[4] / "docs" / "use" / "rest.md").read_text()

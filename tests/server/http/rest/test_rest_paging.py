@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import UNSET
 
-from lattice_remote.server.http.rest.endpoint import PageQuery, page_of
+from lattice_remote.server.http.rest import PageQuery, page_of
 from lattice_remote.server.ipc import ReadResult
 from lattice_remote.server.worker.reader import laid_out
 

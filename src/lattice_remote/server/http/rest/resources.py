@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from lattice_remote.errors import Rejected
 from lattice_remote.server.http.middleware import cancel_on_disconnect
-from lattice_remote.server.http.rest.endpoint import (
+from lattice_remote.server.http.rest import (
     Endpoint,
     EndpointRequest,
     Nothing,

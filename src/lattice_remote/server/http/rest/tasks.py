@@ -10,7 +10,7 @@ from starlette.responses import RedirectResponse, Response
 
 from lattice_remote.errors import Rejected
 from lattice_remote.server.http.middleware import wants_page
-from lattice_remote.server.http.rest.endpoint import (
+from lattice_remote.server.http.rest import (
     Author,
     Endpoint,
     EndpointRequest,

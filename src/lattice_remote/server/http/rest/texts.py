@@ -19,7 +19,7 @@ from starlette.responses import Response
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.messages import MAX_LOG_ENTRIES, Log, LogPage, ReadVersion, Refused, Stored, Version
 from lattice_remote.protocol.operations import digest_of
-from lattice_remote.server.http.rest.endpoint import (
+from lattice_remote.server.http.rest import (
     Endpoint,
     EndpointRequest,
     Nothing,
