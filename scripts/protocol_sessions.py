@@ -10,21 +10,20 @@ import msgspec
 from lattice_remote.errors import ProtocolError
 from lattice_remote.protocol import messages as m
 from lattice_remote.protocol import operations as o
-from lattice_remote.protocol.effects import (
-    NOWHERE,
+from lattice_remote.protocol.messages import NOWHERE, Position, decode_server_frame
+from lattice_remote.protocol.paths import is_editable
+from lattice_remote.protocol.replica import (
+    LARGE_BYTES,
     ApplyChange,
     Compare,
     DeliverReply,
     Effect,
-    Position,
     Remove,
+    Replica,
     Save,
     Send,
     WritePart,
 )
-from lattice_remote.protocol.messages import decode_server_frame
-from lattice_remote.protocol.paths import is_editable
-from lattice_remote.protocol.replica import LARGE_BYTES, Replica
 
 Files = dict[str, bytes]
 Step = dict[str, Any]

@@ -12,19 +12,9 @@ from lattice_remote.client.cache.replicator import ReceiveOutcome
 from lattice_remote.client.config import Remote
 from lattice_remote.client.connection.connection import Connection
 from lattice_remote.client.trusted_servers import Server
-from lattice_remote.protocol.effects import (
-    ApplyChange,
-    Compare,
-    DeliverReply,
-    Effect,
-    Position,
-    Remove,
-    Send,
-    WritePart,
-)
-from lattice_remote.protocol.messages import Hello, Part, ServerFrame
+from lattice_remote.protocol.messages import Hello, Part, Position, ServerFrame
 from lattice_remote.protocol.operations import MemoryTree, apply, digest_of
-from lattice_remote.protocol.replica import Replica
+from lattice_remote.protocol.replica import ApplyChange, Compare, DeliverReply, Effect, Remove, Replica, Send, WritePart
 
 __all__ = ["MemoryClient", "close_all"]
 

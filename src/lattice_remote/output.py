@@ -11,8 +11,7 @@ from typing import Any
 import msgspec
 
 from lattice_remote.errors import printable
-from lattice_remote.protocol.effects import Position
-from lattice_remote.protocol.messages import LogEntry
+from lattice_remote.protocol.messages import LogEntry, Position
 
 __all__ = [
     "as_lines",

@@ -14,8 +14,16 @@ from lattice_remote.client.cache.cache import Cache, CacheState
 from lattice_remote.client.cache.replicator import Replicator
 from lattice_remote.client.config import Remote, write_remote
 from lattice_remote.errors import ProtocolError
-from lattice_remote.protocol.effects import NOWHERE, Position
-from lattice_remote.protocol.messages import ClientFrame, Put, Run, Stored, Welcome, decode_server_frame
+from lattice_remote.protocol.messages import (
+    NOWHERE,
+    ClientFrame,
+    Position,
+    Put,
+    Run,
+    Stored,
+    Welcome,
+    decode_server_frame,
+)
 from lattice_remote.protocol.paths import is_editable
 
 __all__ = ["SESSIONS", "CacheDriver", "StandaloneDriver", "play"]

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lattice_remote.conformance.in_memory_server import append_to
-from lattice_remote.protocol.effects import ApplyChange, Compare, Effect, Position, Remove, Send
-from lattice_remote.protocol.messages import Change, Entries, Entry, Fetch, Limits, Manifest, Welcome
+from lattice_remote.protocol.messages import Change, Entries, Entry, Fetch, Limits, Manifest, Position, Welcome
 from lattice_remote.protocol.operations import (
     AnnounceFile,
     DeleteFile,
@@ -20,7 +19,7 @@ from lattice_remote.protocol.operations import (
     apply,
     digest_of,
 )
-from lattice_remote.protocol.replica import LARGE_BYTES, Replica
+from lattice_remote.protocol.replica import LARGE_BYTES, ApplyChange, Compare, Effect, Remove, Replica, Send
 
 BIG, OTHER = "artifacts/payload/a.bin", "artifacts/payload/b.bin"
 CONTENT = os.urandom(LARGE_BYTES + 1)

@@ -17,20 +17,9 @@ from lattice_remote.conformance.in_memory_server import (
     received,
 )
 from lattice_remote.errors import ProtocolError
-from lattice_remote.protocol.effects import (
-    NOWHERE,
-    ApplyChange,
-    Compare,
-    DeliverReply,
-    Effect,
-    Position,
-    Remove,
-    Save,
-    Send,
-    WritePart,
-)
 from lattice_remote.protocol.messages import (
     MAX_FETCH_PATHS,
+    NOWHERE,
     Bye,
     Change,
     Entries,
@@ -40,6 +29,7 @@ from lattice_remote.protocol.messages import (
     Manifest,
     Part,
     Parts,
+    Position,
     Refused,
     Reply,
     ServerFrame,
@@ -62,7 +52,20 @@ from lattice_remote.protocol.operations import (
     paths_of,
     weight_of,
 )
-from lattice_remote.protocol.replica import MAX_BUFFERED_BYTES, MAX_ENTRIES, Replica, State
+from lattice_remote.protocol.replica import (
+    MAX_BUFFERED_BYTES,
+    MAX_ENTRIES,
+    ApplyChange,
+    Compare,
+    DeliverReply,
+    Effect,
+    Remove,
+    Replica,
+    Save,
+    Send,
+    State,
+    WritePart,
+)
 
 PLAN = "plans/a.md"
 LOGS = ("events/a.jsonl", "events/b.jsonl", PLAN)

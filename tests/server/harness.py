@@ -15,7 +15,6 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from lattice_remote.files import write_atomically
-from lattice_remote.protocol.effects import ApplyChange, Compare, DeliverReply, Remove, Send, WritePart
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
     MAX_PIECE_BYTES,
@@ -37,7 +36,7 @@ from lattice_remote.protocol.messages import (
 )
 from lattice_remote.protocol.operations import MemoryTree, apply, digest_of
 from lattice_remote.protocol.paths import is_replicated
-from lattice_remote.protocol.replica import Replica
+from lattice_remote.protocol.replica import ApplyChange, Compare, DeliverReply, Remove, Replica, Send, WritePart
 from lattice_remote.server.config import Config
 from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.registry import ProjectRegistry

@@ -13,17 +13,6 @@ import msgspec
 from lattice_remote.conformance.checks import CheckFailed, CheckList, NotOffered, all_of, expect, within
 from lattice_remote.conformance.probe import Probe, Refusal, ServerTarget, new_id
 from lattice_remote.errors import ProtocolError
-from lattice_remote.protocol.effects import (
-    ApplyChange,
-    Compare,
-    DeliverReply,
-    Effect,
-    Position,
-    Remove,
-    Save,
-    Send,
-    WritePart,
-)
 from lattice_remote.protocol.messages import (
     PROTOCOL_VERSION,
     Applied,
@@ -40,6 +29,7 @@ from lattice_remote.protocol.messages import (
     LogPage,
     Manifest,
     Part,
+    Position,
     Push,
     Put,
     ReadVersion,
@@ -56,7 +46,17 @@ from lattice_remote.protocol.messages import (
     Welcome,
 )
 from lattice_remote.protocol.operations import MemoryTree, MoveFile, apply, digest_of
-from lattice_remote.protocol.replica import Replica
+from lattice_remote.protocol.replica import (
+    ApplyChange,
+    Compare,
+    DeliverReply,
+    Effect,
+    Remove,
+    Replica,
+    Save,
+    Send,
+    WritePart,
+)
 
 __all__ = ["CHECKS", "prepare"]
 

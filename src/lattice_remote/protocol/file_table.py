@@ -5,7 +5,7 @@ from collections.abc import Callable, ItemsView, Iterable, Iterator, MutableMapp
 from struct import Struct
 from typing import Any
 
-from lattice_remote.protocol.effects import Content
+from lattice_remote.protocol.operations import Content
 
 __all__ = ["COMPACT_FROM", "FileTable", "compacted", "contents_by_path"]
 

@@ -5,8 +5,10 @@ fields; a field with a default may be missing; an unknown kind is a protocol vio
 project's changes from 1 within an epoch; 0 means no change yet (I1).
 """
 
+import re
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Literal
 
@@ -30,6 +32,7 @@ __all__ = [
     "MAX_PIECE_BYTES",
     "MAX_VERSION_BYTES",
     "MIN_PIECE_BYTES",
+    "NOWHERE",
     "PROTOCOL_VERSION",
     "SUBPROTOCOL",
     "SURFACES",
@@ -52,6 +55,7 @@ __all__ = [
     "Manifest",
     "Part",
     "Parts",
+    "Position",
     "Push",
     "Pushed",
     "Put",
@@ -136,6 +140,35 @@ class Attachment(msgspec.Struct, frozen=True):
     data: bytes | None = None
     digest: Digest | None = None
     size: _Size = 0
+
+
+_POSITION = re.compile(r"([0-9A-Za-z]{1,64})-([0-9]{1,18})(?:-([0-9a-f]{2,64}))?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A point in a project's history. With an empty epoch there is none: the whole cache must be compared.
+
+    Its text is ``EPOCH-SEQ-MARK``, or ``EPOCH-0`` at the beginning of an epoch.
+    """
+
+    epoch: str
+    seq: int
+    mark: bytes
+
+    @classmethod
+    def parse(cls, text: str) -> "Position | None":
+        """Return the position that a text names; None if it names none, or lacks the change id."""
+        match = _POSITION.fullmatch(text)
+        if match is None or (match[3] is None) != (int(match[2]) == 0) or len(match[3] or "") % 2:
+            return None
+        return cls(match[1], int(match[2]), bytes.fromhex(match[3] or ""))
+
+    def __str__(self) -> str:
+        return f"{self.epoch}-{self.seq}" + (f"-{self.mark.hex()}" if self.mark else "")
+
+
+NOWHERE = Position("", 0, b"")
 
 
 class Hello(_Frame, frozen=True, tag="hello"):

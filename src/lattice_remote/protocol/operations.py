@@ -16,6 +16,7 @@ __all__ = [
     "TAIL_BYTES",
     "AnnounceFile",
     "AppendBytes",
+    "Content",
     "DeleteFile",
     "Digest",
     "FlatObject",
@@ -40,6 +41,8 @@ TAIL_BYTES = 4096
 """Number of bytes before the end of a file that an append verifies."""
 
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Content = tuple[int, bytes]
+"""Size in bytes and digest."""
 _Path = Annotated[str, Meta(min_length=1, max_length=512)]
 _Size = Annotated[int, Meta(ge=0)]
 

@@ -18,25 +18,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from lattice_remote.errors import ProtocolError
-from lattice_remote.protocol.effects import (
-    NOWHERE,
-    ApplyChange,
-    Compare,
-    Content,
-    DeliverReply,
-    Effect,
-    Position,
-    Remove,
-    Save,
-    Send,
-    WritePart,
-)
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
     MAX_FETCH_PATHS,
+    NOWHERE,
     PROTOCOL_VERSION,
     Bye,
     Change,
+    ClientFrame,
     Downloaded,
     Entries,
     Entry,
@@ -46,10 +35,12 @@ from lattice_remote.protocol.messages import (
     Manifest,
     Part,
     Parts,
+    Position,
     Pushed,
     Refused,
     Replayed,
     Reply,
+    Response,
     Result,
     Returned,
     ServerFrame,
@@ -61,6 +52,7 @@ from lattice_remote.protocol.messages import (
 from lattice_remote.protocol.operations import (
     AnnounceFile,
     AppendBytes,
+    Content,
     DeleteFile,
     MergeJson,
     MoveFile,
@@ -70,7 +62,79 @@ from lattice_remote.protocol.operations import (
 )
 from lattice_remote.protocol.paths import is_payload
 
-__all__ = ["LARGE_BYTES", "MAX_BUFFERED_BYTES", "MAX_ENTRIES", "Arriving", "ManifestComparison", "Replica", "State"]
+__all__ = [
+    "LARGE_BYTES",
+    "MAX_BUFFERED_BYTES",
+    "MAX_ENTRIES",
+    "ApplyChange",
+    "Arriving",
+    "Compare",
+    "DeliverReply",
+    "Effect",
+    "ManifestComparison",
+    "Remove",
+    "Replica",
+    "Save",
+    "Send",
+    "State",
+    "WritePart",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyChange:
+    """Apply ``operations`` in order; report mismatching paths with ``drifted()``.
+
+    Do not apply an operation on a file with a local edit: call ``block()`` with its path, and for a move also
+    ``drifted()`` with its target.
+    """
+
+    change: Change
+    operations: tuple[Operation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WritePart:
+    """Write this piece of a file; one at offset 0 starts the file.
+
+    On the last piece, check size and digest and replace the file; on a mismatch call ``drifted()``.
+    """
+
+    part: Part
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """Compare the files with the server's at ``seq``; call ``compared()`` to repair, or ``verified()``."""
+
+    seq: int
+    entries: Mapping[str, Content]
+    repair: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    frame: ClientFrame
+
+
+@dataclass(frozen=True, slots=True)
+class DeliverReply:
+    """A reply whose changes are in the files."""
+
+    frame: Response
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Store ``position`` and ``missing`` durably, never ahead of the files (I5)."""
+
+
+Effect = ApplyChange | WritePart | Remove | Compare | Send | DeliverReply | Save
 
 
 _MAX_KEPT_BYTES = 16 * 1024 * 1024

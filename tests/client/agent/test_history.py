@@ -17,8 +17,7 @@ from lattice_remote.client.agent import history
 from lattice_remote.client.agent.service import Service, answered
 from lattice_remote.client.cli import watch
 from lattice_remote.errors import error_from_code
-from lattice_remote.protocol.effects import Position
-from lattice_remote.protocol.messages import ClientFrame, Replay, encode
+from lattice_remote.protocol.messages import ClientFrame, Position, Replay, encode
 from lattice_remote.protocol.operations import AppendBytes, PutFile, digest_of
 
 TASK = f"task_{'0' * 26}"

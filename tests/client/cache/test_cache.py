@@ -17,8 +17,7 @@ from lattice_remote.client.cache.edits import Edits, Sent, TextConflicts
 from lattice_remote.client.cache.verify import Reading, read_all
 from lattice_remote.client.config import Remote, read_remote
 from lattice_remote.errors import StorageError
-from lattice_remote.protocol.effects import NOWHERE, Position
-from lattice_remote.protocol.messages import Part, Put
+from lattice_remote.protocol.messages import NOWHERE, Part, Position, Put
 from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, DeleteFile, PutFile, digest_of
 
 

@@ -14,10 +14,9 @@ from lattice_remote.client.cache.rescued_files import LOST, RESTORED, RescuePoli
 from lattice_remote.client.cache.verify import RepairSchedule
 from lattice_remote.client.config import read_remote
 from lattice_remote.errors import ProtocolError
-from lattice_remote.protocol.effects import Effect
 from lattice_remote.protocol.messages import Part
 from lattice_remote.protocol.operations import AnnounceFile, DeleteFile, MoveFile, Operation, PutFile, digest_of
-from lattice_remote.protocol.replica import Replica
+from lattice_remote.protocol.replica import Effect, Replica
 
 EVENTS = f"events/{TASK}.jsonl"
 SNAPSHOT = f"tasks/{TASK}.json"

@@ -22,9 +22,8 @@ from lattice_remote.conformance.in_memory_server import (
     received,
 )
 from lattice_remote.errors import ConnectionFailed, StorageError
-from lattice_remote.protocol.effects import Content
 from lattice_remote.protocol.messages import Fetch, Hello, Put, Reply, encode
-from lattice_remote.protocol.operations import digest_of
+from lattice_remote.protocol.operations import Content, digest_of
 from lattice_remote.protocol.replica import LARGE_BYTES, State
 
 SNAPSHOT, EVENTS = f"tasks/{TASK}.json", f"events/{TASK}.jsonl"

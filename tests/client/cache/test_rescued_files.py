@@ -9,8 +9,7 @@ from lattice_remote.client.cache import rescued_files
 from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.cache.rescued_files import RescuedFiles, RescuePolicy, may_be_by_hand
 from lattice_remote.client.config import read_remote
-from lattice_remote.protocol.effects import Content
-from lattice_remote.protocol.operations import digest_of
+from lattice_remote.protocol.operations import Content, digest_of
 
 LOG = f"events/{TASK}.jsonl"
 

@@ -17,8 +17,7 @@ from random_commands import command_lines
 from worker_process import ANA, WorkerProcess, make_project, tree_of
 
 from lattice_remote.errors import ConnectionFailed, ProtocolError, RemoteError
-from lattice_remote.protocol.effects import Position
-from lattice_remote.protocol.messages import Bye
+from lattice_remote.protocol.messages import Bye, Position
 from lattice_remote.protocol.operations import digest_of
 from lattice_remote.server.cluster import peer_copy
 from lattice_remote.server.cluster.peer_access import PeerAccess

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lattice_remote.protocol.effects import Position
-from lattice_remote.protocol.messages import Change
+from lattice_remote.protocol.messages import Change, Position
 from lattice_remote.protocol.operations import (
     AnnounceFile,
     AppendBytes,

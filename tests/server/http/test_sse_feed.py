@@ -14,8 +14,7 @@ import pytest
 from harness import Running, hello, make_data, serving, until
 from websockets.asyncio.client import ClientConnection
 
-from lattice_remote.protocol.effects import Position
-from lattice_remote.protocol.messages import Change, Reply, Run, Welcome, decode_server_frame, encode
+from lattice_remote.protocol.messages import Change, Position, Reply, Run, Welcome, decode_server_frame, encode
 from lattice_remote.server.http import sse
 from sse import Event, Listening
 

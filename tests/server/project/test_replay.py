@@ -9,8 +9,8 @@ import pytest
 from harness import Running, farewell, hello, make_data, serving
 from websockets.asyncio.client import ClientConnection
 
-from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import (
+    Position,
     Replay,
     Replayed,
     Reply,

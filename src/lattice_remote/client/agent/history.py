@@ -16,13 +16,13 @@ from lattice_remote.client.connection.connection import Connection, expect
 from lattice_remote.client.tasks import read_object
 from lattice_remote.errors import Misuse, ProtocolError
 from lattice_remote.protocol.change_summary import summarize, summary_json
-from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import (
     MAX_LOG_ENTRIES,
     Change,
     Log,
     LogEntry,
     LogPage,
+    Position,
     ReadVersion,
     Replay,
     Replayed,

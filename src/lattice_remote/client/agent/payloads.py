@@ -32,7 +32,6 @@ from lattice_remote.client.connection.connection import Connection, RequestSende
 from lattice_remote.client.connection.pool import ConnectionPool
 from lattice_remote.client.connection.upload import Source, upload
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
-from lattice_remote.protocol.effects import Content
 from lattice_remote.protocol.messages import (
     MAX_ARGV,
     MAX_PAYLOAD_BYTES,
@@ -44,6 +43,7 @@ from lattice_remote.protocol.messages import (
     Response,
     Run,
 )
+from lattice_remote.protocol.operations import Content
 from lattice_remote.protocol.replica import LARGE_BYTES
 
 __all__ = [

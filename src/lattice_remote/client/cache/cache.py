@@ -21,8 +21,8 @@ from lattice_remote.client.config import PRIVATE_DIRECTORY, REMOTE_FILE, STATE_F
 from lattice_remote.client.trusted_servers import cache_limit
 from lattice_remote.errors import HostilePath, StorageError
 from lattice_remote.files import READ, SAFE, Signature, signature_of
-from lattice_remote.protocol.effects import NOWHERE, Content, Position
-from lattice_remote.protocol.messages import Part
+from lattice_remote.protocol.messages import NOWHERE, Part, Position
+from lattice_remote.protocol.operations import Content
 from lattice_remote.protocol.paths import DIRECTORIES, check_path, is_replicated
 
 __all__ = [

@@ -12,7 +12,6 @@ from lattice_remote.client.cache.first_fill import FirstFill
 from lattice_remote.client.cache.rescued_files import RescuePolicy, is_event_log, may_be_by_hand
 from lattice_remote.client.cache.verify import RepairSchedule
 from lattice_remote.errors import ProtocolError
-from lattice_remote.protocol.effects import Effect
 from lattice_remote.protocol.messages import Part
 from lattice_remote.protocol.operations import (
     AnnounceFile,
@@ -26,7 +25,7 @@ from lattice_remote.protocol.operations import (
     paths_of,
 )
 from lattice_remote.protocol.paths import is_editable
-from lattice_remote.protocol.replica import Replica
+from lattice_remote.protocol.replica import Effect, Replica
 
 __all__ = ["EffectWriter"]
 

@@ -21,20 +21,21 @@ from lattice_remote.client.cache.rescued_files import RESTORED, RescuePolicy
 from lattice_remote.client.cache.verify import CacheComparison, Reading, RepairSchedule, compare_files
 from lattice_remote.errors import ConnectionFailed, StorageError
 from lattice_remote.files import Signature
-from lattice_remote.protocol.effects import (
+from lattice_remote.protocol.messages import Change, ClientFrame, Hello, Part, Parts, Put, Response, ServerFrame
+from lattice_remote.protocol.operations import Content
+from lattice_remote.protocol.paths import is_payload
+from lattice_remote.protocol.replica import (
     ApplyChange,
     Compare,
-    Content,
     DeliverReply,
     Effect,
     Remove,
+    Replica,
     Save,
     Send,
+    State,
     WritePart,
 )
-from lattice_remote.protocol.messages import Change, ClientFrame, Hello, Part, Parts, Put, Response, ServerFrame
-from lattice_remote.protocol.paths import is_payload
-from lattice_remote.protocol.replica import Replica, State
 
 __all__ = ["ReceiveOutcome", "Replicator", "RequestOnlySession"]
 

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from lattice_remote.client.cache.cache import BASE_DIRECTORY, Cache
 from lattice_remote.client.config import PRIVATE_DIRECTORY
 from lattice_remote.errors import StorageError, one_line
-from lattice_remote.protocol.effects import Content
 from lattice_remote.protocol.messages import MAX_PIECE_BYTES
-from lattice_remote.protocol.operations import digest_of
+from lattice_remote.protocol.operations import Content, digest_of
 from lattice_remote.protocol.paths import is_editable
 
 __all__ = [

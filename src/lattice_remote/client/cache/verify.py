@@ -13,7 +13,7 @@ from typing import NamedTuple
 from lattice_remote.client.cache.cache import Cache, storage_errors
 from lattice_remote.client.cache.edits import Edits
 from lattice_remote.files import READ, Signature, hash_descriptor
-from lattice_remote.protocol.effects import Compare
+from lattice_remote.protocol.replica import Compare
 
 __all__ = [
     "CacheComparison",

@@ -21,8 +21,7 @@ from lattice_remote.client.agent_client import send_request
 from lattice_remote.client.cli.common import MAX_LISTED, Json, complete_tasks, here, print_result, request
 from lattice_remote.client.tasks import task_of
 from lattice_remote.errors import ConnectionFailed, Misuse, RemoteError, one_line, printable
-from lattice_remote.protocol.effects import Position
-from lattice_remote.protocol.messages import LogEntry
+from lattice_remote.protocol.messages import LogEntry, Position
 
 __all__ = ["app", "as_line", "history_app", "run_for"]
 

@@ -28,7 +28,7 @@ from websockets.exceptions import ConnectionClosed
 
 from lattice_remote.errors import ConnectionFailed, ProtocolError, RemoteError, StorageError
 from lattice_remote.files import READ, SAFE, hash_descriptor, sync_directory, write_all
-from lattice_remote.protocol.effects import Position
+from lattice_remote.protocol.messages import Position
 from lattice_remote.protocol.paths import DIRECTORIES, check_path, is_replicated
 from lattice_remote.server.cluster.peer_access import PEER_MESSAGE_BYTES, PeerAccess
 from lattice_remote.server.datadir import ProjectPaths

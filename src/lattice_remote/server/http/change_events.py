@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from lattice_remote.protocol.change_summary import is_log, snapshot_of, summarize, summary_json, tasks_in, texts_of
-from lattice_remote.protocol.effects import Position as EventPosition
 from lattice_remote.protocol.messages import Change
+from lattice_remote.protocol.messages import Position as EventPosition
 from lattice_remote.protocol.operations import (
     AnnounceFile,
     AppendBytes,

@@ -15,8 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from lattice_remote.errors import RemoteError, StorageError, printable
 from lattice_remote.livepage import RETRY_MS
-from lattice_remote.protocol.effects import Position
-from lattice_remote.protocol.messages import Bye, Change
+from lattice_remote.protocol.messages import Bye, Change, Position
 from lattice_remote.server.http.auth import RequestContext, request_context
 from lattice_remote.server.http.change_events import EventId, Wanted, block, blocks, events_of, position_block
 from lattice_remote.server.project.file_reader import PIECE_BYTES, read_content

@@ -26,7 +26,6 @@ import lattice_remote
 from lattice_remote.errors import ProtocolError, RemoteError, StorageError, printable
 from lattice_remote.files import READ
 from lattice_remote.output import describe_difference
-from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
     PROTOCOL_VERSION,
@@ -43,6 +42,7 @@ from lattice_remote.protocol.messages import (
     Limits,
     Log,
     Manifest,
+    Position,
     Push,
     Put,
     Read,

@@ -16,9 +16,8 @@ import msgspec
 
 from lattice_remote.errors import StorageError
 from lattice_remote.protocol.bundle import first_sign_of_use
-from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.file_table import contents_by_path
-from lattice_remote.protocol.messages import Bye, Change, Entries, Entry, encode
+from lattice_remote.protocol.messages import Bye, Change, Entries, Entry, Position, encode
 from lattice_remote.server.ipc import PathState, Ready
 from lattice_remote.server.journal.ids import ChangeIds
 from lattice_remote.server.journal.segment import JournalReader

@@ -23,8 +23,7 @@ from functools import partial
 from typing import Literal
 
 from lattice_remote.errors import Rejected, StorageError
-from lattice_remote.protocol.effects import Position
-from lattice_remote.protocol.messages import Bye, Refused, encode
+from lattice_remote.protocol.messages import Bye, Position, Refused, encode
 from lattice_remote.server.config import Config
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.ipc import (

@@ -18,8 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lattice_remote.errors import Rejected, StorageError
-from lattice_remote.protocol.effects import Position
-from lattice_remote.protocol.messages import Returned
+from lattice_remote.protocol.messages import Position, Returned
 from lattice_remote.server.http.auth import RequestContext, request_context
 from lattice_remote.server.http.middleware import read_body
 from lattice_remote.server.http.writes import IdempotencyKey, call, idempotency_key, run
