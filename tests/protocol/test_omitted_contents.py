@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lattice_remote.conformance.in_memory_server import append_to
+from lattice_remote.conformance.scripted_server import append_to
 from lattice_remote.protocol.messages import Change, Entries, Entry, Fetch, Limits, Manifest, Position, Welcome
 from lattice_remote.protocol.operations import (
     AnnounceFile,

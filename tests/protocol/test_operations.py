@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lattice_remote.conformance.in_memory_server import Files, announce, append_to, delta, merge_into
+from lattice_remote.conformance.scripted_server import Files, announce, append_to, delta, merge_into
 from lattice_remote.protocol.operations import (
     TAIL_BYTES,
     AppendBytes,

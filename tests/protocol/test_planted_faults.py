@@ -12,10 +12,8 @@ import pytest
 from planted_faults import FAULTS, Fault, module_with, source_with, vectors_notice
 from session_drivers import SESSIONS, StandaloneDriver, play
 
-from lattice_remote.conformance import client_checks, server_checks
-from lattice_remote.conformance.checks import Outcome, run_checks
+from lattice_remote.conformance import Outcome, chosen, client_checks, run_checks, server_checks
 from lattice_remote.conformance.client_checks import ClientTarget
-from lattice_remote.conformance.commands import chosen
 from lattice_remote.conformance.probe import ServerTarget
 from lying_proxy import Frame, Lies, lying
 from sandbox import Sandbox, Server

@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from lattice_remote.conformance.in_memory_server import (
+from lattice_remote.conformance.scripted_server import (
     PIECE,
     Files,
     InMemoryConnection,

@@ -18,9 +18,18 @@ from typing import Any
 
 import msgspec
 
-from lattice_remote.conformance.checks import CheckFailed, CheckList, all_of, expect, within
-from lattice_remote.conformance.in_memory_server import Files, append_to, merge_into
-from lattice_remote.conformance.scripted_server import EXIT_CODE, LINE, LOG, STDOUT, TOKEN, ScriptedServer
+from lattice_remote.conformance import CheckFailed, CheckList, all_of, expect, within
+from lattice_remote.conformance.scripted_server import (
+    EXIT_CODE,
+    LINE,
+    LOG,
+    STDOUT,
+    TOKEN,
+    Files,
+    ScriptedServer,
+    append_to,
+    merge_into,
+)
 from lattice_remote.protocol.messages import Bye, Change, Entries, Fetch, Hello, Part, Put, Reply, Run, encode
 from lattice_remote.protocol.operations import (
     AnnounceFile,

@@ -16,7 +16,7 @@ from websockets.frames import Frame, Opcode
 from websockets.http11 import Response as HttpResponse
 from websockets.typing import Subprotocol
 
-from lattice_remote.conformance.checks import CheckFailed, NotOffered, expect, within
+from lattice_remote.conformance import CheckFailed, NotOffered, expect, within
 from lattice_remote.errors import ProtocolError
 from lattice_remote.protocol.messages import (
     CAPABILITIES,

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from lattice_remote.conformance.checks import CheckFailed, CheckList, NotOffered, all_of, expect, within
+from lattice_remote.conformance import CheckFailed, CheckList, NotOffered, all_of, expect, within
 from lattice_remote.conformance.probe import Probe, Refusal, ServerTarget, new_id
 from lattice_remote.errors import ProtocolError
 from lattice_remote.protocol.messages import (

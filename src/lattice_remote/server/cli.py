@@ -19,7 +19,7 @@ import msgspec
 import typer
 
 import lattice_remote
-from lattice_remote.conformance.commands import conformance
+from lattice_remote.conformance import conformance
 from lattice_remote.errors import Misuse, RemoteError, printable
 from lattice_remote.output import as_lines, as_records, columns, counted
 from lattice_remote.server.datadir import DataDir, administered, default_location, remember

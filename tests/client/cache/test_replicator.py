@@ -14,7 +14,7 @@ from lattice_remote.client.cache.cache import STATE_FILE, Cache
 from lattice_remote.client.cache.fingerprints import STORED
 from lattice_remote.client.cache.replicator import ReceiveOutcome, Replicator, RequestOnlySession
 from lattice_remote.client.config import read_remote
-from lattice_remote.conformance.in_memory_server import (
+from lattice_remote.conformance.scripted_server import (
     Files,
     InMemoryConnection,
     InMemoryServer,
