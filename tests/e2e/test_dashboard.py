@@ -17,7 +17,7 @@ from dashboards import Dashboard, serving
 from lattice.dashboard import server as lattices
 from normaliser import Normaliser
 
-from lattice_remote.client.surfaces.dashboard import _HERE
+from lattice_remote.client.dashboard import _HERE
 from lattice_remote.server.worker.calls.dashboard import _ROUTES
 from sandbox import Client, Server, differences, tree_of, wait_for
 

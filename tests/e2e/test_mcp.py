@@ -18,7 +18,7 @@ from mcp.client.stdio import stdio_client
 from mcp.types import CallToolResult
 from normaliser import Normaliser
 
-from lattice_remote.client.surfaces.mcp import _READS
+from lattice_remote.client.mcp import _READS
 from lattice_remote.server.worker.calls.mcp import _TOOLS
 from sandbox import BIN, Client, Sandbox, Server, differences, tree_of, wait_for
 

@@ -184,7 +184,7 @@ def fail(error: RemoteError, *, is_json: bool) -> None:
 
 
 def _serve_dashboard(command: click.Command, ctx: click.Context, directory: str) -> Any:
-    from lattice_remote.client.surfaces.dashboard import remote_dashboard
+    from lattice_remote.client.dashboard import remote_dashboard
 
     with stay_connected(), remote_dashboard(directory):
         return _run_here(command, ctx, directory)

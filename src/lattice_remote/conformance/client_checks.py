@@ -11,7 +11,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -209,14 +209,25 @@ CHECKS: CheckList[ClientTarget] = CheckList()
 check = CHECKS
 
 
+def filled(section: str, name: str) -> Callable[[Callable[[Play], Awaitable[None]]], None]:
+    """Add a check that gets a client whose directory equals the server's."""
+
+    def add(run_check: Callable[[Play], Awaitable[None]]) -> None:
+        @check(section, name)
+        async def _(target: ClientTarget) -> None:
+            async with target.filled() as play:
+                await run_check(play)
+
+    return add
+
+
 # --- 5.3: filling ---
 
 
-@check("2.1", "it connects with token and subprotocol, greets, and fills its directory")
-async def _(target: ClientTarget) -> None:
-    async with target.filled() as play:
-        first = play.server.frames[0]
-        expect(isinstance(first, Hello) and 1 in first.versions and first.epoch == "", f"the first frame is {first}")
+@filled("2.1", "it connects with token and subprotocol, greets, and fills its directory")
+async def _(play: Play) -> None:
+    first = play.server.frames[0]
+    expect(isinstance(first, Hello) and 1 in first.versions and first.epoch == "", f"the first frame is {first}")
 
 
 @check("5.3", "files of before are replaced, kept or removed")
@@ -303,28 +314,26 @@ async def _(target: ClientTarget) -> None:
         await play.equal()
 
 
-@check("4", "an operation that does not fit is drift: the file is fetched")
-async def _(target: ClientTarget) -> None:
-    async with target.filled() as play:
-        await play.kill()
-        for path in (LOG, "ids.json", SNAPSHOT):
-            (play.lattice / path).write_bytes(b"damaged by another program")
-        await play.follow()
-        await play.until(lambda: len(play.sent(Hello)) > 1, "second connection")
-        before, ids = play.server.files, FILES["ids.json"]
-        merge, merged = merge_into("ids.json", ids, {"next_seq": 3})
-        move = MoveFile(SNAPSHOT, f"archive/{SNAPSHOT}", digest_of(FILES[SNAPSHOT]))
-        after = {**before, LOG: LINE * 2, "ids.json": merged, f"archive/{SNAPSHOT}": FILES[SNAPSHOT]}
-        del after[SNAPSHOT]
-        await play.server.write([append_to(LOG, LINE, LINE), merge, move], after)
-        await play.equal()
+@filled("4", "an operation that does not fit is drift: the file is fetched")
+async def _(play: Play) -> None:
+    await play.kill()
+    for path in (LOG, "ids.json", SNAPSHOT):
+        (play.lattice / path).write_bytes(b"damaged by another program")
+    await play.follow()
+    await play.until(lambda: len(play.sent(Hello)) > 1, "second connection")
+    before, ids = play.server.files, FILES["ids.json"]
+    merge, merged = merge_into("ids.json", ids, {"next_seq": 3})
+    move = MoveFile(SNAPSHOT, f"archive/{SNAPSHOT}", digest_of(FILES[SNAPSHOT]))
+    after = {**before, LOG: LINE * 2, "ids.json": merged, f"archive/{SNAPSHOT}": FILES[SNAPSHOT]}
+    del after[SNAPSHOT]
+    await play.server.write([append_to(LOG, LINE, LINE), merge, move], after)
+    await play.equal()
 
 
-@check("5.1", "an announced file is fetched; announced again before it came, the newer content counts")
-async def _(target: ClientTarget) -> None:
-    async with target.filled() as play:
-        await play.announce(b"first" * 20, b"other" * 20)
-        await play.release()
+@filled("5.1", "an announced file is fetched; announced again before it came, the newer content counts")
+async def _(play: Play) -> None:
+    await play.announce(b"first" * 20, b"other" * 20)
+    await play.release()
 
 
 @check("4", "an announced file with the size of the present one is fetched")
@@ -351,88 +360,82 @@ async def _(target: ClientTarget) -> None:
             await play.release()
 
 
-@check("5.2", "parts with another digest are not used; a restarted file and an old part are")
-async def _(target: ClientTarget) -> None:
-    async with target.filled() as play:
-        data = b"the right content"
-        await play.announce(data)
-        seq, link = play.server.model.head, play.server.links[0]
-        wrong = Part("context.md", seq, len(data), digest_of(data), 0, b"x" * len(data))
-        old = Part("context.md", seq - 1, 3, digest_of(b"old"), 0, b"old")
-        begun = Part("context.md", seq, len(data), digest_of(data), 0, b"begun")
-        fetches = len(play.sent(Fetch))
-        await link.send(encode(old), encode(begun), encode(wrong))
-        await play.until(lambda: len(play.sent(Fetch)) > fetches, "second Fetch")
-        expect(play.tree.get("context.md") in (None, data), "it stores content with another digest")
-        await play.release()
+@filled("5.2", "parts with another digest are not used; a restarted file and an old part are")
+async def _(play: Play) -> None:
+    data = b"the right content"
+    await play.announce(data)
+    seq, link = play.server.model.head, play.server.links[0]
+    wrong = Part("context.md", seq, len(data), digest_of(data), 0, b"x" * len(data))
+    old = Part("context.md", seq - 1, 3, digest_of(b"old"), 0, b"old")
+    begun = Part("context.md", seq, len(data), digest_of(data), 0, b"begun")
+    fetches = len(play.sent(Fetch))
+    await link.send(encode(old), encode(begun), encode(wrong))
+    await play.until(lambda: len(play.sent(Fetch)) > fetches, "second Fetch")
+    expect(play.tree.get("context.md") in (None, data), "it stores content with another digest")
+    await play.release()
 
 
-@check("5", "a client that is killed continues where it was")
-async def _(target: ClientTarget) -> None:
-    async with target.filled() as play:
-        for number in range(3):
-            await play.kill()
-            await play.server.change({LOG: play.server.files[LOG] + LINE, f"tasks/n{number}.json": b"{}"})
-            await play.follow()
-            await play.equal()
-
-
-@check("6", "after a cut it continues: only new changes are needed")
-async def _(target: ClientTarget) -> None:
-    async with target.filled() as play:
-        for number in range(4):
-            play.server.cut()
-            await play.server.change({f"tasks/n{number}.json": b"{}"})
-            await play.equal()
-        hello = play.sent(Hello)[-1]
-        marks = {moment.mark for moment in play.server.model.history}
-        expect(hello.epoch in ("", play.server.model.epoch) and hello.mark in marks, f"it greets with {hello}")
-
-
-@check("6", "a new epoch: everything is compared again")
-async def _(target: ClientTarget) -> None:
-    async with target.filled() as play:
-        await play.server.change({LOG: LINE * 2})
-        await play.equal()
-        play.server.new_epoch({"config.json": b"{}\n", LOG: LINE, "tasks/other.json": b"{}"})
-        await play.equal()
-        await play.server.change({LOG: LINE * 2})
-        await play.equal()
-
-
-@check("6", "changes that are no longer kept: everything is compared again")
-async def _(target: ClientTarget) -> None:
-    async with target.filled() as play:
-        await play.server.change({LOG: LINE * 2})
-        await play.equal()
+@filled("5", "a client that is killed continues where it was")
+async def _(play: Play) -> None:
+    for number in range(3):
         await play.kill()
-        for number in range(5):
-            await play.server.change({LOG: LINE * (3 + number), "tasks/x.json": b"%d" % number})
-        play.server.model.trim(play.server.model.head)
+        await play.server.change({LOG: play.server.files[LOG] + LINE, f"tasks/n{number}.json": b"{}"})
         await play.follow()
         await play.equal()
 
 
-@check("S3", "a random history with cuts and held pieces: the same bytes at its end")
-async def _(target: ClientTarget) -> None:
-    async with target.filled() as play:
-        dice = random.Random(7)  # noqa: S311 - the same history each time
-        paths = [LOG, SNAPSHOT, PLAN, "context.md", "notes/n.md", "events/x.jsonl", f"archive/{SNAPSHOT}"]
-        for _ in range(60):
-            play.server.holds_pieces = dice.random() < 0.4
-            path, old = (chosen := dice.choice(paths)), play.server.files.get(chosen, b"")
-            data = dice.choice([old + LINE, old + LINE, dice.randbytes(20), old, None])
-            announced = frozenset([path]) if dice.random() < 0.3 else frozenset[str]()
-            files: dict[str, bytes | None] = {path: data}
-            if dice.random() < 0.2:  # a move
-                files = {path: None, dice.choice(paths): old}
-            await play.server.change(files, announced=announced)
-            if dice.random() < 0.1:
-                play.server.cut()
-            if dice.random() < 0.3:
-                await asyncio.sleep(0)
-                await play.server.pieces(dice.randrange(4))
-        await play.release()
+@filled("6", "after a cut it continues: only new changes are needed")
+async def _(play: Play) -> None:
+    for number in range(4):
+        play.server.cut()
+        await play.server.change({f"tasks/n{number}.json": b"{}"})
+        await play.equal()
+    hello = play.sent(Hello)[-1]
+    marks = {moment.mark for moment in play.server.model.history}
+    expect(hello.epoch in ("", play.server.model.epoch) and hello.mark in marks, f"it greets with {hello}")
+
+
+@filled("6", "a new epoch: everything is compared again")
+async def _(play: Play) -> None:
+    await play.server.change({LOG: LINE * 2})
+    await play.equal()
+    play.server.new_epoch({"config.json": b"{}\n", LOG: LINE, "tasks/other.json": b"{}"})
+    await play.equal()
+    await play.server.change({LOG: LINE * 2})
+    await play.equal()
+
+
+@filled("6", "changes that are no longer kept: everything is compared again")
+async def _(play: Play) -> None:
+    await play.server.change({LOG: LINE * 2})
+    await play.equal()
+    await play.kill()
+    for number in range(5):
+        await play.server.change({LOG: LINE * (3 + number), "tasks/x.json": b"%d" % number})
+    play.server.model.trim(play.server.model.head)
+    await play.follow()
+    await play.equal()
+
+
+@filled("S3", "a random history with cuts and held pieces: the same bytes at its end")
+async def _(play: Play) -> None:
+    dice = random.Random(7)  # noqa: S311 - the same history each time
+    paths = [LOG, SNAPSHOT, PLAN, "context.md", "notes/n.md", "events/x.jsonl", f"archive/{SNAPSHOT}"]
+    for _ in range(60):
+        play.server.holds_pieces = dice.random() < 0.4
+        path, old = (chosen := dice.choice(paths)), play.server.files.get(chosen, b"")
+        data = dice.choice([old + LINE, old + LINE, dice.randbytes(20), old, None])
+        announced = frozenset([path]) if dice.random() < 0.3 else frozenset[str]()
+        files: dict[str, bytes | None] = {path: data}
+        if dice.random() < 0.2:  # a move
+            files = {path: None, dice.choice(paths): old}
+        await play.server.change(files, announced=announced)
+        if dice.random() < 0.1:
+            play.server.cut()
+        if dice.random() < 0.3:
+            await asyncio.sleep(0)
+            await play.server.pieces(dice.randrange(4))
+    await play.release()
 
 
 # --- 3.1, 3.4: requests ---
@@ -521,53 +524,49 @@ async def _(target: ClientTarget) -> None:
         await play.equal()
 
 
-@check("5.5", "edit: sent before the next Run")
-async def _(target: ClientTarget) -> None:
-    async with target.filled() as play:
-        await play.kill()
-        (play.lattice / PLAN).write_bytes(FILES[PLAN] + b"mine\n")
-        await play.run()
-        order = [type(frame) for frame in play.server.frames if isinstance(frame, Run | Put)]
-        expect(order == [Put, Run], f"it sends {', '.join(kind.__name__ for kind in order)}")
-        await play.equal()
+@filled("5.5", "edit: sent before the next Run")
+async def _(play: Play) -> None:
+    await play.kill()
+    (play.lattice / PLAN).write_bytes(FILES[PLAN] + b"mine\n")
+    await play.run()
+    order = [type(frame) for frame in play.server.frames if isinstance(frame, Run | Put)]
+    expect(order == [Put, Run], f"it sends {', '.join(kind.__name__ for kind in order)}")
+    await play.equal()
 
 
-@check("5.5", "edit: a change of the server does not overwrite it; merged, both are there")
-async def _(target: ClientTarget) -> None:
-    async with target.filled() as play:
-        await play.kill()
-        (play.lattice / PLAN).write_bytes(FILES[PLAN] + b"mine\n")
-        play.server.outcome = "merged"
-        await play.server.change({PLAN: FILES[PLAN] + b"theirs\n"})
-        await play.follow()
-        await play.until(lambda: play.sent(Put), "Put")
-        await play.equal()
-        expect(play.server.files[PLAN] == FILES[PLAN] + b"mine\ntheirs\n", f"merged: {play.server.files[PLAN]!r}")
+@filled("5.5", "edit: a change of the server does not overwrite it; merged, both are there")
+async def _(play: Play) -> None:
+    await play.kill()
+    (play.lattice / PLAN).write_bytes(FILES[PLAN] + b"mine\n")
+    play.server.outcome = "merged"
+    await play.server.change({PLAN: FILES[PLAN] + b"theirs\n"})
+    await play.follow()
+    await play.until(lambda: play.sent(Put), "Put")
+    await play.equal()
+    expect(play.server.files[PLAN] == FILES[PLAN] + b"mine\ntheirs\n", f"merged: {play.server.files[PLAN]!r}")
 
 
-@check("5.5", "edit: after a conflict the server's text is there, and the user's is in a copy")
-async def _(target: ClientTarget) -> None:
-    async with target.filled() as play:
-        await play.kill()
-        (play.lattice / PLAN).write_bytes(b"# Mine alone\n")
-        await play.server.change({PLAN: b"# Theirs alone\n"})
-        await play.follow()
-        await play.until(lambda: play.sent(Put), "Put")
-        await play.equal()
-        kept = [path for path in files_below(play.root) if b"# Mine alone" in _content(path)]
-        expect(kept, "the user's text is nowhere below its directory")
+@filled("5.5", "edit: after a conflict the server's text is there, and the user's is in a copy")
+async def _(play: Play) -> None:
+    await play.kill()
+    (play.lattice / PLAN).write_bytes(b"# Mine alone\n")
+    await play.server.change({PLAN: b"# Theirs alone\n"})
+    await play.follow()
+    await play.until(lambda: play.sent(Put), "Put")
+    await play.equal()
+    kept = [path for path in files_below(play.root) if b"# Mine alone" in _content(path)]
+    expect(kept, "the user's text is nowhere below its directory")
 
 
-@check("5.5", "edit: refused, the text stays, and later commands run")
-async def _(target: ClientTarget) -> None:
-    async with target.filled() as play:
-        await play.kill()
-        mine = FILES[PLAN] + b"mine\n"
-        (play.lattice / PLAN).write_bytes(mine)
-        play.server.refusals[Put] = "REMOTE_TOO_LARGE"
-        code, _out, err = await play.run()
-        expect(code == EXIT_CODE, f"the command fails: {err[-200:]!r}")
-        expect((play.lattice / PLAN).read_bytes() == mine, "the text is lost")
+@filled("5.5", "edit: refused, the text stays, and later commands run")
+async def _(play: Play) -> None:
+    await play.kill()
+    mine = FILES[PLAN] + b"mine\n"
+    (play.lattice / PLAN).write_bytes(mine)
+    play.server.refusals[Put] = "REMOTE_TOO_LARGE"
+    code, _out, err = await play.run()
+    expect(code == EXIT_CODE, f"the command fails: {err[-200:]!r}")
+    expect((play.lattice / PLAN).read_bytes() == mine, "the text is lost")
 
 
 def files_below(root: Path) -> Iterator[Path]:
@@ -739,69 +738,63 @@ async def _(target: ClientTarget) -> None:
 # --- 2.2, 2.6: ends ---
 
 
-@check("2.6", "Bye with retry_after_s: it comes back, not before")
-async def _(target: ClientTarget) -> None:
-    async with target.filled() as play:
-        greetings = len(play.sent(Hello))
-        await play.server.bye("REMOTE_BUSY", 2.0, 1012)
-        began = time.monotonic()
-        await play.until(lambda: len(play.sent(Hello)) > greetings, "return of the client", 15)
-        expect(time.monotonic() - began > 1.5, f"it is back after {time.monotonic() - began:.1f} s")
-        await play.server.change({LOG: LINE * 2})
-        await play.equal()
+@filled("2.6", "Bye with retry_after_s: it comes back, not before")
+async def _(play: Play) -> None:
+    greetings = len(play.sent(Hello))
+    await play.server.bye("REMOTE_BUSY", 2.0, 1012)
+    began = time.monotonic()
+    await play.until(lambda: len(play.sent(Hello)) > greetings, "return of the client", 15)
+    expect(time.monotonic() - began > 1.5, f"it is back after {time.monotonic() - began:.1f} s")
+    await play.server.change({LOG: LINE * 2})
+    await play.equal()
 
 
-@check("2.6", "Bye without retry_after_s: it does not come back")
-async def _(target: ClientTarget) -> None:
-    async with target.filled() as play:
-        attempts = play.server.attempts
-        await play.server.bye("REMOTE_UNAUTHORIZED", None, 1008)
-        await asyncio.sleep(3)
-        expect(play.server.attempts == attempts, f"it connects {play.server.attempts - attempts} times within 3 s")
+@filled("2.6", "Bye without retry_after_s: it does not come back")
+async def _(play: Play) -> None:
+    attempts = play.server.attempts
+    await play.server.bye("REMOTE_UNAUTHORIZED", None, 1008)
+    await asyncio.sleep(3)
+    expect(play.server.attempts == attempts, f"it connects {play.server.attempts - attempts} times within 3 s")
 
 
-@check("2.6", "after a lost connection, and a refusal by another program, it comes back with growing delays")
-async def _(target: ClientTarget) -> None:
-    async with target.filled() as play:
-        play.server.refuses = HTTPStatus.BAD_GATEWAY, ""
-        attempts = play.server.attempts
-        play.server.cut()
-        await asyncio.sleep(4)
-        tries = play.server.attempts - attempts
-        expect(1 <= tries <= 15, f"{tries} attempts within 4 s")
+@filled("2.6", "after a lost connection, and a refusal by another program, it comes back with growing delays")
+async def _(play: Play) -> None:
+    play.server.refuses = HTTPStatus.BAD_GATEWAY, ""
+    attempts = play.server.attempts
+    play.server.cut()
+    await asyncio.sleep(4)
+    tries = play.server.attempts - attempts
+    expect(1 <= tries <= 15, f"{tries} attempts within 4 s")
+    play.server.refuses = None
+    await play.server.change({LOG: LINE * 2})
+    await play.equal()
+
+
+@filled("2.2", "a server that is stopping or busy is tried again")
+async def _(play: Play) -> None:
+    for number, refusal in enumerate(
+        ((HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_SHUTDOWN"), (HTTPStatus.TOO_MANY_REQUESTS, "REMOTE_BUSY"))
+    ):
+        play.server.refuses = refusal
+        await play.cut_and_attempt()
         play.server.refuses = None
-        await play.server.change({LOG: LINE * 2})
+        await play.server.change({f"tasks/n{number}.json": b"{}"})
         await play.equal()
 
 
-@check("2.2", "a server that is stopping or busy is tried again")
-async def _(target: ClientTarget) -> None:
-    async with target.filled() as play:
-        for number, refusal in enumerate(
-            ((HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_SHUTDOWN"), (HTTPStatus.TOO_MANY_REQUESTS, "REMOTE_BUSY"))
-        ):
-            play.server.refuses = refusal
-            await play.cut_and_attempt()
-            play.server.refuses = None
-            await play.server.change({f"tasks/n{number}.json": b"{}"})
-            await play.equal()
+@filled("2.2", "a token that is refused is not tried again")
+async def _(play: Play) -> None:
+    play.server.refuses = HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN"
+    play.server.cut()
+    attempts = play.server.attempts
+    await asyncio.sleep(3)
+    expect(play.server.attempts - attempts <= 2, f"{play.server.attempts - attempts} attempts within 3 s")
 
 
-@check("2.2", "a token that is refused is not tried again")
-async def _(target: ClientTarget) -> None:
-    async with target.filled() as play:
-        play.server.refuses = HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN"
-        play.server.cut()
-        attempts = play.server.attempts
-        await asyncio.sleep(3)
-        expect(play.server.attempts - attempts <= 2, f"{play.server.attempts - attempts} attempts within 3 s")
-
-
-@check("2.6", "pings are answered; it sends one every 10 s")
-async def _(target: ClientTarget) -> None:
-    async with target.filled() as play:
-        link = play.server.links[0]
-        async with within(CLOSE_TIMEOUT_S, "pong"):
-            await (await link.socket.ping())
-        async with within(15, "ping of the client"):
-            await link.pinged.wait()
+@filled("2.6", "pings are answered; it sends one every 10 s")
+async def _(play: Play) -> None:
+    link = play.server.links[0]
+    async with within(CLOSE_TIMEOUT_S, "pong"):
+        await (await link.socket.ping())
+    async with within(15, "ping of the client"):
+        await link.pinged.wait()

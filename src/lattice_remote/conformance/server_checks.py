@@ -63,6 +63,25 @@ __all__ = ["CHECKS", "prepare"]
 CHECKS: CheckList[ServerTarget] = CheckList()
 check = CHECKS
 
+
+def greeted(section: str, name: str) -> Callable[[Callable[[ServerTarget, Probe], Awaitable[None]]], None]:
+    """Add a check that gets a connection on which both sides have greeted."""
+
+    def add(run_check: Callable[[ServerTarget, Probe], Awaitable[None]]) -> None:
+        @check(section, name)
+        async def _(target: ServerTarget) -> None:
+            async with target.greeted() as probe:
+                await run_check(target, probe)
+
+    return add
+
+
+def of_kind[A](answer: object, kind: type[A]) -> A:
+    expect(isinstance(answer, kind), f"answered with {answer}")
+    assert isinstance(answer, kind)
+    return answer
+
+
 OLD_S = 10 * 365 * 86400.0
 """A request of this age is older than any journal."""
 PIECE = os.urandom(4096)
@@ -203,16 +222,15 @@ async def _(target: ServerTarget) -> None:
 # --- 2.3 to 2.6: messages, limits, ends ---
 
 
-@check("3.2", "Welcome fits section 3.2")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        welcome = probe.welcome
-        expect(welcome.version == PROTOCOL_VERSION, f"version {welcome.version} was not offered")
-        expect(welcome.epoch, "the epoch is empty")
-        expect(welcome.limits.max_frame_bytes >= 4 << 20, "max_frame_bytes is below 4 MiB")
-        expect(welcome.project == target.project, f"project {welcome.project!r}")
-        expect(welcome.oldest <= welcome.head + 1, f"oldest {welcome.oldest} is beyond the head {welcome.head}")
-        expect(welcome.resync, "a client without a position gets no resync")
+@greeted("3.2", "Welcome fits section 3.2")
+async def _(target: ServerTarget, probe: Probe) -> None:
+    welcome = probe.welcome
+    expect(welcome.version == PROTOCOL_VERSION, f"version {welcome.version} was not offered")
+    expect(welcome.epoch, "the epoch is empty")
+    expect(welcome.limits.max_frame_bytes >= 4 << 20, "max_frame_bytes is below 4 MiB")
+    expect(welcome.project == target.project, f"project {welcome.project!r}")
+    expect(welcome.oldest <= welcome.head + 1, f"oldest {welcome.oldest} is beyond the head {welcome.head}")
+    expect(welcome.resync, "a client without a position gets no resync")
 
 
 @check("2.3", "unknown fields are ignored, omitted fields have their defaults")
@@ -294,12 +312,11 @@ async def _(target: ServerTarget) -> None:
         expect(code == 1009, f"close code {code}")
 
 
-@check("2.4", "a message over the limit in Welcome closes with 1009")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        await probe.send(bytes(probe.welcome.limits.max_frame_bytes + 1))
-        _bye, code = await probe.farewell()
-        expect(code == 1009, f"close code {code}")
+@greeted("2.4", "a message over the limit in Welcome closes with 1009")
+async def _(_target: ServerTarget, probe: Probe) -> None:
+    await probe.send(bytes(probe.welcome.limits.max_frame_bytes + 1))
+    _bye, code = await probe.farewell()
+    expect(code == 1009, f"close code {code}")
 
 
 @check("2.4", "a client that does not greet is closed after 10 s")
@@ -308,12 +325,11 @@ async def _(target: ServerTarget) -> None:
         await probe.socket.wait_closed()
 
 
-@check("2.6", "pings are answered; the server sends a ping every 10 s")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        async with within(10, "pong"):
-            await (await probe.socket.ping())
-        await probe.pinged()
+@greeted("2.6", "pings are answered; the server sends a ping every 10 s")
+async def _(_target: ServerTarget, probe: Probe) -> None:
+    async with within(10, "pong"):
+        await (await probe.socket.ping())
+    await probe.pinged()
 
 
 # --- 3: a cache ---
@@ -386,20 +402,18 @@ class MemoryCache:
                     pass
 
 
-@check("3.2", "the manifest and the parts of each file agree")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        for path, entry in list((await manifest(probe)).items())[:50]:
-            part, data = await fetch(probe, path)
-            same = part.seq > probe.welcome.head or (len(data), digest_of(data)) == (entry.size, entry.digest)
-            expect(same, f"{path} differs from its entry in the manifest")
+@greeted("3.2", "the manifest and the parts of each file agree")
+async def _(_target: ServerTarget, probe: Probe) -> None:
+    for path, entry in list((await manifest(probe)).items())[:50]:
+        part, data = await fetch(probe, path)
+        same = part.seq > probe.welcome.head or (len(data), digest_of(data)) == (entry.size, entry.digest)
+        expect(same, f"{path} differs from its entry in the manifest")
 
 
-@check("3.2", "a file that is missing is gone")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        part, _data = await fetch(probe, "tasks/of-no-project.json")
-        expect(part.gone, "the part is not gone")
+@greeted("3.2", "a file that is missing is gone")
+async def _(_target: ServerTarget, probe: Probe) -> None:
+    part, _data = await fetch(probe, "tasks/of-no-project.json")
+    expect(part.gone, "the part is not gone")
 
 
 @check("S3", "a cache that applies every change equals the manifest, byte for byte")
@@ -475,75 +489,68 @@ async def _(target: ServerTarget) -> None:
             expect(probe.welcome.epoch == epoch, "a position that the server never gave ends the epoch")
 
 
-@check("3.3", "with resync no change up to the head comes again")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        await answered(probe, comment(target))
-        first = probe.changes[0]
-        expect(first.seq == probe.welcome.head + 1, f"change {first.seq} comes after the head {probe.welcome.head}")
+@greeted("3.3", "with resync no change up to the head comes again")
+async def _(target: ServerTarget, probe: Probe) -> None:
+    await answered(probe, comment(target))
+    first = probe.changes[0]
+    expect(first.seq == probe.welcome.head + 1, f"change {first.seq} comes after the head {probe.welcome.head}")
 
 
-@check("3.3", "a manifest comes after every change up to its number")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        await probe.send(comment(target), Manifest(), comment(target))
-        entries = await probe.until(Entries)
-        seen = max([probe.welcome.head, *(change.seq for change in probe.changes)])
-        expect(entries.seq == seen, f"the manifest is of {entries.seq}, the last change was {seen}")
+@greeted("3.3", "a manifest comes after every change up to its number")
+async def _(target: ServerTarget, probe: Probe) -> None:
+    await probe.send(comment(target), Manifest(), comment(target))
+    entries = await probe.until(Entries)
+    seen = max([probe.welcome.head, *(change.seq for change in probe.changes)])
+    expect(entries.seq == seen, f"the manifest is of {entries.seq}, the last change was {seen}")
 
 
-@check("3.2", "a manifest lists every file that a change wrote")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        request = run(target, "create", "Listed in a manifest")
-        await answered(probe, request)
-        listed = await manifest(probe)
-        missing = [op.path for op in caused(probe, request)[0].ops if op.path not in listed]
-        expect(not missing, f"it lacks {', '.join(missing)}")
+@greeted("3.2", "a manifest lists every file that a change wrote")
+async def _(target: ServerTarget, probe: Probe) -> None:
+    request = run(target, "create", "Listed in a manifest")
+    await answered(probe, request)
+    listed = await manifest(probe)
+    missing = [op.path for op in caused(probe, request)[0].ops if op.path not in listed]
+    expect(not missing, f"it lacks {', '.join(missing)}")
 
 
-@check("3.1", "Applied is accepted")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        await probe.send(Applied(probe.welcome.head), Applied(probe.welcome.head, 0.5), Applied(0))
-        await answered(probe, comment(target))
+@greeted("3.1", "Applied is accepted")
+async def _(target: ServerTarget, probe: Probe) -> None:
+    await probe.send(Applied(probe.welcome.head), Applied(probe.welcome.head, 0.5), Applied(0))
+    await answered(probe, comment(target))
 
 
 # --- 3.1, 3.4: Run ---
 
 
-@check("S11", "Run: its change comes before the reply, with the request's id and actor")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        request = comment(target)
-        reply = await answered(probe, request)
-        changes = caused(probe, request)
-        expect(len(changes) == 1 and isinstance(reply, Reply) and reply.exit_code == 0, f"{len(changes)} changes")
-        expect(changes[0].seq == reply.seq, f"the reply is of {reply.seq}, its change is {changes[0].seq}")
-        expect(changes[0].actor == target.actor, f"the change's actor is {changes[0].actor!r}")
+@greeted("S11", "Run: its change comes before the reply, with the request's id and actor")
+async def _(target: ServerTarget, probe: Probe) -> None:
+    request = comment(target)
+    reply = await answered(probe, request)
+    changes = caused(probe, request)
+    expect(len(changes) == 1 and isinstance(reply, Reply) and reply.exit_code == 0, f"{len(changes)} changes")
+    expect(changes[0].seq == reply.seq, f"the reply is of {reply.seq}, its change is {changes[0].seq}")
+    expect(changes[0].actor == target.actor, f"the change's actor is {changes[0].actor!r}")
 
 
-@check("3.2", "Run: a command that fails is a Reply with its exit code, and changes nothing")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        request = run(target, "comment", "task_00000000000000000000000000", "x")
-        reply = await answered(probe, request)
-        expect(isinstance(reply, Reply) and reply.exit_code != 0, "the exit code is 0")
-        expect(not caused(probe, request), "it made a change")
+@greeted("3.2", "Run: a command that fails is a Reply with its exit code, and changes nothing")
+async def _(target: ServerTarget, probe: Probe) -> None:
+    request = run(target, "comment", "task_00000000000000000000000000", "x")
+    reply = await answered(probe, request)
+    expect(isinstance(reply, Reply) and reply.exit_code != 0, "the exit code is 0")
+    expect(not caused(probe, request), "it made a change")
 
 
-@check("S6", "Run: a repeated request has the same reply and runs once, also on another connection")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        request = comment(target)
-        first = await answered(probe, request)
-        again = await answered(probe, msgspec.structs.replace(request, age_s=1.0))
-        expect(first == again, "the repeated request has another reply")
-        async with target.greeted() as other:
-            third = await answered(other, msgspec.structs.replace(request, age_s=2.0))
-        expect(first == third, "the repeated request has another reply on another connection")
-        await answered(probe, comment(target))
-        expect(len(caused(probe, request)) == 1, f"it ran {len(caused(probe, request))} times")
+@greeted("S6", "Run: a repeated request has the same reply and runs once, also on another connection")
+async def _(target: ServerTarget, probe: Probe) -> None:
+    request = comment(target)
+    first = await answered(probe, request)
+    again = await answered(probe, msgspec.structs.replace(request, age_s=1.0))
+    expect(first == again, "the repeated request has another reply")
+    async with target.greeted() as other:
+        third = await answered(other, msgspec.structs.replace(request, age_s=2.0))
+    expect(first == third, "the repeated request has another reply on another connection")
+    await answered(probe, comment(target))
+    expect(len(caused(probe, request)) == 1, f"it ran {len(caused(probe, request))} times")
 
 
 @check("S6", "Run: sent twice at once, it runs once")
@@ -555,22 +562,20 @@ async def _(target: ServerTarget) -> None:
         expect(len(caused(one, request)) == 1, f"it ran {len(caused(one, request))} times")
 
 
-@check("3.4", "an id with another request is REMOTE_INVALID")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        request = comment(target)
-        await answered(probe, request)
-        other = run(target, "comment", target.task, "another text")
-        is_refused(await probe.ask(msgspec.structs.replace(other, id=request.id)), "REMOTE_INVALID")
+@greeted("3.4", "an id with another request is REMOTE_INVALID")
+async def _(target: ServerTarget, probe: Probe) -> None:
+    request = comment(target)
+    await answered(probe, request)
+    other = run(target, "comment", target.task, "another text")
+    is_refused(await probe.ask(msgspec.structs.replace(other, id=request.id)), "REMOTE_INVALID")
 
 
-@check("3.4", "a request older than the journal is REMOTE_UNKNOWN_OUTCOME and does not run")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        request = comment(target, age_s=OLD_S)
-        is_refused(await probe.ask(request), "REMOTE_UNKNOWN_OUTCOME")
-        await answered(probe, comment(target))
-        expect(not caused(probe, request), "it ran")
+@greeted("3.4", "a request older than the journal is REMOTE_UNKNOWN_OUTCOME and does not run")
+async def _(target: ServerTarget, probe: Probe) -> None:
+    request = comment(target, age_s=OLD_S)
+    is_refused(await probe.ask(request), "REMOTE_UNKNOWN_OUTCOME")
+    await answered(probe, comment(target))
+    expect(not caused(probe, request), "it ran")
 
 
 @check("7", "an actor that the token may not use is REMOTE_FORBIDDEN")
@@ -583,34 +588,31 @@ async def _(target: ServerTarget) -> None:
         is_refused(await probe.ask(Run(new_id(), argv)), "REMOTE_FORBIDDEN")
 
 
-@check("3.3", "requests of one connection run in the order of their arrival")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        requests = [comment(target) for _ in range(5)]
-        await probe.send(*requests)
-        await probe.until(Reply, lambda reply: reply.id == requests[-1].id)
-        ids = [request.id for request in requests]
-        expect([change.cause for change in probe.changes if change.cause in ids] == ids, "they run in another order")
+@greeted("3.3", "requests of one connection run in the order of their arrival")
+async def _(target: ServerTarget, probe: Probe) -> None:
+    requests = [comment(target) for _ in range(5)]
+    await probe.send(*requests)
+    await probe.until(Reply, lambda reply: reply.id == requests[-1].id)
+    ids = [request.id for request in requests]
+    expect([change.cause for change in probe.changes if change.cause in ids] == ids, "they run in another order")
 
 
-@check("2.3", "an Attachment beyond the argv is Refused, one without content fails like a missing file")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        argv = ["attach", target.task, "conformance.txt", "--actor", target.actor]
-        beyond = await probe.ask(Run(new_id(), argv, [Attachment(99, "conformance.txt", b"x")]))
-        expect(isinstance(beyond, Refused), f"answered with {type(beyond).__name__}")
-        missing = await probe.ask(Run(new_id(), argv, [Attachment(2, "conformance.txt")]))
-        fails = isinstance(missing, Refused) or (isinstance(missing, Reply) and missing.exit_code != 0)
-        expect(fails, "a file that the caller does not have is attached")
+@greeted("2.3", "an Attachment beyond the argv is Refused, one without content fails like a missing file")
+async def _(target: ServerTarget, probe: Probe) -> None:
+    argv = ["attach", target.task, "conformance.txt", "--actor", target.actor]
+    beyond = await probe.ask(Run(new_id(), argv, [Attachment(99, "conformance.txt", b"x")]))
+    expect(isinstance(beyond, Refused), f"answered with {type(beyond).__name__}")
+    missing = await probe.ask(Run(new_id(), argv, [Attachment(2, "conformance.txt")]))
+    fails = isinstance(missing, Refused) or (isinstance(missing, Reply) and missing.exit_code != 0)
+    expect(fails, "a file that the caller does not have is attached")
 
 
-@check("3.1", "Run: an inline Attachment becomes an artifact with its bytes")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        data = new_id().encode() + b"\x00\xff"
-        argv = ["attach", target.task, "conformance.bin", "--actor", target.actor]
-        await answered(probe, Run(new_id(), argv, [Attachment(2, "conformance.bin", data)]))
-        await _is_artifact(probe, data)
+@greeted("3.1", "Run: an inline Attachment becomes an artifact with its bytes")
+async def _(target: ServerTarget, probe: Probe) -> None:
+    data = new_id().encode() + b"\x00\xff"
+    argv = ["attach", target.task, "conformance.bin", "--actor", target.actor]
+    await answered(probe, Run(new_id(), argv, [Attachment(2, "conformance.bin", data)]))
+    await _is_artifact(probe, data)
 
 
 async def _is_artifact(probe: Probe, data: bytes) -> None:
@@ -629,10 +631,7 @@ async def _(target: ServerTarget) -> None:
     digest, size = digest_of(data), len(data)
 
     async def piece(probe: Probe, offset: int, piece: bytes) -> int:
-        answer = await probe.ask(Upload(new_id(), digest, size, offset, piece))
-        expect(isinstance(answer, Uploaded), f"answered with {answer}")
-        assert isinstance(answer, Uploaded)
-        return answer.have
+        return of_kind(await probe.ask(Upload(new_id(), digest, size, offset, piece)), Uploaded).have
 
     async with target.greeted() as probe:
         expect(await piece(probe, 0, b"") == 0, "a content that was never sent is there")
@@ -646,41 +645,37 @@ async def _(target: ServerTarget) -> None:
         await _is_artifact(probe, data)
 
 
-@check("2.3", "Upload: a small piece and a wrong digest are Refused, the connection stays open")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        small = await probe.ask(Upload(new_id(), digest_of(PIECE + b"1"), 9000, 0, b"x"))
-        wrong = await probe.ask(Upload(new_id(), digest_of(b"other"), len(PIECE), 0, PIECE))
-        beyond = await probe.ask(Upload(new_id(), digest_of(PIECE + b"2"), 5, 0, PIECE))
-        for name, answer in (("a small piece", small), ("a wrong digest", wrong), ("beyond the size", beyond)):
-            expect(isinstance(answer, Refused), f"{name}: answered with {type(answer).__name__}")
+@greeted("2.3", "Upload: a small piece and a wrong digest are Refused, the connection stays open")
+async def _(_target: ServerTarget, probe: Probe) -> None:
+    small = await probe.ask(Upload(new_id(), digest_of(PIECE + b"1"), 9000, 0, b"x"))
+    wrong = await probe.ask(Upload(new_id(), digest_of(b"other"), len(PIECE), 0, PIECE))
+    beyond = await probe.ask(Upload(new_id(), digest_of(PIECE + b"2"), 5, 0, PIECE))
+    for name, answer in (("a small piece", small), ("a wrong digest", wrong), ("beyond the size", beyond)):
+        expect(isinstance(answer, Refused), f"{name}: answered with {type(answer).__name__}")
 
 
-@check("3.1", "Run: an upload that is missing is REMOTE_NOT_UPLOADED")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        argv = ["attach", target.task, "x.bin", "--actor", target.actor]
-        attachment = Attachment(2, "x.bin", digest=digest_of(new_id().encode()), size=5000)
-        is_refused(await probe.ask(Run(new_id(), argv, [attachment])), "REMOTE_NOT_UPLOADED")
+@greeted("3.1", "Run: an upload that is missing is REMOTE_NOT_UPLOADED")
+async def _(target: ServerTarget, probe: Probe) -> None:
+    argv = ["attach", target.task, "x.bin", "--actor", target.actor]
+    attachment = Attachment(2, "x.bin", digest=digest_of(new_id().encode()), size=5000)
+    is_refused(await probe.ask(Run(new_id(), argv, [attachment])), "REMOTE_NOT_UPLOADED")
 
 
-@check("3.2", "Download: pieces by digest; a missing or other content is REMOTE_NOT_FOUND")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        files = await manifest(probe)
-        path = next(path for path in files if path == "config.json")
-        size, digest = files[path].size, files[path].digest
-        data = b""
-        while len(data) < size:
-            answer = await probe.ask(Download(new_id(), path, digest, len(data), max(1, size // 3)))
-            expect(isinstance(answer, Downloaded), f"answered with {answer}")
-            assert isinstance(answer, Downloaded)
-            expect((answer.size, answer.digest) == (size, digest) and answer.data, "size or digest differ")
-            data += answer.data
-        expect(digest_of(data) == digest, "the pieces do not have the file's digest")
-        is_refused(await probe.ask(Download(new_id(), path, bytes(32))), "REMOTE_NOT_FOUND")
-        is_refused(await probe.ask(Download(new_id(), "tasks/of-no-project.json")), "REMOTE_NOT_FOUND")
-        is_refused(await probe.ask(Download(new_id(), path, None, size + 1)), "REMOTE_PROTOCOL")
+@greeted("3.2", "Download: pieces by digest; a missing or other content is REMOTE_NOT_FOUND")
+async def _(_target: ServerTarget, probe: Probe) -> None:
+    files = await manifest(probe)
+    path = next(path for path in files if path == "config.json")
+    size, digest = files[path].size, files[path].digest
+    data = b""
+    while len(data) < size:
+        request = Download(new_id(), path, digest, len(data), max(1, size // 3))
+        answer = of_kind(await probe.ask(request), Downloaded)
+        expect((answer.size, answer.digest) == (size, digest) and answer.data, "size or digest differ")
+        data += answer.data
+    expect(digest_of(data) == digest, "the pieces do not have the file's digest")
+    is_refused(await probe.ask(Download(new_id(), path, bytes(32))), "REMOTE_NOT_FOUND")
+    is_refused(await probe.ask(Download(new_id(), "tasks/of-no-project.json")), "REMOTE_NOT_FOUND")
+    is_refused(await probe.ask(Download(new_id(), path, None, size + 1)), "REMOTE_PROTOCOL")
 
 
 # --- 3.1: Put ---
@@ -745,12 +740,11 @@ async def _(target: ServerTarget) -> None:
         is_refused(await probe.ask(put), "REMOTE_STALE_BASE")
 
 
-@check("2.5", "Put: only plans and notes of a task can be edited")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        for path in ("config.json", "plans/readme.md", f"tasks/{target.task}.json"):
-            answer = await probe.ask(Put(new_id(), path, None, b"x"))
-            expect(isinstance(answer, Refused), f"{path}: answered with {type(answer).__name__}")
+@greeted("2.5", "Put: only plans and notes of a task can be edited")
+async def _(target: ServerTarget, probe: Probe) -> None:
+    for path in ("config.json", "plans/readme.md", f"tasks/{target.task}.json"):
+        answer = await probe.ask(Put(new_id(), path, None, b"x"))
+        expect(isinstance(answer, Refused), f"{path}: answered with {type(answer).__name__}")
 
 
 @check("2.4", "Put: a text over the limit in Welcome is REMOTE_TOO_LARGE")
@@ -763,24 +757,22 @@ async def _(target: ServerTarget) -> None:
 # --- 3.1: Log, ReadVersion, Call, Push ---
 
 
-@check("3.2", "Log: newest first, in pages, by task")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        request = comment(target)
-        await answered(probe, request)
-        before: int | None = None
-        numbers: list[int] = []
-        for _ in range(3):
-            page = await probe.ask(Log(new_id(), target.task, 2, before))
-            expect(isinstance(page, LogPage) and len(page.entries) <= 2, f"answered with {type(page).__name__}")
-            assert isinstance(page, LogPage)
-            expect(all(target.task in entry.tasks for entry in page.entries), "an entry is of another task")
-            numbers += [entry.seq for entry in page.entries if entry.epoch == probe.welcome.epoch]
-            if not numbers or page.before is None:
-                break
-            before = page.before
-        expect(numbers and numbers == sorted(set(numbers), reverse=True), f"the numbers are {numbers}")
-        expect(caused(probe, request)[0].seq in numbers, "the newest change is not in it")
+@greeted("3.2", "Log: newest first, in pages, by task")
+async def _(target: ServerTarget, probe: Probe) -> None:
+    request = comment(target)
+    await answered(probe, request)
+    before: int | None = None
+    numbers: list[int] = []
+    for _ in range(3):
+        page = of_kind(await probe.ask(Log(new_id(), target.task, 2, before)), LogPage)
+        expect(len(page.entries) <= 2, f"{len(page.entries)} entries, not 2")
+        expect(all(target.task in entry.tasks for entry in page.entries), "an entry is of another task")
+        numbers += [entry.seq for entry in page.entries if entry.epoch == probe.welcome.epoch]
+        if not numbers or page.before is None:
+            break
+        before = page.before
+    expect(numbers and numbers == sorted(set(numbers), reverse=True), f"the numbers are {numbers}")
+    expect(caused(probe, request)[0].seq in numbers, "the newest change is not in it")
 
 
 @check("3.2", "Replay: the changes after a position, on a connection that does not follow")
@@ -790,26 +782,19 @@ async def _(target: ServerTarget) -> None:
         known = probe.changes[-1]
         last = await answered(probe, comment(target))
         epoch = probe.welcome.epoch
-        answer = await _replayed(reader, Replay(new_id(), epoch, known.seq, known.mark))
+        answer = of_kind(await reader.ask(Replay(new_id(), epoch, known.seq, known.mark)), Replayed)
         numbers = [change.seq for change in answer.changes]
         expect(answer.outcome == "kept" and numbers[0] == known.seq + 1 and last.seq in numbers, f"{numbers}")
         expect(answer.changes[: last.seq - known.seq] == probe.changes[-(last.seq - known.seq) :], "changes differ")
-        newest = await _replayed(reader, Replay(new_id()))
+        newest = of_kind(await reader.ask(Replay(new_id())), Replayed)
         expect(newest.outcome == "kept" and not newest.changes, "without seq it is not the head")
         for outcome, request in (
             ("ahead", Replay(new_id(), epoch, newest.head + 1000)),
             ("epoch", Replay(new_id(), "0123456789abcdef", known.seq)),
             ("epoch", Replay(new_id(), epoch, known.seq, bytes(16))),
         ):
-            found = (await _replayed(reader, request)).outcome
+            found = of_kind(await reader.ask(request), Replayed).outcome
             expect(found == outcome, f"outcome {found}, not {outcome}, for {request}")
-
-
-async def _replayed(probe: Probe, request: Replay) -> Replayed:
-    answer = await probe.ask(request)
-    expect(isinstance(answer, Replayed), f"answered with {answer}")
-    assert isinstance(answer, Replayed)
-    return answer
 
 
 @check("3.2", "ReadVersion: a plan as of each change; an unknown one is REMOTE_NOT_FOUND")
@@ -824,24 +809,22 @@ async def _(target: ServerTarget) -> None:
         is_refused(await probe.ask(ReadVersion(new_id(), task, "plan", 1 << 40)), "REMOTE_NOT_FOUND")
 
 
-@check("3.5", "Call: runs once, like a command; an unknown operation is REMOTE_UNSUPPORTED")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        payload = json.dumps({"title": "Made by a Call", "actor": target.actor}).encode()
-        call = Call(new_id(), "dashboard", "/api/tasks", payload)
-        answer = await answered(probe, call)
-        expect(isinstance(answer, Returned) and answer.status < 400, f"answered with {answer}")
-        expect(len(caused(probe, call)) == 1, f"it made {len(caused(probe, call))} changes")
-        expect(await answered(probe, msgspec.structs.replace(call, age_s=1.0)) == answer, "repeated: another answer")
-        unknown = await probe.ask(Call(new_id(), "nothing", "x", b"{}"))
-        is_refused(unknown, "REMOTE_UNSUPPORTED", "REMOTE_VERSION")
+@greeted("3.5", "Call: runs once, like a command; an unknown operation is REMOTE_UNSUPPORTED")
+async def _(target: ServerTarget, probe: Probe) -> None:
+    payload = json.dumps({"title": "Made by a Call", "actor": target.actor}).encode()
+    call = Call(new_id(), "dashboard", "/api/tasks", payload)
+    answer = await answered(probe, call)
+    expect(isinstance(answer, Returned) and answer.status < 400, f"answered with {answer}")
+    expect(len(caused(probe, call)) == 1, f"it made {len(caused(probe, call))} changes")
+    expect(await answered(probe, msgspec.structs.replace(call, age_s=1.0)) == answer, "repeated: another answer")
+    unknown = await probe.ask(Call(new_id(), "nothing", "x", b"{}"))
+    is_refused(unknown, "REMOTE_UNSUPPORTED", "REMOTE_VERSION")
 
 
-@check("3.6", "Push: to a project that is not empty is Refused")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        answer = await probe.ask(Push(new_id(), digest_of(b"no such pack"), 5000))
-        expect(isinstance(answer, Refused), f"answered with {type(answer).__name__}")
+@greeted("3.6", "Push: to a project that is not empty is Refused")
+async def _(_target: ServerTarget, probe: Probe) -> None:
+    answer = await probe.ask(Push(new_id(), digest_of(b"no such pack"), 5000))
+    of_kind(answer, Refused)
 
 
 # --- 8: capabilities ---
@@ -872,14 +855,13 @@ async def _(target: ServerTarget) -> None:
         is_refused(await probe.ask(call), "REMOTE_VERSION")
 
 
-@check("9", "a command is all or nothing: its change has all of it")
-async def _(target: ServerTarget) -> None:
-    async with target.greeted() as probe:
-        request = run(target, "create", "All or nothing")
-        await answered(probe, request)
-        (change,) = caused(probe, request)
-        paths = {op.to if isinstance(op, MoveFile) else op.path for op in change.ops}
-        kinds = {path.split("/")[0] for path in paths}
-        expect({"tasks", "events"} <= kinds, f"its change writes {sorted(paths)}")
-        order = [op.path.split("/")[0] for op in change.ops]
-        expect(order.index("events") < order.index("tasks"), "S8: a snapshot comes before its event log")
+@greeted("9", "a command is all or nothing: its change has all of it")
+async def _(target: ServerTarget, probe: Probe) -> None:
+    request = run(target, "create", "All or nothing")
+    await answered(probe, request)
+    (change,) = caused(probe, request)
+    paths = {op.to if isinstance(op, MoveFile) else op.path for op in change.ops}
+    kinds = {path.split("/")[0] for path in paths}
+    expect({"tasks", "events"} <= kinds, f"its change writes {sorted(paths)}")
+    order = [op.path.split("/")[0] for op in change.ops]
+    expect(order.index("events") < order.index("tasks"), "S8: a snapshot comes before its event log")

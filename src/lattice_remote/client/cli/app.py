@@ -72,7 +72,7 @@ def mcp() -> None:
     Example: claude mcp add lattice -- lattice remote mcp
     """
     try:
-        from lattice_remote.client.surfaces.mcp import serve
+        from lattice_remote.client.mcp import serve
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "mcp":
             raise
