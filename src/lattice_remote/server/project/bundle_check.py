@@ -9,6 +9,8 @@ prints one ``ImportReport`` as JSON.
 import argparse
 import asyncio
 import contextlib
+import ctypes
+import gc
 import hashlib
 import importlib
 import json
@@ -18,15 +20,16 @@ import shutil
 import signal
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import msgspec
 
 from lattice_remote.errors import Misuse, ProtocolError, RemoteError, StorageError, printable
 from lattice_remote.files import READ, SAFE, Signature, signature_of, write_all
-from lattice_remote.protocol.bundle import MAX_PROJECT_FILES, Layout, Unpacker
+from lattice_remote.protocol.bundle import MAGIC, MAX_PROJECT_FILES, Layout, Unpacker, head_of
 from lattice_remote.protocol.messages import Entry
 from lattice_remote.protocol.paths import DIRECTORIES, is_replicated
 from lattice_remote.server.tree.capture import AccessDenied, Capture
@@ -35,8 +38,9 @@ from lattice_remote.server.worker.executor import CommandOutcome, Executor
 from lattice_remote.server.worker.main import code_directories, prepare_scratch
 from lattice_remote.server.worker.patches import LockTable
 
-__all__ = ["Candidate", "ImportReport", "add_directory", "add_pack", "main", "quarantine"]
+__all__ = ["Candidate", "ImportReport", "add_directory", "add_pack", "beside", "main", "quarantine"]
 
+_MAX_REMEMBERED_BYTES = 256 << 20
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFE
 
 
@@ -52,31 +56,38 @@ class Candidate:
         self.layout = layout
         self.digests: dict[str, bytes] = {}
         """As received."""
-        self._signatures: dict[str, Signature] = {}
+        self.signatures: dict[str, Signature] = {}
+        """Right after they were written."""
+        self.contents: dict[str, bytes] = {}
+        """Of files that lattice reads, as received, while they take at most 256 MiB."""
+        self._room = _MAX_REMEMBERED_BYTES
         self._directories = set(DIRECTORIES)
         for directory in DIRECTORIES:
             (self.lattice / directory).mkdir(parents=True, exist_ok=True)
 
     def add(self, path: str, size: int, pieces: Iterable[bytes]) -> None:
-        """Create a file. Raises Misuse if a project cannot contain it, or OSError."""
-        self.layout.add(path, size)
+        """Create a file, which ``layout`` has accepted. Raises OSError."""
         target = f"{self.lattice}/{path}"
         if (directory := path.rpartition("/")[0]) not in self._directories:
             os.makedirs(os.path.dirname(target), exist_ok=True)
             self._directories.add(directory)
-        hasher = hashlib.sha256()
+        hasher, content = hashlib.sha256(), b""
         descriptor = os.open(target, _NEW, 0o644)
         try:
             for piece in pieces:
                 hasher.update(piece)
                 write_all(descriptor, piece)
-            self._signatures[path] = signature_of(os.fstat(descriptor))
+                content = piece
+            self.signatures[path] = signature_of(os.fstat(descriptor))
         finally:
             os.close(descriptor)
         self.digests[path] = hasher.digest()
+        if len(content) == size <= self._room and path.endswith((".json", ".jsonl")):
+            self.contents[path] = content
+            self._room -= size
 
     def is_as_received(self, path: str, status: os.stat_result) -> bool:
-        return self._signatures.get(path) == signature_of(status)
+        return self.signatures.get(path) == signature_of(status)
 
 
 MAX_NAMED = 20
@@ -187,11 +198,13 @@ async def _checked(
     except msgspec.DecodeError:
         pass
     if process.returncode is not None and process.returncode < 0:
-        return ImportReport(
-            refused=f"the check exceeded its limits of memory or processor time (signal {-process.returncode})"
-        )
+        return ImportReport(refused=_exceeded(-process.returncode))
     problem = " ".join(stderr.decode(errors="replace").split())[-_MAX_ERROR_CHARS:]
     raise StorageError(f"cannot check the project: {problem or f'exit {process.returncode}'}")
+
+
+def _exceeded(signal_number: int) -> str:
+    return f"the check exceeded its limits of memory or processor time (signal {signal_number})"
 
 
 _PIECE_BYTES = 1 << 20
@@ -202,38 +215,27 @@ _BOOKKEEPING = frozenset({"locks", "remote.json", "cache_state.json", ".gitignor
 
 def add_pack(candidate: Candidate, pack: Path) -> None:
     """Add a bundle's files, after validating it as a whole. Raises ProtocolError, or Misuse."""
-    layout = Layout(max_bytes=candidate.layout.max_bytes)
-    for item in _items(pack):
-        if isinstance(item, Entry):
-            layout.add(item.path, item.size)
-    items = _items(pack)
-    pending = next(items, None)
-    while isinstance(pending, Entry):
-        content = _Content(items)
-        candidate.add(pending.path, pending.size, content)
-        pending = content.following
+    place, places = len(MAGIC), list[tuple[str, int, int]]()
+    for entry in _entries(pack):
+        candidate.layout.add(entry.path, entry.size)
+        place += len(head_of(entry))
+        places.append((entry.path, place, entry.size))
+        place += entry.size
+    with pack.open("rb") as file:
+        for path, place, size in places:
+            file.seek(place)
+            candidate.add(path, size, _first(size, file, path))
 
 
-def _items(pack: Path) -> Iterator[Entry | bytes]:
+def _entries(pack: Path) -> Iterator[Entry]:
     unpacker = Unpacker()
     with pack.open("rb") as file:
         while piece := file.read(_PIECE_BYTES):
-            yield from unpacker.receive(piece)
+            for item in unpacker.receive(piece):
+                if isinstance(item, Entry):
+                    yield item
     if not unpacker.is_complete:
         raise ProtocolError("the bundle is truncated")
-
-
-class _Content:
-    def __init__(self, items: Iterator[Entry | bytes]) -> None:
-        self._items = items
-        self.following: Entry | bytes | None = None
-
-    def __iter__(self) -> Iterator[bytes]:
-        for item in self._items:
-            if isinstance(item, Entry):
-                self.following = item
-                return
-            yield item
 
 
 def add_directory(candidate: Candidate, directory: Path) -> list[str]:
@@ -243,21 +245,19 @@ def add_directory(candidate: Candidate, directory: Path) -> list[str]:
     """
     omitted: list[str] = []
     for path in _walk(directory, omitted):
-        descriptor = os.open(f"{directory}/{path}", READ)
-        try:
-            status = os.fstat(descriptor)
+        with open(os.open(f"{directory}/{path}", READ), "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise Misuse(f"{path} was replaced while it was read; {directory} is in use: try again")
-            candidate.add(path, status.st_size, _first(status.st_size, descriptor, path))
-        finally:
-            os.close(descriptor)
+            candidate.layout.add(path, status.st_size)
+            candidate.add(path, status.st_size, _first(status.st_size, file, path))
     return sorted(omitted)
 
 
-def _first(size: int, descriptor: int, path: str) -> Iterator[bytes]:
-    """Yield the first ``size`` bytes: a log may grow."""
+def _first(size: int, file: IO[bytes], path: str) -> Iterator[bytes]:
+    """Yield the next ``size`` bytes: a log may grow."""
     while size:
-        piece = os.read(descriptor, min(size, _PIECE_BYTES))
+        piece = file.read(min(size, _PIECE_BYTES))
         if not piece:
             raise Misuse(f"{path} was truncated while it was read; it is in use: try again")
         size -= len(piece)
@@ -295,6 +295,8 @@ READS: Sequence[Sequence[str]] = (
     ("session", "list", "--json"),
 )
 """The first commands of every user: they must not fail."""
+_READS_BESIDE = 5
+"""Run in a second process; with ``doctor``, the rest takes as long."""
 _MAX_WARNINGS = 50
 
 
@@ -309,17 +311,24 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends this one
     sys.dont_write_bytecode = True
+    gc.disable()  # a tenth of the time; the memory is bounded
     report = ImportReport()
-    try:
-        _build_candidate(options, report)
-    except RemoteError as error:
-        report.refused = error.message
-    except (RecursionError, MemoryError) as error:
-        report.refused = f"checking it exceeds the limits: {type(error).__name__}"
-    except OSError as error:
-        report.refused = f"the server cannot store it: {error.strerror or error}"
+    report.refused = _refusal_of(lambda: _build_candidate(options, report))
     sys.stdout.buffer.write(msgspec.json.encode(report))
     return 0
+
+
+def _refusal_of(work: Callable[[], None]) -> str:
+    """Return the reason why ``work`` failed on the project; empty if it did not."""
+    try:
+        work()
+    except RemoteError as error:
+        return error.message
+    except (RecursionError, MemoryError) as error:
+        return f"checking it exceeds the limits: {type(error).__name__}"
+    except OSError as error:
+        return f"the server cannot store it: {error.strerror or error}"
+    return ""
 
 
 def _build_candidate(options: argparse.Namespace, report: ImportReport) -> None:
@@ -334,9 +343,6 @@ def _build_candidate(options: argparse.Namespace, report: ImportReport) -> None:
         raise Misuse("config.json not found: this is not a lattice project")
     _settle_hooks(candidate, report, keep=options.keep_hooks, hooks_of=options.hooks_of)
     _check_with_lattice(candidate, report)
-    _require_whole_tasks(candidate.lattice)
-    _require_objects(candidate.lattice)
-    _count(candidate, report)
     _make_durable(place)
 
 
@@ -365,6 +371,8 @@ def _settle_hooks(candidate: Candidate, report: ImportReport, *, keep: bool, hoo
     config.pop("hooks", None)
     if own:
         config["hooks"] = own
+    candidate.signatures.pop("config.json")  # the new file may have the same one
+    candidate.contents.pop("config.json", None)
     path.write_bytes(json.dumps(config, sort_keys=True, indent=2).encode() + b"\n")
 
 
@@ -398,14 +406,59 @@ def _check_with_lattice(candidate: Candidate, report: ImportReport) -> None:
     scratch = prepare_scratch(place)
     capture = Capture(str(candidate.lattice), str(scratch), _NoPreImages(), code)
     executor = Executor(place, lazy=True, locks=_NoLocks(candidate.lattice))
-    with _unchanged_files_read_and_written_once():
+    with _received_files_neither_read_nor_written(candidate):
         rebuilt = _run(executor, capture, ("rebuild", "--all"))
         if rebuilt.exit_code or rebuilt.stderr:
             raise Misuse(f"lattice rebuild: {_first_line(rebuilt.stderr or rebuilt.stdout)}")
-        doctor = _run(executor, capture, ("doctor", "--json"))
-        _read_findings(doctor.stdout, report)
-        for argv in READS:
-            _run(executor, capture, argv)
+
+        def run(reads: Sequence[Sequence[str]]) -> None:
+            for argv in reads:
+                _run(executor, capture, argv)
+
+        with beside(lambda: run(READS[:_READS_BESIDE])):
+            doctor = _run(executor, capture, ("doctor", "--json"))
+            _read_findings(doctor.stdout, report)
+            run(READS[_READS_BESIDE:])
+            _require_whole_tasks(candidate.lattice)
+            _require_objects(candidate.lattice)
+            _count(candidate, report)
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+@contextlib.contextmanager
+def beside(work: Callable[[], None]) -> Iterator[None]:
+    """Run ``work`` in a forked process while the block runs. Raises Misuse with its reason, after that of the block."""
+    parent, (receiving, sending) = os.getpid(), os.pipe()
+    if not (child := os.fork()):
+        # Nothing of the parent's may run in the child: neither its handlers nor its buffered output.
+        try:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() == parent:
+                write_all(sending, _refusal_of(work).encode(errors="replace"))
+                os._exit(0)
+        except BaseException:  # noqa: BLE001 - a fault of this program, which the server logs
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(1)
+    os.close(sending)
+    try:
+        with open(receiving, "rb") as pipe:
+            yield
+            refused = pipe.read().decode()
+        child, status = 0, os.waitpid(child, 0)[1]
+    finally:
+        if child:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        raise Misuse(_exceeded(os.WTERMSIG(status)))
+    if status:
+        raise RuntimeError("the check of the first commands failed")
+    if refused:
+        raise Misuse(refused)
 
 
 class _NoLocks(LockTable):
@@ -414,45 +467,46 @@ class _NoLocks(LockTable):
     def acquire(self, path: Path, timeout_s: float) -> None: ...
 
 
-_MAX_REMEMBERED_BYTES = 256 << 20
-
-
 @contextlib.contextmanager
-def _unchanged_files_read_and_written_once() -> Iterator[None]:
-    """Keep texts that lattice's commands read, and do not write a file that has the content already.
+def _received_files_neither_read_nor_written(candidate: Candidate) -> Iterator[None]:
+    """Give lattice's commands the texts of unchanged files from memory, and do not write a file with equal content.
 
     Each command reads every task, and most of them every log.
     """
     integrity_cmds: Any = importlib.import_module("lattice.cli.integrity_cmds")
-    texts: dict[tuple[str, object], tuple[Signature, str]] = {}
-    bytes_left = _MAX_REMEMBERED_BYTES
+    prefix = f"{candidate.lattice}/"
+    received = {
+        prefix + path: (candidate.signatures[path], content.decode())
+        for path, content in candidate.contents.items()
+        if _is_plain_text(content)
+    }
+    candidate.contents.clear()
     read_text, atomic_write = Path.read_text, integrity_cmds.atomic_write
 
-    def read_text_once(path: Path, *arguments: Any, **options: Any) -> str:
-        nonlocal bytes_left
-        key = str(path), (arguments, *options.items())
-        found = signature_of(os.stat(key[0]))
-        if (known := texts.get(key)) is not None and known[0] == found:
-            return known[1]
-        text = read_text(path, *arguments, **options)
-        if (bytes_left := bytes_left - len(text)) > 0:
-            texts[key] = found, text
-        return text
+    def read_received_text(path: Path, *arguments: Any, **options: Any) -> str:
+        if not arguments and not options and (known := received.get(name := str(path))) is not None:
+            if known[0] == signature_of(os.stat(name)):
+                return known[1]
+            del received[name]
+        return read_text(path, *arguments, **options)
 
     def write_changed(path: Path, content: str | bytes) -> None:
-        data = content.encode() if isinstance(content, str) else content
-        with contextlib.suppress(OSError):
-            if path.read_bytes() == data:
-                return
-        atomic_write(path, content)
+        known = received.get(name := str(path))
+        if known is None or known[1] != content or known[0] != signature_of(os.stat(name)):
+            atomic_write(path, content)
 
     try:
-        setattr(Path, "read_text", read_text_once)  # noqa: B010 - a method
+        setattr(Path, "read_text", read_received_text)  # noqa: B010 - a method
         integrity_cmds.atomic_write = write_changed
         yield
     finally:
         setattr(Path, "read_text", read_text)  # noqa: B010
         integrity_cmds.atomic_write = atomic_write
+
+
+def _is_plain_text(content: bytes) -> bool:
+    """Return whether a text file with this content reads as its bytes: Python translates line ends."""
+    return content.isascii() and b"\r" not in content
 
 
 def _run(executor: Executor, capture: Capture, argv: Sequence[str]) -> CommandOutcome:
@@ -492,23 +546,22 @@ def _require_whole_tasks(lattice: Path) -> None:
         known = set(os.listdir(lattice / logs))
         for name in sorted(os.listdir(folder)):
             task = name.removesuffix(".json")
-            where = f"{folder.relative_to(lattice)}/{name}"
             if f"{task}.jsonl" not in known:
-                raise Misuse(f"{where} has no event log {logs}/{task}.jsonl")
-            if _id_of(folder / name) != task:
-                raise Misuse(f"the event log of {where} belongs to another task")
+                raise Misuse(f"{folder.relative_to(lattice)}/{name} has no event log {logs}/{task}.jsonl")
+            if _id_of(f"{folder}/{name}") != task:
+                raise Misuse(f"the event log of {folder.relative_to(lattice)}/{name} belongs to another task")
 
 
 class _Identity(msgspec.Struct):
     id: str | None = None
 
 
-def _id_of(path: Path) -> object:
+def _id_of(path: str) -> object:
     try:
         with open(path, "rb", buffering=0) as file:
             return _identities.decode(file.read()).id
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return _json_object(path).get("id")
+        return _json_object(Path(path)).get("id")
 
 
 _identities = msgspec.json.Decoder(_Identity)
