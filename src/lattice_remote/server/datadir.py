@@ -175,6 +175,8 @@ class ProjectPaths:
         self.journal = root / "journal"
         self.uploads = root / "uploads"
         self.incoming = root / "incoming"
+        self.announced = root / "announced"
+        """In a cluster: links to announced files, by digest, until the cluster has their contents."""
         self.writer_lock = root / ".writer.lock"
         """Held by the project's worker while it lives."""
 

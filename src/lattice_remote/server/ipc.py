@@ -17,6 +17,7 @@ import msgspec
 
 from lattice_remote.errors import StorageError
 from lattice_remote.protocol.messages import Attachment
+from lattice_remote.protocol.operations import AnnounceFile
 
 __all__ = [
     "GO",
@@ -262,8 +263,8 @@ class RequestDone(_Message, frozen=True, tag="done"):
     """Duration of the journal's fsync, in one message of all that it covers."""
     record: bytes = b""
     """The journal's record of it, for a cluster's other nodes."""
-    announced: list[PathState] = []
-    """Files with a content that the record only announces, likewise."""
+    announced: list[AnnounceFile] = []
+    """Files with a content that the record only announces, likewise; each has a link in ``ProjectPaths.announced``."""
     number: int = 0
     """The number of the next record in the journal, likewise."""
 

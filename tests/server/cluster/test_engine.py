@@ -11,7 +11,7 @@ import pytest
 import trustme
 from nats_servers import NatsCluster, nats_cluster
 
-from lattice_remote.errors import Misuse, StorageError
+from lattice_remote.errors import Misuse
 from lattice_remote.server.cluster.contents import StoredContents
 from lattice_remote.server.cluster.engine import Bucket, BucketEntry, Engine, EngineUnavailable
 
@@ -169,8 +169,8 @@ async def test_a_content_is_stored_by_its_digest(engine: Engine, tmp_path: Path,
     source.write_bytes(data)
     assert not await engine.contents.has(digest)
     assert not await engine.get_content(digest, target)
-    await engine.put_content(digest, source)
-    await engine.put_content(digest, source)
+    await engine.put_content(digest, size, source)
+    await engine.put_content(digest, size, source)
     assert await engine.contents.has(digest)
     assert await engine.get_content(digest, target)
     assert target.read_bytes() == data
@@ -185,24 +185,33 @@ async def test_a_content_is_removed_after_its_time_unless_it_is_stored_again(
     digest = hashlib.sha256(b"content").digest()
     contents = StoredContents(engine, slug, keep_s=1.0)
     stream = f"lattice-{slug}"
-    await contents.put(digest, source)
+    await contents.put(digest, len(b"content"), source)
     first = (await engine.stream_info(stream)).state.last_seq
     async with asyncio.timeout(60):
         while (await engine.stream_info(stream)).state.last_seq == first:
-            await contents.put(digest, source)
+            await contents.put(digest, len(b"content"), source)
         while (await engine.stream_info(stream)).state.messages:  # noqa: ASYNC110 - of the server's clock
             await asyncio.sleep(0.02)
     assert not await contents.has(digest)
     assert not await contents.get(digest, tmp_path / "target")
 
 
+async def test_a_content_that_has_changed_since_is_not_stored(engine: Engine, tmp_path: Path) -> None:
+    source, digest = tmp_path / "source", hashlib.sha256(b"one").digest()
+    for data in (b"two", b"", b"on"):
+        source.write_bytes(data)
+        assert not await engine.put_content(digest, 3, source)
+        assert not await engine.contents.has(digest)
+    source.write_bytes(b"one and more")
+    assert await engine.put_content(digest, 3, source)
+    assert await engine.get_content(digest, tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == b"one"
+
+
 async def test_a_content_that_is_damaged_replaces_nothing(engine: Engine, tmp_path: Path) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.write_bytes(b"another")
+    target, digest = tmp_path / "target", hashlib.sha256(b"none").digest()
     target.write_bytes(b"before")
-    digest = hashlib.sha256(b"one").digest()
-    await engine.put_content(digest, source)
-    with pytest.raises(StorageError, match="is damaged"):
-        await engine.get_content(digest, target)
+    await engine.contents.put_parts(digest.hex(), 7, lambda offset, count: b"another"[offset : offset + count])
+    assert not await engine.get_content(digest, target)
     assert target.read_bytes() == b"before"
-    assert names(tmp_path) == ["source", "target"]
+    assert names(tmp_path) == ["target"]

@@ -4,8 +4,10 @@ import asyncio
 import json
 import shutil
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import requests
 from cluster_nodes import RunningCluster, running_cluster, wait_until
 from nats_servers import NatsCluster, nats_cluster
 
@@ -102,24 +104,24 @@ def titles_on(cluster: RunningCluster, name: str) -> set[str]:
     return {json.loads(path.read_bytes())["title"] for path in (cluster.tree(name) / "tasks").glob("*.json")}
 
 
-def limit_order(cluster: RunningCluster, free_bytes: int | None) -> None:
-    """Leave so much room in the order; None: any."""
+def limit_stream(cluster: RunningCluster, free_bytes: int | None, name: str = "") -> None:
+    """Leave so much room in a stream, by default in the order; None: any."""
 
     async def work(engine: Engine, order: JetStreamOrder) -> None:
-        info = await engine.stream_info(order.name)
+        info = await engine.stream_info(name or order.name)
         limit = -1 if free_bytes is None else info.state.bytes + free_bytes
-        await engine.api(f"STREAM.UPDATE.{order.name}", StreamInfo, {**info.config, "max_bytes": limit})
+        await engine.api(f"STREAM.UPDATE.{name or order.name}", StreamInfo, {**info.config, "max_bytes": limit})
 
     with_order(cluster, work)
 
 
 def test_a_full_order_refuses_writes_and_goes_on_with_more_room(cluster: RunningCluster) -> None:
     assert cluster.write("b", "before the order is full").status_code == 201
-    limit_order(cluster, 200)
+    limit_stream(cluster, 200)
     title = "into a full order"
     wait_until(lambda: is_full(cluster, "b", title), "the write is refused with the reason", 240)
     wait_until(lambda: cluster.is_open("a") and cluster.is_open("b"), "reads go on")
-    limit_order(cluster, None)
+    limit_stream(cluster, None)
     assert cluster.write("a", "with more room").status_code == 201
     wait_until(cluster.agree, "the nodes agree")
     titles = titles_on(cluster, "b")
@@ -133,3 +135,40 @@ def is_full(cluster: RunningCluster, name: str, title: str) -> bool:
     answer = cluster.sessions[name].post(url, json={"title": title}, headers=headers, timeout=120)
     assert answer.status_code == 503, answer.text
     return "cannot store more: maximum bytes exceeded" in answer.text
+
+
+@pytest.mark.parametrize("size", [300_000, 3_000_000])
+def test_a_change_without_room_for_its_content_is_refused_alone(cluster: RunningCluster, size: int) -> None:
+    title = f"{size} bytes"
+    task = cluster.write("b", title).json()["data"]["id"]
+    assert write_plan(cluster, task, "a" * size).ok  # the stream of contents is there
+    limit_stream(cluster, 100, "lattice-contents")
+    wait_until(lambda: "cannot store more" in write_plan(cluster, task, "b" * size).text, "the write is refused", 240)
+    assert cluster.write("a", f"beside {title}").status_code == 201
+    plan = cluster.tree("a") / f"plans/{task}.md"
+    assert plan.read_text() == "a" * size
+    limit_stream(cluster, None, "lattice-contents")
+    wait_until(lambda: write_plan(cluster, task, "c" * size).ok, "the write is done with more room")
+    wait_until(cluster.agree, "the nodes agree")
+    assert plan.read_text() == "c" * size
+
+
+def write_plan(cluster: RunningCluster, task: str, text: str) -> requests.Response:
+    url = f"http://127.0.0.1:{cluster.nodes['b'].port}/projects/web/plans/{task}"
+    headers = {"If-Match": "*", "Content-Type": "text/markdown"}
+    return cluster.sessions["b"].put(url, data=text, headers=headers, timeout=120)
+
+
+def test_large_contents_that_change_again_at_once_reach_every_node(cluster: RunningCluster) -> None:
+    task = cluster.write("b", "changed at once").json()["data"]["id"]
+    url = f"http://127.0.0.1:{cluster.nodes['b'].port}/projects/web/tasks/{task}/comments"
+    headers = dict(cluster.sessions["b"].headers)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(
+            pool.map(
+                lambda letter: requests.post(url, json={"body": letter * 300_000}, headers=headers, timeout=120),
+                "abcdefgh",
+            )
+        )
+    assert {answer.status_code for answer in answers} == {201}, [answer.text[:200] for answer in answers]
+    wait_until(cluster.agree, "the nodes agree")

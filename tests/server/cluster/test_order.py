@@ -11,7 +11,8 @@ from nats_servers import NatsCluster, nats_cluster
 
 from faultproxy import FaultProxy
 from lattice_remote.server.cluster.engine import Engine
-from lattice_remote.server.cluster.order import Batch, Fenced, JetStreamOrder, StreamFull, StreamLost, TooOld
+from lattice_remote.server.cluster.jetstream import EngineFull, StreamInfo
+from lattice_remote.server.cluster.order import Batch, Fenced, JetStreamOrder, StreamLost, TooOld
 
 PIPELINE = 8
 
@@ -215,7 +216,7 @@ async def test_a_full_stream_refuses_clearly_and_takes_more_after_a_purge(engine
     order = JetStreamOrder(engine, slug, "e1")
     await order.create(max_bytes=20_000)
     last = await order.take_over(0, node="a", term=1)
-    with pytest.raises(StreamFull, match="maximum bytes exceeded"):
+    with pytest.raises(EngineFull, match="maximum bytes exceeded"):
         while True:
             last = await order.append(last, [bytes(3000)])
     assert await order.bounds() == (1, last)
@@ -254,6 +255,23 @@ async def test_a_batch_over_the_message_limit_is_read_as_it_was(engine: Engine, 
     assert (await followed(order, 2))[1].records == (b"small", large)
     await order.purge(last)
     assert await engine.parts.part_names(f"order.{order.name}") == []
+
+
+async def test_a_batch_over_the_message_limit_is_refused_without_room_for_it(
+    engine: Engine, order: JetStreamOrder
+) -> None:
+    taken = await order.take_over(0, node="a", term=1)
+    await engine.parts.put_parts("first", 1, lambda offset, count: b"1")
+    info = await engine.stream_info("lattice-parts")
+    await engine.api(
+        "STREAM.UPDATE.lattice-parts", StreamInfo, {**info.config, "max_bytes": info.state.bytes + 2_000_000}
+    )
+    try:
+        with pytest.raises(EngineFull, match="NATS cannot store more"):
+            await order.append(taken, [bytes(3 * engine.max_message_bytes)])
+    finally:
+        await engine.api("STREAM.UPDATE.lattice-parts", StreamInfo, info.config)
+    assert await order.append(taken, [b"small"]) == taken + 1
 
 
 async def test_a_stream_that_another_program_emptied_loses_nothing(
@@ -336,7 +354,7 @@ async def test_an_engine_without_space_refuses_clearly(tmp_path: Path, slug: str
         order = JetStreamOrder(engine, slug, "e1")
         await order.create()
         last = await order.take_over(0, node="a", term=1)
-        with pytest.raises(StreamFull):
+        with pytest.raises(EngineFull):
             while True:
                 last = await order.append(last, [bytes(20_000)])
         assert [batch.seq for batch in await everything(order)] == list(range(1, last + 1))

@@ -5,7 +5,7 @@ from typing import NamedTuple, Self
 from lattice_remote.server.cluster.jetstream import (
     FULL,
     WRONG_SEQUENCE,
-    EngineRefused,
+    EngineFull,
     EngineUnavailable,
     JetStream,
     StoredMessage,
@@ -122,7 +122,7 @@ class Bucket:
         if ack.error.err_code in WRONG_SEQUENCE:
             return None
         if ack.error.err_code in FULL:
-            raise EngineRefused(ack.error.err_code, ack.error.description)
+            raise EngineFull(ack.error.err_code, ack.error.description)
         raise EngineUnavailable(f"NATS cannot write {key}: {ack.error.description}")
 
 

@@ -6,6 +6,7 @@ not used: it sends parts without waiting for their acknowledgement, and reading 
 
 import asyncio
 import hashlib
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -13,20 +14,22 @@ from pathlib import Path
 
 import msgspec
 
-from lattice_remote.errors import StorageError
 from lattice_remote.files import sync_directory
 from lattice_remote.server.cluster.jetstream import (
     FULL,
-    EngineRefused,
+    EngineFull,
     EngineUnavailable,
     JetStream,
     StoredMessage,
     persist,
+    ungrouped,
 )
 
 __all__ = ["StoredContents"]
 
 _PART_BYTES, _PARTS_AT_ONCE = 512 * 1024, 4
+
+_log = logging.getLogger(__name__)
 
 
 class _End(msgspec.Struct, array_like=True):
@@ -52,27 +55,34 @@ class StoredContents:
         self._keep_s = keep_s
         self._is_there = False
 
-    async def put(self, digest: bytes, file: Path) -> None:
-        """Store a file's content by its digest; nothing is sent if it is there, and stays for half of its time.
+    async def put(self, digest: bytes, size: int, file: Path) -> bool:
+        """Store the first ``size`` bytes of a file by their digest; False: the file has other ones.
 
-        Once this returns, the content is on the disks of a majority. Raises EngineUnavailable, OSError.
+        Nothing is sent if the content is there, and stays for half of its time. Once this returns True, it is on the
+        disks of a majority. Raises EngineUnavailable, EngineFull, OSError.
         """
         end = await self._end_of(digest.hex())
         if end is not None and (self._keep_s is None or time.time() - end.stored_at < self._keep_s / 2):
-            return
+            return True
+        hashed = hashlib.sha256()
         with file.open("rb") as opened:
-            size = os.fstat(opened.fileno()).st_size
 
             def piece(offset: int, count: int) -> bytes:
-                opened.seek(offset)
-                return opened.read(count)
+                del offset  # pieces are asked for in order
+                data = opened.read(count)
+                hashed.update(data)
+                return data
 
-            await self.put_parts(digest.hex(), size, piece)
+            parts = await self._put_pieces(digest.hex(), size, piece)
+        if hashed.digest() != digest:
+            return False
+        await self._put_end(digest.hex(), size, parts)
+        return True
 
     async def get(self, digest: bytes, to: Path) -> bool:
-        """Write a stored content to ``to``, atomically and durably. False: it is not stored.
+        """Write a stored content to ``to``, atomically and durably. False: it is not stored, or is damaged.
 
-        Raises EngineUnavailable, OSError; StorageError if the stored content has another digest.
+        Raises EngineUnavailable, OSError.
         """
         temporary = to.with_name(f".{to.name}.part")
         hashed = hashlib.sha256()
@@ -90,7 +100,8 @@ class StoredContents:
             raise
         if hashed.digest() != digest:
             temporary.unlink()
-            raise StorageError(f"the cluster's content {digest.hex()} is damaged; copy the project from another node")
+            _log.error("the cluster's content %s is damaged; the project is copied from another node", digest.hex())
+            return False
         temporary.replace(to)
         sync_directory(to.parent)
         return True
@@ -104,18 +115,28 @@ class StoredContents:
         return await self._engine.message(self._stream, last_of=f"{self._subject}.{name}.end")
 
     async def put_parts(self, name: str, size: int, piece: Callable[[int, int], bytes]) -> None:
-        """Store ``size`` bytes under a name. ``piece(offset, count)`` returns a part, in a thread. Idempotent."""
+        """Store ``size`` bytes under a name. ``piece(offset, count)`` returns a part, in a thread. Idempotent.
+
+        Raises EngineUnavailable, EngineFull.
+        """
+        await self._put_end(name, size, await self._put_pieces(name, size, piece))
+
+    async def _put_pieces(self, name: str, size: int, piece: Callable[[int, int], bytes]) -> int:
         await self._ensure()
         step = min(_PART_BYTES, self._engine.max_message_bytes)
         waiting: set[asyncio.Task[None]] = set()
         offsets = range(0, size, step)
-        async with asyncio.TaskGroup() as group:
-            for number, offset in enumerate(offsets):
-                data = await asyncio.to_thread(piece, offset, min(step, size - offset))
-                waiting.add(group.create_task(self._put_part(f"{name}.{number}", data)))
-                if len(waiting) == _PARTS_AT_ONCE:
-                    _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        await self._put_part(f"{name}.end", msgspec.msgpack.encode(_End(size, len(offsets))))
+        with ungrouped():
+            async with asyncio.TaskGroup() as group:
+                for number, offset in enumerate(offsets):
+                    data = await asyncio.to_thread(piece, offset, min(step, size - offset))
+                    waiting.add(group.create_task(self._put_part(f"{name}.{number}", data)))
+                    if len(waiting) == _PARTS_AT_ONCE:
+                        _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        return len(offsets)
+
+    async def _put_end(self, name: str, size: int, parts: int) -> None:
+        await self._put_part(f"{name}.end", msgspec.msgpack.encode(_End(size, parts)))
 
     async def get_parts(self, name: str) -> AsyncIterator[bytes]:
         """Yield the parts that are stored under a name. Raises KeyError if they are not there, or no longer."""
@@ -154,7 +175,7 @@ class StoredContents:
             ack = await self._engine.publish(f"{self._subject}.{name}", data)
             if ack.error is not None:
                 if ack.error.err_code in FULL:
-                    raise EngineRefused(ack.error.err_code, ack.error.description)
+                    raise EngineFull(ack.error.err_code, ack.error.description)
                 raise EngineUnavailable(f"NATS cannot store a content: {ack.error.description}")
 
         await persist(attempt)

@@ -30,9 +30,9 @@ class Engine(JetStream):
         """Open a bucket, see ``Bucket.open``."""
         return await Bucket.open(self, bucket, ttl_s)
 
-    async def put_content(self, digest: bytes, file: Path) -> None:
+    async def put_content(self, digest: bytes, size: int, file: Path) -> bool:
         """Store a file's content, see ``StoredContents.put``."""
-        await self.contents.put(digest, file)
+        return await self.contents.put(digest, size, file)
 
     async def get_content(self, digest: bytes, to: Path) -> bool:
         """Write a stored content to a file, see ``StoredContents.get``."""

@@ -12,8 +12,8 @@ import os
 import ssl
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from email.parser import BytesParser
 from http import HTTPStatus
@@ -35,12 +35,14 @@ __all__ = [
     "NO_STREAM",
     "WRONG_SEQUENCE",
     "Ack",
+    "EngineFull",
     "EngineRefused",
     "EngineUnavailable",
     "JetStream",
     "StoredMessage",
     "StreamInfo",
     "persist",
+    "ungrouped",
 ]
 
 REQUEST_S = 2.0
@@ -78,10 +80,18 @@ class EngineUnavailable(StorageError):
 class EngineRefused(StorageError):
     """A refusal by the engine; ``number`` is JetStream's ``err_code``. Nothing was changed."""
 
+    said = "NATS refused the request"
+
     def __init__(self, number: int, description: str) -> None:
-        super().__init__(f"NATS refused the request: {description} ({number})")
+        super().__init__(f"{self.said}: {description} ({number})")
         self.number = number
         self.description = description
+
+
+class EngineFull(EngineRefused):
+    """A limit of the stream, the account or the disk is reached; nothing was stored."""
+
+    said = "NATS cannot store more"
 
 
 class StreamState(msgspec.Struct):
@@ -575,3 +585,12 @@ async def persist[T](attempt: Callable[[], Awaitable[T]]) -> T:
             if time.monotonic() > end:
                 raise
         await asyncio.sleep(0.1)
+
+
+@contextmanager
+def ungrouped() -> Iterator[None]:
+    """Raise the first error of a task group as itself."""
+    try:
+        yield
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None

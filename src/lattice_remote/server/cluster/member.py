@@ -28,12 +28,13 @@ from lattice_remote.server.cluster.directory import ProjectEntry
 from lattice_remote.server.cluster.engine import Engine, EngineUnavailable
 from lattice_remote.server.cluster.forward import Forwarder
 from lattice_remote.server.cluster.forward_messages import ForwardedRequest
+from lattice_remote.server.cluster.jetstream import EngineRefused, ungrouped
 from lattice_remote.server.cluster.lease import Held, Lease
-from lattice_remote.server.cluster.order import Batch, Fenced, JetStreamOrder, StreamFull, StreamLost, TooOld
+from lattice_remote.server.cluster.order import Batch, Fenced, JetStreamOrder, StreamLost, TooOld
 from lattice_remote.server.cluster.peer_access import PeerAccess
 from lattice_remote.server.cluster.peer_copy import copy_from, finish_copy
 from lattice_remote.server.datadir import ProjectPaths
-from lattice_remote.server.ipc import ApplyRecords, ImportProject, PathState, Ready, RecordApplied, RequestDone
+from lattice_remote.server.ipc import ApplyRecords, ImportProject, Ready, RecordApplied, RequestDone
 from lattice_remote.server.journal.contents import change_of
 from lattice_remote.server.journal.segment import JournalReader, Record, decoder, next_number
 from lattice_remote.server.project.metrics import OutcomeListener
@@ -120,6 +121,13 @@ def id_of(journal: Path) -> str:
 
 class _CopyNeeded(Exception):
     """This node's journal does not reach the stream."""
+
+
+def _announced_by(payload: bytes) -> list[AnnounceFile]:
+    record = decoder.decode(payload)
+    if not isinstance(record, Record) or record.change is None:
+        return []
+    return [operation for operation in change_of(record).ops if isinstance(operation, AnnounceFile)]
 
 
 @dataclass
@@ -386,6 +394,8 @@ class Member:
             await self._append_tail(tail)
         elif tail:
             cut = tail[0][0]
+        for link in self._paths.announced.glob("*"):
+            link.unlink(missing_ok=True)
         if cut is not None:
             if cursor.node != self._identity.name:
                 raise StreamLost(f"this node has acknowledged records that {self._order.name} lacks")
@@ -439,6 +449,7 @@ class Member:
         """Append the records that a worker of this owner has journalled, and did not report before it ended."""
         while tail:
             number, payload = tail.popleft()
+            await self._put_contents(_announced_by(payload))
             self._seq = await self._order.append(self._seq, [payload])
             self._number = number + 1
 
@@ -478,9 +489,7 @@ class Member:
         """Fetch the contents that records announce; without one that was superseded. Returns files by digest."""
         digests: list[bytes] = []
         for payload in records:
-            record = decoder.decode(payload)
-            if isinstance(record, Record) and record.change is not None:
-                digests += [each.digest for each in change_of(record).ops if isinstance(each, AnnounceFile)]
+            digests += [each.digest for each in _announced_by(payload)]
         found: dict[str, str] = {}
 
         async def fetch(digest: bytes) -> None:
@@ -491,12 +500,10 @@ class Member:
         if digests:
             self._contents.mkdir(mode=0o700, exist_ok=True)
         for some in batched(dict.fromkeys(digests), _CONTENTS_AT_ONCE):
-            try:
+            with ungrouped():
                 async with asyncio.TaskGroup() as group:
                     for digest in some:
                         group.create_task(fetch(digest))
-            except* (OSError, StorageError) as failed:
-                raise failed.exceptions[0] from failed
         return found
 
     @property
@@ -613,7 +620,7 @@ class Member:
         except (Fenced, TimeoutError):  # there is more to apply first
             await held.release()
             return
-        except StreamFull as error:
+        except EngineRefused as error:
             self._forward.obstacle = error.message
             await held.release()
             return
@@ -693,7 +700,7 @@ class Member:
                 batch = self._next_batch()
                 records = [done.record for _, done in batch if done is not None and done.record]
                 if records:
-                    await self._put_contents([done for _, done in batch if done is not None])
+                    await self._put_contents([file for _, done in batch if done is not None for file in done.announced])
                     self._seq = await self._order.append(self._seq, records)
                     self._number = max(done.number for _, done in batch if done is not None)
                 for deliver, _ in batch:
@@ -703,7 +710,7 @@ class Member:
         except Fenced as error:
             _log.warning("%s: %s", self.slug, error)
             self._lose("another node owns the project")
-        except StreamFull as error:
+        except EngineRefused as error:
             self._forward.obstacle = error.message
             self._lose(error.message, is_full=True)
 
@@ -716,26 +723,32 @@ class Member:
                 break
         return batch
 
-    async def _put_contents(self, outcomes: Sequence[RequestDone]) -> None:
-        """Store the contents that records announce; without one that has changed since: a later record has it."""
-        announced = (content for done in outcomes for content in done.announced)
+    async def _put_contents(self, announced: Sequence[AnnounceFile]) -> None:
+        """Store the contents that records announce. Raises EngineRefused: the cluster has no room for one."""
         for some in batched(announced, _CONTENTS_AT_ONCE):
-            async with asyncio.TaskGroup() as group:
-                for content in some:
-                    group.create_task(self._put_content(content))
+            with ungrouped():
+                async with asyncio.TaskGroup() as group:
+                    for file in some:
+                        group.create_task(self._put_content(file))
 
-    async def _put_content(self, content: PathState) -> None:
-        assert content.digest is not None, "a content is announced with its digest"
-        while True:
-            try:
-                await self._engine.put_content(content.digest, self._paths.lattice / content.path)
-            except EngineUnavailable:
-                await asyncio.sleep(_POLL_S)
-            except (OSError, StorageError) as error:
-                _log.info("%s: %s is not stored in the cluster: %s", self.slug, content.path, error)
-                return
-            else:
-                return
+    async def _put_content(self, announced: AnnounceFile) -> None:
+        """Store a content from the worker's link to it, or else from its file.
+
+        Only one that was rewritten in place since, by hand, is omitted: a later record has the new one.
+        """
+        link = self._paths.announced / announced.digest.hex()
+        for source in (link, self._paths.lattice / announced.path):
+            with contextlib.suppress(OSError):
+                while True:
+                    try:
+                        is_stored = await self._engine.put_content(announced.digest, announced.size, source)
+                        break
+                    except EngineUnavailable:
+                        await asyncio.sleep(_POLL_S)
+                if is_stored:
+                    link.unlink(missing_ok=True)
+                    return
+        _log.info("%s: %s has changed since it was announced", self.slug, announced.path)
 
     def _lose(self, why: str, *, is_full: bool = False) -> None:
         """Follow from now on: the worker restarts, and unanswered requests go to the next owner.

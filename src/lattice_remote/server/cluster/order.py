@@ -28,13 +28,14 @@ from lattice_remote.server.cluster.jetstream import (
     REQUEST_S,
     WRONG_SEQUENCE,
     Ack,
+    EngineFull,
     EngineRefused,
     EngineUnavailable,
     StoredMessage,
     StreamInfo,
 )
 
-__all__ = ["Batch", "Fenced", "JetStreamOrder", "StreamFull", "StreamLost", "TooOld"]
+__all__ = ["Batch", "Fenced", "JetStreamOrder", "StreamLost", "TooOld"]
 
 _RETRY_S = 0.1
 _LATE_ANSWERS = 30
@@ -63,10 +64,6 @@ class StreamLost(StorageError):
 
 class TooOld(StreamLost):
     """The stream begins behind the number asked for; a copy from another node is needed, nothing is lost."""
-
-
-class StreamFull(StorageError):
-    """The stream, its account or the engine's disk is full; the batch was not stored and may be appended again."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +174,7 @@ class JetStreamOrder:
         Raises:
             Fenced: another node is the owner.
             StreamLost: the stream is missing, was replaced or is shorter than ``expected``.
-            StreamFull: the batch is not in the stream.
+            EngineFull: the batch is not in the stream.
         """
         owner = self._owner
         assert owner is not None, "take_over() comes first"
@@ -282,7 +279,7 @@ class JetStreamOrder:
                 elif ack.error.err_code == _WRONG_STREAM:
                     raise StreamLost(f"another stream has taken the subjects of {self.name}")
                 elif ack.error.err_code in FULL and attempts.count == 1:
-                    raise StreamFull(f"NATS cannot store more: {ack.error.description} ({ack.error.err_code})")
+                    raise EngineFull(ack.error.err_code, ack.error.description)
                 elif ack.error.err_code in WRONG_SEQUENCE:
                     with suppress(EngineUnavailable):
                         if await self._is_there(expected + 1, id_):

@@ -31,6 +31,7 @@ from lattice_remote.protocol.messages import (
 )
 from lattice_remote.protocol.operations import AnnounceFile, MoveFile, PutFile, digest_of, paths_of
 from lattice_remote.protocol.paths import is_replicated
+from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.ipc import (
     HookCall,
     PathState,
@@ -348,11 +349,20 @@ class Store:
             is_extra=is_extra,
         )
         if self.is_member:
-            announced = [operation for operation in difference.operations if isinstance(operation, AnnounceFile)]
-            contents = [PathState(operation.path, operation.size, operation.digest) for operation in announced]
-            done = msgspec.structs.replace(done, record=payload, announced=contents, number=self.journal.next_number)
+            announced = self._link_announced(difference)
+            done = msgspec.structs.replace(done, record=payload, announced=announced, number=self.journal.next_number)
         self._committer.submit(CommitJob(done if report else None, descriptor))
         self.keep_retention()
+
+    def _link_announced(self, difference: TreeDiff) -> list[AnnounceFile]:
+        """Keep the contents of announced files, which the next command may replace, or extend."""
+        announced = [operation for operation in difference.operations if isinstance(operation, AnnounceFile)]
+        links = ProjectPaths(self.journal.directory.parent).announced
+        for operation in announced:
+            with contextlib.suppress(OSError):  # without a link, the file itself is read
+                links.mkdir(mode=0o700, exist_ok=True)
+                os.link(self.tree.absolute(operation.path), links / operation.digest.hex())
+        return announced
 
     def write_ahead(self, path: str, size: int) -> None:
         """Journal the only durable copy of a content before a command overwrites it, with one fsync per file and
