@@ -1,9 +1,11 @@
 """``lattice-remote`` as an administrator types it."""
 
 import contextlib
+import inspect
 import io
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,9 @@ import pytest
 
 import lattice_remote
 from lattice_remote.server.cli import main
+from lattice_remote.server.cluster.shared_projects import SharedProjects
+from lattice_remote.server.datadir import DataDir
+from lattice_remote.server.maintenance import project_commands
 
 
 @dataclass
@@ -247,3 +252,20 @@ def test_administrative_changes_are_recorded(tmp_path: Path) -> None:
     assert "project archive web" in shown
     assert run("log", "web", "--admin").returncode == 1
     assert run("log").returncode == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        DataDir.create_project,
+        *(
+            getattr(project_commands, f"{name}_project")
+            for name in ("import", "rename", "archive", "unarchive", "delete")
+        ),
+    ],
+)
+def test_a_command_for_projects_is_called_alike_in_a_cluster(command: Callable[..., object]) -> None:
+    shared = getattr(SharedProjects, command.__name__)
+    of_server, of_cluster = (list(inspect.signature(each).parameters.values())[1:] for each in (command, shared))
+    assert of_server == of_cluster
+    assert inspect.signature(command).return_annotation == inspect.signature(shared).return_annotation

@@ -244,6 +244,11 @@ class DataDir:
         """Return whether a project exists, for any string (I9)."""
         return _is_project(self.projects, slug)
 
+    def require_project(self, slug: str) -> None:
+        """Raise Misuse if there is no such project."""
+        if not self.has_project(slug):
+            raise Misuse(f"there is no project {slug!r}; see: lattice-remote project list")
+
     def is_archived(self, slug: str) -> bool:
         return _is_project(self.archived, slug)
 

@@ -34,6 +34,8 @@ __all__ = ["SharedProjects"]
 class SharedProjects:
     """Commands on one node's data directory. ``is_running`` returns whether its server runs.
 
+    Each method stands for a function of the same name, of a server that is alone, see ``admin_cli``.
+
     Methods raise Misuse: nothing was changed; StorageError: the engine is out of reach, or a file cannot be written.
     """
 
@@ -45,7 +47,7 @@ class SharedProjects:
 
     # --- new projects ---
 
-    def create(self, slug: str, *, code: str | None, name: str | None, actor: str | None) -> str:
+    def create_project(self, slug: str, *, code: str | None, name: str | None, actor: str | None) -> str:
         """Create a project, see ``DataDir.create_project``; return its code."""
         self._require_running()
         id_ = secrets.token_hex(8)
@@ -131,7 +133,7 @@ class SharedProjects:
 
     # --- present projects ---
 
-    def rename(self, old: str, new: str) -> int:
+    def rename_project(self, old: str, new: str) -> int:
         """Rename a project; return the number of updated tokens."""
         self._data.require_name(new)
         with shared_tokens(self._settings) as there:
@@ -151,7 +153,7 @@ class SharedProjects:
         self._wait_until_placed()
         return tokens
 
-    def archive(self, slug: str) -> None:
+    def archive_project(self, slug: str) -> None:
         """Stop serving a project."""
 
         def edit(catalogue: Catalogue) -> Catalogue:
@@ -160,7 +162,7 @@ class SharedProjects:
         self._change(edit)
         self._wait_until_placed()
 
-    def unarchive(self, slug: str) -> None:
+    def unarchive_project(self, slug: str) -> None:
         """Serve an archived project again."""
 
         def edit(catalogue: Catalogue) -> Catalogue:
@@ -171,7 +173,7 @@ class SharedProjects:
         self._change(edit)
         self._wait_until_placed()
 
-    def delete(self, slug: str) -> tuple[Path, int]:
+    def delete_project(self, slug: str) -> tuple[Path, int]:
         """Move an archived project to the trash of each node, and remove it from all tokens, see ``delete_project``."""
 
         async def check(engine: Engine, directory: ClusterDirectory) -> ProjectEntry:
