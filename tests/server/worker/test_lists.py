@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lattice_remote.server.worker.calls.dashboard import handler_class
-from lattice_remote.server.worker.lists import CachedTasks, Differences, difference, encode_json, installed, tag_of
+from lattice_remote.server.worker.reader import CachedTasks, Differences, difference, encode_json, installed, tag_of
 from sample_projects import sample_project
 
 JSON = st.recursive(

@@ -16,8 +16,7 @@ from worker_process import make_project
 from lattice_remote.server.ipc import ListIndex, ReadCommand, ReadPage, ReadResult
 from lattice_remote.server.tree.capture import AccessDenied
 from lattice_remote.server.worker.executor import CommandOutcome
-from lattice_remote.server.worker.lists import tag_of
-from lattice_remote.server.worker.reader import NoWrites, Reads, laid_out
+from lattice_remote.server.worker.reader import NoWrites, Reads, laid_out, tag_of
 
 LISTED = ReadCommand("list", ("list", "--json"), ("data",))
 
