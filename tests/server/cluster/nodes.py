@@ -17,7 +17,7 @@ from harness import FAKE_WORKER
 
 from lattice_remote.protocol.messages import Bye, Change, Refused, Reply, decode_server_frame
 from lattice_remote.server.cluster.forward import Forwarder
-from lattice_remote.server.cluster.peer_access import PeerAccess
+from lattice_remote.server.cluster.peer_access import PeerAccess, Reached
 from lattice_remote.server.cluster.peer_copy import copy_from
 from lattice_remote.server.cluster.peer_server import PeerServer
 from lattice_remote.server.datadir import DataDir, ProjectPaths
@@ -62,7 +62,7 @@ def serve_cluster(registry: ProjectRegistry, *, secret: bytes = SECRET) -> set[s
     def project(slug: str) -> Project | None:
         return registry.project(slug) if registry.data.has_project(slug) else None
 
-    registry.cluster = OwningNode(PeerServer(PeerAccess("a", secret), project, owned.__contains__))
+    registry.cluster = OwningNode(PeerServer(PeerAccess("a", secret), project, owned.__contains__, lambda _: Reached()))
     return owned
 
 

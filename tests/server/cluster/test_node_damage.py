@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import requests
@@ -13,6 +14,7 @@ from nats_servers import NatsCluster, nats_cluster
 
 from lattice_remote.server.cluster.engine import Engine
 from lattice_remote.server.cluster.jetstream import StreamInfo
+from lattice_remote.server.cluster.member import load_cursors
 from lattice_remote.server.cluster.order import JetStreamOrder
 
 
@@ -51,19 +53,27 @@ def write_foreign(nats: NatsCluster, cluster: RunningCluster) -> None:
     with_order(cluster, lambda engine, order: engine.publish(f"{order.subject}.log", b"not ours"))
 
 
-def restore_older(nats: NatsCluster, cluster: RunningCluster) -> None:
+@contextmanager
+def restored_from_older(nats: NatsCluster) -> Iterator[None]:
+    """Put the engine's files back, after the block, as they were before it."""
     server = nats.servers[0]
     backup = server.directory.with_name("backup")
     server.stop()
     shutil.copytree(server.directory / "js", backup)
     server.start()
-    for number in range(3):
-        assert cluster.write("b", f"behind the backup {number}").status_code == 201
-    wait_until(cluster.agree, "both nodes have what the backup lacks")
+    yield
     server.stop()
     shutil.rmtree(server.directory / "js")
     backup.rename(server.directory / "js")
     server.start()
+
+
+def restore_older(nats: NatsCluster, cluster: RunningCluster) -> None:
+    cluster.nodes["b"].end()
+    with restored_from_older(nats):
+        for number in range(3):
+            assert cluster.write("a", f"without b {number}").status_code == 201
+    cluster.start("b")  # it agrees with the older order, and must not go on from there
 
 
 DAMAGES = [delete, write_foreign, restore_older]
@@ -88,6 +98,28 @@ def test_a_damaged_order_is_refused_on_all_nodes_until_it_is_rebuilt(
     wait_until(cluster.agree, "the nodes agree again")
     assert cluster.position("a")[0] not in ("", epoch)
     assert titles_on(cluster, "b") == titles | {f"after {damage.__name__}", f"after {damage.__name__} too"}
+
+
+def test_a_node_with_changes_that_a_restored_order_lacks_stops_the_others_when_it_is_back(
+    nats: NatsCluster, cluster: RunningCluster
+) -> None:
+    cluster.nodes["b"].end()
+    with restored_from_older(nats):
+        assert cluster.write("a", "without b").status_code == 201
+        last = with_order(cluster, lambda engine, order: order.bounds())[1]
+        journal = cluster.nodes["a"].data.project("web").journal
+        wait_until(lambda: load_cursors(journal)[-1].seq == last, "node a notes the change")
+        cluster.kill("a")
+    cluster.start("b")
+    assert cluster.write("b", "without a").status_code == 201
+    cluster.start("a")
+    wait_until(lambda: "node a reports: " in cluster.ask("b", "GET", "").text, "node b refuses")
+    for name in "ab":
+        wait_until(lambda name=name: is_refused(cluster, name, "unwritten"), f"node {name} refuses")
+    cluster.command("a", "cluster", "rebuild", "web", "--yes")
+    assert cluster.write("b", "after both").status_code == 201
+    wait_until(cluster.agree, "the nodes agree again")
+    assert {"without b", "after both"} <= titles_on(cluster, "b")
 
 
 def is_refused(cluster: RunningCluster, name: str, title: str) -> bool:

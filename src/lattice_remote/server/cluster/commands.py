@@ -63,6 +63,7 @@ class ClusterProjectStatus(msgspec.Struct, frozen=True):
         lag: messages that each node lacks.
         in_doubt: appends of the present owner, since its start, whose answer was late or missing.
         problems: of each node that has one.
+        heads: the last change on each node.
     """
 
     slug: str
@@ -74,6 +75,7 @@ class ClusterProjectStatus(msgspec.Struct, frozen=True):
     lag: dict[str, int]
     in_doubt: int
     problems: dict[str, str]
+    heads: dict[str, int]
 
 
 class NatsServerStatus(msgspec.Struct, frozen=True):
@@ -210,6 +212,7 @@ async def _project(
         {name: max(0, (last or 0) - report.seq) for name, report in sorted(reports.items())},
         of_owner.in_doubt if of_owner is not None else 0,
         {name: report.problem for name, report in reports.items() if report.problem and not nodes[name].is_silent},
+        {name: report.head for name, report in sorted(reports.items())},
     )
 
 
@@ -233,7 +236,7 @@ def status_lines(status: ClusterStatus) -> list[str]:
         owner = f"owner {project.owner}, term {project.term}" if project.owner else "no owner at the moment"
         lost = "; its stream is lost, see: lattice-remote cluster rebuild --help" if project.stream is None else ""
         lines.append(f"  {project.slug:<20} change {project.head}; {owner}; behind: {behind}{lost}")
-        lines += [f"    {name}: {problem}" for name, problem in project.problems.items()]
+        lines += [f"    {name}, change {project.heads[name]}: {problem}" for name, problem in project.problems.items()]
     return lines + [f"Warning: {warning}" for warning in status.warnings]
 
 

@@ -83,6 +83,8 @@ class ProjectReport(msgspec.Struct, frozen=True):
         is_owner, term: whether the node owns it, and the last known owner's term.
         in_doubt: appends, since the start, whose answer was late or missing.
         problem: one line; "" for none.
+        epoch: of the project there.
+        has_lost_order: the node has seen another stream of this epoch than there is now, or more of it.
     """
 
     seq: int
@@ -91,6 +93,8 @@ class ProjectReport(msgspec.Struct, frozen=True):
     term: int
     in_doubt: int = 0
     problem: str = ""
+    epoch: str = ""
+    has_lost_order: bool = False
 
 
 class NodeReport(msgspec.Struct, frozen=True):

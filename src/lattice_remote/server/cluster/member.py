@@ -31,7 +31,7 @@ from lattice_remote.server.cluster.forward_messages import ForwardedRequest
 from lattice_remote.server.cluster.jetstream import EngineRefused, ungrouped
 from lattice_remote.server.cluster.lease import Held, Lease
 from lattice_remote.server.cluster.order import Batch, Fenced, JetStreamOrder, StreamLost, TooOld
-from lattice_remote.server.cluster.peer_access import PeerAccess
+from lattice_remote.server.cluster.peer_access import PeerAccess, Reached
 from lattice_remote.server.cluster.peer_copy import copy_from, finish_copy
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.ipc import ApplyRecords, ImportProject, Ready, RecordApplied, RequestDone
@@ -66,6 +66,8 @@ _MAX_OUTSTANDING = 64
 _LEASE_S = 5.0
 _TAKE_OVER_S = 60.0
 """For the worker to apply what it has, before a new owner serves."""
+_HEAR_S = 2.0
+"""For another node's answer: one that has died must not hold up a takeover."""
 _CLAIM_S, _CLAIM_AGAIN_S = 30.0, 5.0
 _RETIRE_S = 7.0
 """Longer than a lease of an owner that has died."""
@@ -117,6 +119,10 @@ def id_of(journal: Path) -> str:
     """Return the id of the project with this journal; "" if it belongs to no cluster."""
     cursors = load_cursors(journal)
     return cursors[-1].project if cursors else ""
+
+
+class _LostOnOther(StreamLost):
+    """Another node has seen another stream than this one, or more of it."""
 
 
 class _CopyNeeded(Exception):
@@ -184,7 +190,14 @@ class Member:
         self.owner = ""
         """Name of the last known owner."""
         self.term = 0
-        self._seq = 0  # the last message of the stream that was appended or given to the worker
+        cursors = load_cursors(paths.journal)
+        self._seq = cursors[-1].seq if cursors and cursors[-1].epoch == self.epoch else 0
+        """The last message of the stream that was appended or given to the worker."""
+        self._furthest = 0  # that was ever seen, also where the journal is behind it
+        self.has_lost_order = False
+        """This node has seen another stream than this one, or more of it."""
+        self.lost_on_other = ""
+        """Another node's report of that; "" if there is none."""
         self._skip = 0  # records of the next message that the journal has already
         self._number = 0
         self._applying: deque[_Applying] = deque()
@@ -195,6 +208,7 @@ class Member:
         self._is_ready = False
         self._copy_reason = ""
         self._cursor_at = 0.0
+        self._stored: Cursor | None = None
         self._purge_at = time.monotonic() + _PURGE_INTERVAL_S
         self._head_changed = asyncio.Event()
         self._confirmed_at = -_CURRENT_S  # when a majority was last asked that answered
@@ -249,6 +263,10 @@ class Member:
         return self._applying[0].batch.seq - 1 if self._applying else self._seq
 
     @property
+    def reached(self) -> Reached:
+        return Reached(self.epoch, max(self._furthest, self._seq))
+
+    @property
     def in_doubt(self) -> int:
         """Appends, ever, whose answer was late or missing."""
         return self._order.in_doubt
@@ -284,7 +302,7 @@ class Member:
 
     def opened(self, ready: Ready) -> None:
         del ready
-        self._is_ready = True
+        self._is_ready, self.has_lost_order = True, False
         if self._is_owner:
             self.project.lead(keeps_edits=True)
         else:
@@ -378,6 +396,9 @@ class Member:
         if self._copy_reason:
             reason, self._copy_reason = self._copy_reason, ""
             raise _CopyNeeded(reason)
+        if self.lost_on_other:
+            raise _LostOnOther(self.lost_on_other)
+        self._furthest = self.reached.seq
         reader = JournalReader(journal)
         end = await asyncio.to_thread(next_number, journal)
         cursors = [cursor for cursor in load_cursors(journal) if cursor.epoch == self.epoch and cursor.number <= end]
@@ -385,10 +406,12 @@ class Member:
             raise _CopyNeeded("this node has no usable copy of the project")
         cursor = cursors[-1]
         tail = deque(await asyncio.to_thread(lambda: list(reader.payloads(cursor.number))))
+        self._stored = cursor
         self._seq, self._number, self._skip = cursor.seq, cursor.number, 0
         self.owner, self.term = cursor.node, cursor.term
         await self._order.open()
         await self._check(cursor)
+        await self._hear_others()
         cut = await self._compare(tail)
         if tail and self._is_owner:
             await self._append_tail(tail)
@@ -423,6 +446,28 @@ class Member:
         is_owner_here = records or (found[0].node, found[0].term) == (cursor.node, cursor.term)
         if here != list(records) or not is_owner_here:
             raise StreamLost(f"message {cursor.seq} of {self._order.name} is another one than was acknowledged")
+
+    async def _hear_others(self) -> bool:
+        """Return whether this node has seen as much of the order as the others that answer now.
+
+        After a restore from an older copy the stream agrees with a node that lagged behind. Only the nodes know then
+        that changes behind its end were acknowledged, as the engine's other records are as old. Raises StreamLost.
+        """
+
+        async def ask(url: str) -> Reached:
+            try:
+                async with asyncio.timeout(_HEAR_S):
+                    return await self._access.reached(url, self.slug)
+            except (TimeoutError, RemoteError):
+                return Reached()
+
+        found = await asyncio.gather(*map(ask, self._others()))
+        furthest = max((each.seq for each in found if each.epoch == self.epoch), default=0)
+        try:
+            await self._order.require(furthest)
+        except StreamLost as error:
+            raise _LostOnOther(error.message) from error
+        return furthest <= self._seq
 
     async def _compare(self, tail: deque[tuple[int, bytes]]) -> int | None:
         """Advance along the stream while the journal's ``tail`` agrees; return the record from which it does not.
@@ -532,11 +577,13 @@ class Member:
             return  # the journal ends within a message
         if not now and time.monotonic() - self._cursor_at < _CURSOR_INTERVAL_S:
             return
-        self._cursor_at = time.monotonic()
         cursor = Cursor(self.epoch, self._seq, self._number, self.owner, self.term, self._id)
+        if cursor == self._stored or (not now and "cursor" in self._tasks):
+            return
+        self._cursor_at, self._stored = time.monotonic(), cursor
         if now:
             self._store_cursor(cursor)
-        elif "cursor" not in self._tasks:
+        else:
             self._start("cursor", asyncio.to_thread(self._store_cursor, cursor))
 
     def _store_cursor(self, cursor: Cursor) -> None:
@@ -551,12 +598,15 @@ class Member:
             await asyncio.sleep(_POLL_S * random.uniform(0.8, 1.2))  # noqa: S311 - only spreads the nodes
             try:
                 self._dismiss_if_behind()
+                self._save_cursor()  # also of the last message before a pause
                 if self._is_owner:
                     await self._keep_owning()
                 else:
                     await self._look()
             except EngineUnavailable:
                 continue
+            except StreamLost as error:
+                self._order_lost(error)
             except RemoteError as error:
                 _log.error("%s: %s", self.slug, error)
 
@@ -569,6 +619,8 @@ class Member:
         while True:
             asked = time.monotonic()
             try:
+                if self.lost_on_other and self.project.failure is None:
+                    raise _LostOnOther(self.lost_on_other)
                 _, last = await self._order.bounds()
                 self._confirmed_at = asked
                 if self.position >= due:
@@ -584,6 +636,7 @@ class Member:
 
     def _order_lost(self, error: StreamLost) -> None:
         """Close the project until an administrator has looked: this node may lack changes, or others may (I7)."""
+        self.has_lost_order = not isinstance(error, _LostOnOther)
         why = f"{error}; on the node with the most changes, run: lattice-remote cluster rebuild {self.slug}"
         self.project.fail(why)
         self._lose(error.message) if self._is_owner else self._restart()
@@ -607,6 +660,8 @@ class Member:
         self._forward.owner_is(None)
         may_take = holder is None or holder.wanted in ("", self._identity.name)
         if not may_take or not self._is_ready or self._is_retiring or self.project.stopping:
+            return
+        if not await self._hear_others():
             return
         held = await self._lease.acquire(self.slug, node=self._identity.name, url=self._identity.url, after=self.term)
         if held is not None:

@@ -32,7 +32,7 @@ from lattice_remote.server.cluster.entry import enter
 from lattice_remote.server.cluster.lease import Lease
 from lattice_remote.server.cluster.member import Cursor, Member, NodeIdentity, id_of, load_cursors, save_cursor
 from lattice_remote.server.cluster.order import JetStreamOrder
-from lattice_remote.server.cluster.peer_access import PeerAccess
+from lattice_remote.server.cluster.peer_access import PeerAccess, Reached
 from lattice_remote.server.cluster.peer_copy import copy_from, finish_copies
 from lattice_remote.server.cluster.peer_server import PeerServer
 from lattice_remote.server.cluster.places import Place, local_ids, moves_of, park, place_parked
@@ -107,7 +107,7 @@ class Node:
         self._refused: dict[str, str] = {}  # local projects that cannot enter the cluster, with the logged reason
         self._nodes: Mapping[str, NodeReport] = {}
         self._registry: Projects | None = None
-        self._peers = PeerServer(access, self._project, self._is_owner)
+        self._peers = PeerServer(access, self._project, self._is_owner, self._reached)
 
     @classmethod
     async def join(cls, data: DataDir, settings: ClusterSettings) -> Self:
@@ -192,6 +192,13 @@ class Node:
         member = self._members.get(slug)
         return member is not None and member.is_owner
 
+    def _reached(self, slug: str) -> Reached:
+        """Return how far this node has seen a project's order."""
+        if (member := self._members.get(slug)) is not None:
+            return member.reached
+        cursors = load_cursors(self._data.project(slug).journal)
+        return Reached(cursors[-1].epoch, cursors[-1].seq) if cursors else Reached()
+
     def _other_urls(self) -> list[str]:
         others = [node for node in self._nodes.values() if node.name != self._identity.name]
         return [node.url for node in sorted(others, key=lambda node: node.is_silent)]
@@ -242,6 +249,7 @@ class Node:
         await self._report()
         found = await self._directory.read()
         self._nodes = found.nodes
+        self._hear_reports()
         # An older one is of a server that was the leader; a missing one was deleted, and the projects go on.
         if found.revision >= self._revision:
             self._revision = found.revision
@@ -251,6 +259,20 @@ class Node:
             opening = self._opening.get(slug)
             if slug not in self.registry.projects and not entry.is_archived and (opening is None or opening.done()):
                 self._opening[slug] = asyncio.create_task(self._open(slug, entry), name=f"open {slug}")
+
+    def _hear_reports(self) -> None:
+        """Have each project stop here whose order another node has lost. A silent node's last report counts too."""
+        others = [node for name, node in self._nodes.items() if name != self._identity.name]
+        for slug, member in self._members.items():
+            reports = ((node.name, node.projects[slug]) for node in others if slug in node.projects)
+            member.lost_on_other = next(
+                (
+                    f"node {name} reports: {report.problem.partition(';')[0]}"
+                    for name, report in reports
+                    if report.has_lost_order and report.epoch == member.epoch
+                ),
+                "",
+            )
 
     async def close(self) -> None:
         """End the connection to the engine, after the projects."""
@@ -374,7 +396,14 @@ class Node:
     async def _report(self) -> NodeReport:
         projects = {
             slug: ProjectReport(
-                member.position, member.project.history.head, member.is_owner, member.term, member.in_doubt, problem
+                member.position,
+                member.project.history.head,
+                member.is_owner,
+                member.term,
+                member.in_doubt,
+                problem,
+                member.epoch,
+                member.has_lost_order,
             )
             for slug, member in self._members.items()
             if slug in self.registry.projects

@@ -152,6 +152,10 @@ class JetStreamOrder:
         info = await self._info(0)
         return _first_of(info), info.state.last_seq
 
+    async def require(self, seq: int) -> None:
+        """Return once a leader has message ``seq``. Raises StreamLost if the stream ends before it for some seconds."""
+        await self._info(seq)
+
     async def take_over(self, expected: int, *, node: str, term: int) -> int:
         """Append the record of a new owner behind number ``expected`` and return its number.
 

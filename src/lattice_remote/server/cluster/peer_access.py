@@ -11,15 +11,17 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import WebSocketException
+from websockets.exceptions import ConnectionClosed, WebSocketException
 from websockets.typing import Subprotocol
 
-from lattice_remote.errors import ConnectionFailed, Misuse
+from lattice_remote.errors import ConnectionFailed, Misuse, ProtocolError
 from lattice_remote.protocol.messages import SUBPROTOCOL
 from lattice_remote.server.auth import bearer
+from lattice_remote.server.transport.websocket import Handoff, websocket_frame
 
-__all__ = ["PEER_MESSAGE_BYTES", "PeerAccess"]
+__all__ = ["PEER_MESSAGE_BYTES", "PeerAccess", "Reached", "send_reached"]
 
 PEER_MESSAGE_BYTES = 40 * 1024 * 1024
 """Of one message between nodes: a client's largest request or reply, and its sender's rights."""
@@ -30,6 +32,19 @@ _KEEPALIVE_S = 5.0
 _MAX_QUEUED_MESSAGES = 4
 _NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _PROOF = re.compile(rf"([0-9a-f]{{64}})\.([0-9]{{1,12}})\.({_NODE.pattern})")
+
+
+class Reached(msgspec.Struct, frozen=True):
+    """The last message of a project's order that a node has seen in this epoch."""
+
+    epoch: str = ""
+    seq: int = 0
+
+
+async def send_reached(connection: Handoff, reached: Reached) -> None:
+    """Answer another node's question, then close the connection."""
+    connection.outbox.push(websocket_frame(msgspec.msgpack.encode(reached)))
+    connection.end(1000, "")
 
 
 class _Dial(connect):
@@ -109,3 +124,14 @@ class PeerAccess:
             raise ConnectionFailed(
                 f"cannot connect to the node at {url}: {str(error) or type(error).__name__}"
             ) from error
+
+    async def reached(self, url: str, slug: str) -> Reached:
+        """Ask the node at ``url`` how far it has seen a project's order. Raises ConnectionFailed, ProtocolError."""
+        try:
+            async with await self.connect(url, f"/cluster/{slug}/reached") as socket:
+                answer = await socket.recv(decode=False)
+            return msgspec.msgpack.decode(answer, type=Reached)
+        except ConnectionClosed as error:
+            raise ConnectionFailed(f"the connection to the node at {url} was lost") from error
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ProtocolError(f"invalid message of a node: {error}") from error

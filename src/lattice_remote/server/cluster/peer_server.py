@@ -6,7 +6,7 @@ from functools import partial
 from http import HTTPStatus
 
 from lattice_remote.server.cluster.forwarded_requests import serve_forwarded
-from lattice_remote.server.cluster.peer_access import PeerAccess
+from lattice_remote.server.cluster.peer_access import PeerAccess, Reached, send_reached
 from lattice_remote.server.cluster.peer_copy import send_copy
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.transport.api_error import ApiError
@@ -14,7 +14,7 @@ from lattice_remote.server.transport.websocket import Handoff, Request
 
 __all__ = ["PeerServer"]
 
-_PATH = re.compile(r"/cluster/([a-z0-9][a-z0-9-]{0,62})(/copy)?")
+_PATH = re.compile(r"/cluster/([a-z0-9][a-z0-9-]{0,62})(/copy|/reached)?")
 
 
 class PeerServer:
@@ -24,11 +24,17 @@ class PeerServer:
         access: this node's.
         project: returns a project that this node has, started; None for any other.
         is_owner: returns whether this node orders the changes of a project now.
+        reached: returns how far this node has seen a project's order, also of one that is not open.
     """
 
     def __init__(
-        self, access: PeerAccess, project: Callable[[str], Project | None], is_owner: Callable[[str], bool]
+        self,
+        access: PeerAccess,
+        project: Callable[[str], Project | None],
+        is_owner: Callable[[str], bool],
+        reached: Callable[[str], Reached],
     ) -> None:
+        self._reached = reached
         self._access = access
         self._project = project
         self._is_owner = is_owner
@@ -52,6 +58,8 @@ class PeerServer:
         if (refusal := quota.admit(counted)) is not None:
             return refusal
         slug = matched[1]
+        if matched[2] == "/reached":
+            return partial(send_reached, connection, self._reached(slug))
         if matched[2]:
             return partial(send_copy, connection, node, self._project(slug))
         return partial(serve_forwarded, connection, node, self._project(slug), partial(self._is_owner, slug))
