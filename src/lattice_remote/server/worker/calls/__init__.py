@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import msgspec
+
 from lattice_remote.errors import Rejected
 from lattice_remote.server.worker.caller import Attached, Identity, unsupported
 from lattice_remote.server.worker.policy import Kind, check
@@ -25,6 +27,7 @@ __all__ = [
     "check_fields",
     "is_offered",
     "json_object",
+    "payload_of",
     "surface_named",
 ]
 
@@ -109,6 +112,14 @@ def json_object(payload: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Rejected("the payload of a call must be a JSON object in UTF-8", code="REMOTE_PROTOCOL")
     return value
+
+
+def payload_of[T: msgspec.Struct](request: CallRequest, kind: type[T]) -> T:
+    """Return the payload of a call, of this form. Raises Rejected."""
+    try:
+        return msgspec.convert(json_object(request.payload), kind, strict=True)
+    except msgspec.ValidationError as error:
+        raise Rejected(f"the payload of {request.name}: {error}", code="REMOTE_PROTOCOL") from None
 
 
 # --- registry ---

@@ -17,9 +17,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from lattice_remote.errors import Rejected
 from lattice_remote.server.worker.caller import unsupported
-from lattice_remote.server.worker.calls import CallRequest, CallResponse, CommandOutput, Operation, json_object
+from lattice_remote.server.worker.calls import CallRequest, CallResponse, CommandOutput, Operation, payload_of
 from lattice_remote.server.worker.policy import Command, Kind, check, parse, shown
 
 __all__ = ["load", "prepare"]
@@ -43,17 +42,10 @@ def load() -> None: ...
 
 def prepare(request: CallRequest) -> Operation:
     if request.name == "together":
-        return _together(request, _payload(request, _Together))
+        return _together(request, payload_of(request, _Together))
     if request.name == "claim":
-        return _claim(request, _payload(request, _Claim))
+        return _claim(request, payload_of(request, _Claim))
     raise unsupported(f"the server does not know an operation {shown(request.name)} of commands")
-
-
-def _payload[T: msgspec.Struct](request: CallRequest, kind: type[T]) -> T:
-    try:
-        return msgspec.convert(json_object(request.payload), kind, strict=True)
-    except msgspec.ValidationError as error:
-        raise Rejected(f"the payload of {request.name}: {error}", code="REMOTE_PROTOCOL") from None
 
 
 def _together(request: CallRequest, together: _Together) -> Operation:

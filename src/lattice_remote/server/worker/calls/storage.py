@@ -16,7 +16,7 @@ import msgspec
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.operations import canonical_json
 from lattice_remote.server.worker.caller import Identity, unsupported
-from lattice_remote.server.worker.calls import CallRequest, CallResponse, Operation, json_object
+from lattice_remote.server.worker.calls import CallRequest, CallResponse, Operation, payload_of
 from lattice_remote.server.worker.policy import shown
 from lattice_remote.storage.events import Conflict, Merged, Written, plain
 from lattice_remote.storage.local import LocalStorage
@@ -56,10 +56,7 @@ def prepare(request: CallRequest) -> Operation:
     if takes is None:
         raise unsupported(f"the server does not know a write {shown(request.name)} of programs")
     kind, write = takes
-    try:
-        given = msgspec.convert(json_object(request.payload), kind, strict=True)
-    except msgspec.ValidationError as error:
-        raise Rejected(f"the payload of {request.name}: {error}", code="REMOTE_PROTOCOL") from None
+    given = payload_of(request, kind)
     storage = LocalStorage(request.lattice_dir.parent, may_act_as=partial(_require, request.identity))
     actor = request.identity.actor
     if isinstance(given, _Events):
