@@ -247,8 +247,7 @@ class TokenFile:
 
     def revoke(self, id_or_text: str) -> Token:
         """Revoke a token. Raises Misuse if there is none."""
-        now = datetime.now(UTC).replace(microsecond=0)
-        return self._replace(id_or_text, lambda token: msgspec.structs.replace(token, revoked=now))
+        return self._replace(id_or_text, _revoked)
 
     def _replace(self, id_or_text: str, edit: Callable[[Token], Token]) -> Token:
         changed: list[Token] = []
@@ -264,30 +263,23 @@ class TokenFile:
     def rename_projects(self, renamed: Mapping[str, str]) -> int:
         if not any(slug in renamed for token in self.read() for slug in token.projects):
             return 0
-        changed: list[Token] = []
-
-        def edit(tokens: list[Token]) -> list[Token]:
-            after = [with_projects(token, {renamed.get(slug, slug) for slug in token.projects}) for token in tokens]
-            changed[:] = (new for old, new in zip(tokens, after, strict=True) if new is not old)
-            return after
-
-        self._change(edit)
-        return len(changed)
+        return self._change_projects(lambda projects: {renamed.get(slug, slug) for slug in projects})
 
     def forget_project(self, slug: str) -> int:
-        """Remove a project, and tokens without another; return the number of changed tokens."""
-        changed: list[Token] = []
+        """Remove a project, and revoke tokens without another; return the number of changed tokens."""
+        return self._change_projects(lambda projects: projects - {slug})
 
-        def edit(tokens: list[Token]) -> list[Token]:
-            after = [with_projects(token, set(token.projects) - {slug}) for token in tokens]
-            changed[:] = (new for old, new in zip(tokens, after, strict=True) if new is not old)
-            now = datetime.now(UTC).replace(microsecond=0)
-            return [
-                t if t.projects or t.metrics or t.revoked else msgspec.structs.replace(t, revoked=now) for t in after
-            ]
+    def _change_projects(self, edit: Callable[[set[str]], set[str]]) -> int:
+        changed = 0
 
-        self._change(edit)
-        return len(changed)
+        def edited(tokens: list[Token]) -> list[Token]:
+            nonlocal changed
+            after = [with_projects(token, edit(set(token.projects))) for token in tokens]
+            changed = sum(new is not old for old, new in zip(tokens, after, strict=True))
+            return [token if token.projects or token.metrics or token.revoked else _revoked(token) for token in after]
+
+        self._change(edited)
+        return changed
 
     def _change(self, edit: Callable[[list[Token]], list[Token]]) -> None:
         """Replace the tokens by ``edit`` of them, which may be called again."""
@@ -314,6 +306,10 @@ def _change_shared(
 def with_projects(token: Token, projects: set[str]) -> Token:
     """Return the token for these projects; the same one if nothing changes."""
     return token if projects == set(token.projects) else msgspec.structs.replace(token, projects=sorted(projects))
+
+
+def _revoked(token: Token) -> Token:
+    return msgspec.structs.replace(token, revoked=datetime.now(UTC).replace(microsecond=0))
 
 
 def digest_of_text(text: str) -> str:
