@@ -29,6 +29,7 @@ __all__ = [
     "Logins",
     "bearer",
     "signing_key",
+    "unauthorized",
 ]
 
 UNKNOWN_TOKEN = "missing or unknown token"  # noqa: S105 - a message
@@ -175,7 +176,7 @@ class Authenticator:
             return _stopping()
         self.refresh()  # a new token works at once
         login = self._logins.find(token_text)
-        found = _unauthorized(UNKNOWN_TOKEN) if login is None else self._admitted(login)
+        found = unauthorized(UNKNOWN_TOKEN) if login is None else self._admitted(login)
         return (quota.failed() or found) if isinstance(found, ApiError) else found
 
     def identify_again(self, token_id: str, sha256: str) -> Login | ApiError:
@@ -184,11 +185,11 @@ class Authenticator:
             return _stopping()
         self.refresh()
         login = self._logins.recall(token_id, sha256)
-        return _unauthorized(f"token {token_id} was revoked") if login is None else self._admitted(login)
+        return unauthorized(f"token {token_id} was revoked") if login is None else self._admitted(login)
 
     def _admitted(self, login: Login) -> Login | ApiError:
         if (objection := self._logins.objection(login)) is not None:
-            return _unauthorized(objection.reason)
+            return unauthorized(objection.reason)
         self._last_use.used([login.token.id])
         return login
 
@@ -205,7 +206,7 @@ class Authenticator:
     def ended(self, login: Login) -> ApiError | None:
         self.refresh()
         objection = self._logins.objection(login)
-        return None if objection is None else _unauthorized(objection.reason)
+        return None if objection is None else unauthorized(objection.reason)
 
     @contextlib.contextmanager
     def staying(self, login: Login, end: Callable[[Bye], None]) -> Iterator[None]:
@@ -256,7 +257,7 @@ def bearer(values: Sequence[str]) -> str:
     return text.strip() if scheme.lower() == "bearer" else ""
 
 
-def _unauthorized(why: str) -> ApiError:
+def unauthorized(why: str) -> ApiError:
     return ApiError(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", why)
 
 

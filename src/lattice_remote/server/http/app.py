@@ -120,7 +120,6 @@ def http_app(registry: ProjectRegistry, gauges: Gauges) -> ASGIApp:
         *routes_of(ENDPOINTS),
         Route("/openapi.json", _openapi),
         *sse.routes,
-        *dashboard.data_routes,
         *dashboard.routes,
     ]
     handlers = {404: _not_found, 405: _not_found, ApiError: _refuse, RemoteError: _refuse, Exception: _crashed}

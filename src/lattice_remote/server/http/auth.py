@@ -9,7 +9,7 @@ from itsdangerous import BadSignature, SignatureExpired, URLSafeTimedSerializer
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lattice_remote.server.auth import Login, bearer
+from lattice_remote.server.auth import Login, bearer, unauthorized
 from lattice_remote.server.http.middleware import log_entry_of, wants_page
 from lattice_remote.server.project.metrics import OutcomeListener
 from lattice_remote.server.project.project import Project
@@ -120,10 +120,6 @@ class Cookies:
         return f"__Host-{self._name}" if is_https(request) else self._name
 
 
-def _unauthorized(why: str) -> ApiError:
-    return ApiError(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", why)
-
-
 @dataclass(frozen=True)
 class RequestContext:
     registry: ProjectRegistry
@@ -155,7 +151,7 @@ def authenticated(request: Request) -> Login:
     has_token = any(value.lower().startswith("bearer") for value in authorization)  # or a password for a proxy
     login = None if has_token else signed_in(request)
     if login is None and wants_page(request) and not authorization:
-        login = _unauthorized("sign in first")  # the sign-in form, and no failed login
+        login = unauthorized("sign in first")  # the sign-in form, and no failed login
     if login is None:
         login = registry_of(request).auth.identify(quota, bearer(authorization))
     if isinstance(login, ApiError):
@@ -176,10 +172,10 @@ def signed_in(request: Request) -> Login | ApiError | None:
     try:
         shown = cookies_for(request).read(request)
     except SignatureExpired:
-        return _unauthorized("the sign-in has expired; sign in again")
+        return unauthorized("the sign-in has expired; sign in again")
     except BadSignature:
         quota: ConnectionQuota = request.state.quota
-        return quota.failed() or _unauthorized("the cookie is not from this server; sign in again")
+        return quota.failed() or unauthorized("the cookie is not from this server; sign in again")
     if shown is None:
         return None
     refuse_cross_site(request)

@@ -26,16 +26,15 @@ from lattice_remote.errors import Rejected, StorageError
 from lattice_remote.protocol.paths import is_editable
 from lattice_remote.server.http.auth import RequestContext, request_context
 from lattice_remote.server.http.middleware import ok, read_body
-from lattice_remote.server.http.rest.texts import MAX_VERSIONS, list_versions, version_text
+from lattice_remote.server.http.rest.texts import MAX_VERSIONS, TEXT_KINDS, list_versions, version_text
 from lattice_remote.server.http.sse import page_events
 from lattice_remote.server.http.writes import call, edit, idempotency_key
 from lattice_remote.server.ipc import ReadPage, ReadResult
 from lattice_remote.server.project.file_reader import text_at_head
-from lattice_remote.server.project.journal_log import TextKind
 from lattice_remote.server.tokens import READ_ONLY
 from lattice_remote.server.transport.api_error import ApiError
 
-__all__ = ["data_routes", "policy_for", "read", "read_version", "routes", "versions", "write"]
+__all__ = ["policy_for", "read", "read_version", "routes", "versions", "write"]
 
 _PARTS = ("config", "tasks", "stats")
 
@@ -75,11 +74,7 @@ def _data_of(found: ReadResult) -> msgspec.Raw:
     return msgspec.json.decode(found.body, type=_Envelope).data
 
 
-data_routes = [Route("/projects/{slug}/dashboard/data", _data, methods=["GET"])]
-
-
 _OTHER_BYTES = 64 * 1024
-_KINDS: dict[str, TextKind] = {"plans": "plan", "notes": "notes"}
 
 
 class _Text(msgspec.Struct, frozen=True):
@@ -122,13 +117,13 @@ async def write(request: Request) -> Response:
 
 
 async def versions(request: Request) -> Response:
-    context, kind = await request_context(request), _KINDS[_text_path(request).partition("/")[0]]
+    context, kind = await request_context(request), TEXT_KINDS[_text_path(request).partition("/")[0]]
     found, _ = await list_versions(context.project, request.path_params["task_id"], kind, limit=MAX_VERSIONS)
     return ok(found)
 
 
 async def read_version(request: Request) -> Response:
-    context, kind = await request_context(request), _KINDS[_text_path(request).partition("/")[0]]
+    context, kind = await request_context(request), TEXT_KINDS[_text_path(request).partition("/")[0]]
     async with context.share.making():
         found = await version_text(context.project, request.path_params["task_id"], kind, request.path_params["change"])
         context.share.hold(found.data)
@@ -320,6 +315,7 @@ def _compressed(body: bytes) -> bytes:
 
 routes = [
     Route(_BASE, _with_slash, methods=["GET"]),
+    Route(f"{_BASE}/data", _data, methods=["GET"]),
     Route(f"{_BASE}/", _page, methods=["GET"]),
     Route(f"{_BASE}/static/{{name:path}}", _static, methods=["GET"]),
     Route(f"{_BASE}/{livepage.SCRIPT}", _script, methods=["GET"]),

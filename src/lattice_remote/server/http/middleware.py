@@ -98,10 +98,13 @@ _WITH_BODY = {"POST", "PUT", "PATCH"}
 
 def refuse_body(method: str, headers: Headers) -> ApiError | None:
     """Refuse a body with a method that has none: no request is smuggled in it."""
-    has_body = "Transfer-Encoding" in headers or headers.get("Content-Length", "0") != "0"
-    if not has_body or method in _WITH_BODY:
+    if method in _WITH_BODY or not _has_body(headers):
         return None
     return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "REMOTE_TOO_LARGE", f"a {method} request cannot have a body")
+
+
+def _has_body(headers: Headers) -> bool:
+    return "Transfer-Encoding" in headers or headers.get("Content-Length", "0") != "0"
 
 
 async def read_body(request: Request, most: int, *, within_s: float = _BODY_S) -> bytes:
@@ -143,10 +146,7 @@ def closing_after_unread_body(app: ASGIApp) -> ASGIApp:
     """
 
     async def ending(scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
-        unread = scope["method"] in _WITH_BODY and (
-            "Transfer-Encoding" in headers or headers.get("Content-Length", "0") != "0"
-        )
+        unread = scope["method"] in _WITH_BODY and _has_body(Headers(scope=scope))
 
         async def receiving() -> Message:
             nonlocal unread
@@ -228,8 +228,8 @@ def wants_page(request: Request) -> bool:
     return "text/html" in request.headers.get("Accept", "")
 
 
-def ok(data: Any, status: HTTPStatus = HTTPStatus.OK) -> Response:
-    return Response(msgspec.json.encode({"ok": True, "data": data}), status, media_type="application/json")
+def ok(data: Any) -> Response:
+    return Response(msgspec.json.encode({"ok": True, "data": data}), media_type="application/json")
 
 
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}

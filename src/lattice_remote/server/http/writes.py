@@ -25,7 +25,17 @@ from lattice_remote.server.ipc import Edit, RunCall, RunCommand
 from lattice_remote.server.project.project import stopping
 from lattice_remote.server.tokens import READ_ONLY
 
-__all__ = ["KEY_HEADER", "MAX_KEY_CHARS", "IdempotencyKey", "call", "edit", "idempotency_key", "run", "unique_key"]
+__all__ = [
+    "KEY_HEADER",
+    "MAX_KEY_CHARS",
+    "IdempotencyKey",
+    "call",
+    "edit",
+    "header_of",
+    "idempotency_key",
+    "run",
+    "unique_key",
+]
 
 _DROPPED = (
     "the request was carried out, and its reply dropped, because responses to this token are unread: read them, then "
@@ -158,9 +168,13 @@ def idempotency_key(request: Request, context: RequestContext, content: bytes) -
         _digest("key", context.login.token.id, key).hex(),
         _digest(
             *(request.method, request.url.path, request.url.query, hashlib.sha256(content).hexdigest()),
-            *(", ".join(request.headers.getlist(name)).strip() for name in _CONDITIONS),
+            *(header_of(request, name) for name in _CONDITIONS),
         ),
     )
+
+
+def header_of(request: Request, name: str) -> str:
+    return ", ".join(request.headers.getlist(name)).strip()
 
 
 def _digest(*parts: str) -> bytes:

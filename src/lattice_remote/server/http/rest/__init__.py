@@ -21,11 +21,12 @@ from lattice_remote.errors import Rejected, StorageError
 from lattice_remote.protocol.messages import Position, Returned
 from lattice_remote.server.http.auth import RequestContext, request_context
 from lattice_remote.server.http.middleware import read_body
-from lattice_remote.server.http.writes import IdempotencyKey, call, idempotency_key, run
+from lattice_remote.server.http.writes import IdempotencyKey, call, header_of, idempotency_key, run
 from lattice_remote.server.ipc import ReadCommand, ReadResult
 from lattice_remote.server.transport.api_error import ApiError
 
 __all__ = [
+    "Actor",
     "Author",
     "Endpoint",
     "EndpointRequest",
@@ -35,7 +36,6 @@ __all__ = [
     "Provenance",
     "Query",
     "envelope_response",
-    "header_of",
     "options",
     "output_response",
     "page_of",
@@ -79,10 +79,6 @@ class EndpointRequest[Q: Query, B: Json | Nothing | bytes]:
     body: B
     once: IdempotencyKey
     http: Request
-
-
-def header_of(request: Request, name: str) -> str:
-    return ", ".join(request.headers.getlist(name)).strip()
 
 
 async def validated_request(request: Request, query: type[Any], body: type[Any]) -> EndpointRequest[Any, Any]:
@@ -264,6 +260,10 @@ class Provenance(Author, frozen=True, kw_only=True):
     triggered_by: str | None = None
     model: str | None = None
     session: str | None = None
+
+
+Actor = str | dict[str, Any]
+"""In lattice's output: an actor, or a session as a map."""
 
 
 class _Error(msgspec.Struct, frozen=True):

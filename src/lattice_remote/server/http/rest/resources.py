@@ -12,8 +12,9 @@ from msgspec import UNSET, Meta, UnsetType
 from starlette.responses import Response
 
 from lattice_remote.errors import Rejected
-from lattice_remote.server.http.middleware import cancel_on_disconnect
+from lattice_remote.server.http.middleware import cancel_on_disconnect, ok
 from lattice_remote.server.http.rest import (
+    Actor,
     Endpoint,
     EndpointRequest,
     Nothing,
@@ -37,14 +38,14 @@ _WITH_ID = f"{_NAMED}/{{id}}"
 MAX_WAIT_S = 300
 _FIELDS = ("description", "max_holders", "ttl_seconds")
 
-_Actor = str | dict[str, Any]
-"""An actor, or a session as a map. The types below describe lattice's output, which may have more fields."""
+
+# The types below describe lattice's output, which may have more fields.
 
 
 class Holder(msgspec.Struct, kw_only=True):
     """A holder of a resource, and the end of the lease."""
 
-    actor: _Actor
+    actor: Actor
     acquired_at: str | None = None
     expires_at: str | None = None
     task_id: str | None = None
@@ -197,9 +198,7 @@ async def _update(
         raise Rejected(f"resource {resource['name']!r} has just changed; try again", code="REMOTE_BUSY")
     if done.status != HTTPStatus.OK:
         return envelope_response(done.payload)
-    content = {"ok": True, "data": msgspec.json.decode(done.payload)["content"]}
-    response = Response(msgspec.json.encode(content), media_type="application/json")
-    return await with_position(request, done.seq, response)
+    return await with_position(request, done.seq, ok(msgspec.json.decode(done.payload)["content"]))
 
 
 async def _with_id(request: EndpointRequest[Any, Any]) -> ReadResult:

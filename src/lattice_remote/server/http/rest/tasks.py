@@ -9,8 +9,9 @@ from msgspec import UNSET, Meta, UnsetType
 from starlette.responses import RedirectResponse, Response
 
 from lattice_remote.errors import Rejected
-from lattice_remote.server.http.middleware import wants_page
+from lattice_remote.server.http.middleware import ok, wants_page
 from lattice_remote.server.http.rest import (
+    Actor,
     Author,
     Endpoint,
     EndpointRequest,
@@ -36,8 +37,7 @@ _Text = Annotated[str, Meta(min_length=1)]
 _Item = Annotated[str, Meta(pattern=r"^[^,]+$", description="without a comma, which separates items in lattice")]
 _CustomField = Annotated[str, Meta(pattern=r"^[^=]+$")]
 
-_Actor = str | dict[str, Any]
-"""An actor, or a session as a map. The types below describe what lattice prints, which may have more fields."""
+# The types below describe what lattice prints, which may have more fields.
 
 
 class Task(msgspec.Struct, kw_only=True):
@@ -53,8 +53,8 @@ class Task(msgspec.Struct, kw_only=True):
     type: str | None = None
     description: str | None = None
     tags: list[str] | None = None
-    assigned_to: _Actor | None = None
-    created_by: _Actor | None = None
+    assigned_to: Actor | None = None
+    created_by: Actor | None = None
     created_at: str | None = None
     updated_at: str | None = None
     done_at: str | None = None
@@ -81,7 +81,7 @@ class Event(msgspec.Struct, kw_only=True):
     type: str
     task_id: str
     ts: str
-    actor: _Actor
+    actor: Actor
     data: dict[str, Any] | None = None
 
 
@@ -101,7 +101,7 @@ class Comment(msgspec.Struct, kw_only=True):
 
     id: str
     body: str
-    author: _Actor
+    author: Actor
     created_at: str
     role: str | None = None
     edited: bool = False
@@ -294,9 +294,9 @@ def _data_of(envelope: bytes) -> msgspec.Raw:
 
 
 def _with_data(response: Response, data: object) -> Response:
-    content = msgspec.json.encode({"ok": True, "data": data})
-    headers = {"Lattice-Change": response.headers["Lattice-Change"]}
-    return Response(content, response.status_code, headers, media_type="application/json")
+    whole = ok(data)
+    whole.headers["Lattice-Change"] = response.headers["Lattice-Change"]
+    return whole
 
 
 class NewComment(Provenance, frozen=True, kw_only=True):

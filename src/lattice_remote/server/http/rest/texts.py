@@ -19,6 +19,7 @@ from starlette.responses import Response
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.messages import MAX_LOG_ENTRIES, Log, LogPage, ReadVersion, Refused, Stored, Version
 from lattice_remote.protocol.operations import digest_of
+from lattice_remote.server.http.middleware import ok
 from lattice_remote.server.http.rest import (
     Endpoint,
     EndpointRequest,
@@ -26,17 +27,16 @@ from lattice_remote.server.http.rest import (
     PageQuery,
     Query,
     envelope_response,
-    header_of,
     read_output,
     with_position,
 )
-from lattice_remote.server.http.writes import edit
+from lattice_remote.server.http.writes import edit, header_of
 from lattice_remote.server.project.file_reader import text_at_head
 from lattice_remote.server.project.journal_log import TextKind
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.transport.api_error import ApiError
 
-__all__ = ["MAX_VERSIONS", "Text", "TextChange", "endpoints", "list_versions", "version_text"]
+__all__ = ["MAX_VERSIONS", "TEXT_KINDS", "Text", "TextChange", "endpoints", "list_versions", "version_text"]
 
 
 MAX_VERSIONS = MAX_LOG_ENTRIES
@@ -122,7 +122,7 @@ _UNSPECIFIC = ("application/octet-stream", "application/x-www-form-urlencoded")
 """Sent unasked by programs such as curl."""
 _OF_NO_TEXT = bytes(32)
 _TRIES = 5
-_KINDS: dict[str, TextKind] = {"plans": "plan", "notes": "notes"}
+TEXT_KINDS: dict[str, TextKind] = {"plans": "plan", "notes": "notes"}
 
 
 class Text(msgspec.Struct):
@@ -212,7 +212,7 @@ async def _versions(request: EndpointRequest[PageQuery, Nothing], place: _Place)
         raise Rejected("the cursor belongs to another list; restart without it", code="REMOTE_INVALID")
     before = None if page.cursor is UNSET else int(page.cursor)
     found, following = await list_versions(
-        request.context.project, place.task, _KINDS[place.kind], limit=limit, before=before
+        request.context.project, place.task, TEXT_KINDS[place.kind], limit=limit, before=before
     )
     envelope = {"ok": True, "data": found} | ({} if following is None else {"next": str(following)})
     return Response(msgspec.json.encode(envelope), media_type="application/json")
@@ -220,7 +220,7 @@ async def _versions(request: EndpointRequest[PageQuery, Nothing], place: _Place)
 
 async def _version(request: EndpointRequest[Nothing, Nothing], place: _Place) -> Response:
     async with request.context.share.making():
-        found = await version_text(request.context.project, place.task, _KINDS[place.kind], request.path["change"])
+        found = await version_text(request.context.project, place.task, TEXT_KINDS[place.kind], request.path["change"])
         request.context.share.hold(found.data)
     headers = {"ETag": _etag(found.data), "Lattice-Change": f"{found.epoch}-{found.seq}"}
     return Response(found.data, headers=headers, media_type="text/markdown; charset=utf-8")
@@ -229,7 +229,7 @@ async def _version(request: EndpointRequest[Nothing, Nothing], place: _Place) ->
 async def _get(request: EndpointRequest[Nothing, Nothing], place: _Place) -> Response:
     text = await text_at_head(request.context.project, place.path, request.context.share)
     if text is None:
-        raise Rejected(f"task {place.task} has no {_KINDS[place.kind]}", code="REMOTE_NOT_FOUND")
+        raise Rejected(f"task {place.task} has no {TEXT_KINDS[place.kind]}", code="REMOTE_NOT_FOUND")
     etag = _etag(text)
     headers = {"ETag": etag, "Cache-Control": "no-cache"}
     named = header_of(request.http, "If-None-Match")
@@ -246,10 +246,9 @@ async def _put(request: EndpointRequest[Nothing, bytes], place: _Place) -> Respo
     done, text = await _store(request, place)
     etag = _etag(text)
     assert done.outcome != "conflict", "a conflict was raised or tried again"
-    content = msgspec.json.encode({"ok": True, "data": Text(place.task, etag, done.outcome)})
-    return await with_position(
-        request, done.seq, Response(content, headers={"ETag": etag}, media_type="application/json")
-    )
+    response = ok(Text(place.task, etag, done.outcome))
+    response.headers["ETag"] = etag
+    return await with_position(request, done.seq, response)
 
 
 async def _store(request: EndpointRequest[Nothing, bytes], place: _Place) -> tuple[Stored, bytes]:
@@ -271,7 +270,7 @@ async def _save(request: EndpointRequest[Nothing, bytes], place: _Place) -> tupl
         base = await text_at_head(project, place.active, request.context.share)
         done = await edit(request.context, place.active, request.body, base=base, once=once)
         if done.outcome == "merged":
-            merged = await version_text(project, place.task, _KINDS[place.kind], str(done.seq))
+            merged = await version_text(project, place.task, TEXT_KINDS[place.kind], str(done.seq))
             return done, merged.data
         if done.outcome != "conflict":
             return done, request.body
