@@ -23,8 +23,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from lattice_remote.protocol.change_summary import is_log, snapshot_of, summarize, summary_json, tasks_in, texts_of
-from lattice_remote.protocol.messages import Change
-from lattice_remote.protocol.messages import Position as EventPosition
+from lattice_remote.protocol.messages import Change, Position
 from lattice_remote.protocol.operations import (
     AnnounceFile,
     AppendBytes,
@@ -54,15 +53,15 @@ _EVENTS = re.compile(r"\.([0-9]{1,9})\Z", re.ASCII)
 class EventId:
     """The position after an event: all of the change at ``position``, or its first ``events`` events."""
 
-    position: EventPosition
+    position: Position
     events: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> "EventId | None":
         if _NUMBER.fullmatch(text):
-            return cls(EventPosition("", int(text), b""))
+            return cls(Position("", int(text), b""))
         partly = _EVENTS.search(text)
-        position = EventPosition.parse(text[: partly.start()] if partly else text)
+        position = Position.parse(text[: partly.start()] if partly else text)
         if position is None or (partly and position.seq == 0):
             return None
         return cls(position, int(partly[1]) if partly else None)
@@ -199,7 +198,7 @@ def _paths(change: Change) -> list[str]:
     return [path for operation in change.ops for path in paths_of(operation)]
 
 
-def blocks(position: EventPosition, events: Sequence[ChangeEvent], contents: Mapping[Wanted, bytes]) -> list[bytes]:
+def blocks(position: Position, events: Sequence[ChangeEvent], contents: Mapping[Wanted, bytes]) -> list[bytes]:
     """Return the encoded events of the change at ``position``.
 
     A wanted file that ``contents`` lacks is null: a later change includes it.

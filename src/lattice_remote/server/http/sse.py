@@ -201,7 +201,7 @@ class Feed:
         except TimeoutError:
             event = position_block(EventId(self.project.history.position))
             for listener in tuple(self.live) if self.position == self.project.history.head else ():
-                listener.keep_alive(event)
+                listener.push(event)
 
 
 async def _beside[*A, R](size: int, function: Callable[[*A], R], *arguments: *A) -> R:
@@ -268,14 +268,14 @@ class EventStream:
         else:
             self._sent, self._had = seq - (had is not None), had or 0
             here = EventId(start.position, had)
-            self._push(f"retry: {RETRY_MS}\n".encode() + position_block(here))
+            self.push(f"retry: {RETRY_MS}\n".encode() + position_block(here))
 
     def _reset(self, why: str) -> None:
         history = self._project.history
         self._sent, self._had = history.head, 0
         here = EventId(history.position)
         data = {"reason": why, "epoch": history.epoch, "seq": history.head}
-        self._push(f"retry: {RETRY_MS}\n".encode() + block("reset", here, data))
+        self.push(f"retry: {RETRY_MS}\n".encode() + block("reset", here, data))
 
     async def _catch_up(self) -> None:
         """Send missed changes at the client's pace; go live in the tick of the last."""
@@ -305,24 +305,21 @@ class EventStream:
         assert change.seq == self._sent + 1, "a live listener has every change up to the feed's position"
         self._sent = change.seq
         if self._is_brief:
-            self._push(change.last)
+            self.push(change.last)
         elif self._is_chunked and not self._had:
             self._outbox.push(change.chunk)
         else:
-            self._push(change.text(self._had))
+            self.push(change.text(self._had))
             self._had = 0
-
-    def keep_alive(self, event: bytes) -> None:
-        self._push(event)
 
     def end(self, bye: Bye) -> None:
         """Queue the reason as a comment, then end; idempotent."""
         if not self._over.is_set():
-            self._push(f": {printable(bye.code)} {printable(bye.reason)}\n\n".encode())
+            self.push(f": {printable(bye.code)} {printable(bye.reason)}\n\n".encode())
             self._http.end_stream()
             self._over.set()
 
-    def _push(self, data: bytes) -> None:
+    def push(self, data: bytes) -> None:
         self._outbox.push(chunk(data) if self._is_chunked else data)
 
 
