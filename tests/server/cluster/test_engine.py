@@ -12,8 +12,7 @@ import trustme
 from nats_servers import NatsCluster, nats_cluster
 
 from lattice_remote.errors import Misuse
-from lattice_remote.server.cluster.contents import StoredContents
-from lattice_remote.server.cluster.engine import Bucket, BucketEntry, Engine, EngineUnavailable
+from lattice_remote.server.cluster.engine import Bucket, BucketEntry, Engine, EngineUnavailable, StoredContents
 
 ACCOUNTS = """
 accounts {

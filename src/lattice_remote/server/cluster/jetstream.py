@@ -19,15 +19,16 @@ from email.parser import BytesParser
 from http import HTTPStatus
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import msgspec
 import nats.errors
+from nats.aio.client import Client, Srv
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
+from nats.aio.transport import TcpTransport
 
 from lattice_remote.errors import Misuse, StorageError
-from lattice_remote.server.cluster.connection import NatsClient, cancellable
 
 __all__ = [
     "FULL",
@@ -41,6 +42,7 @@ __all__ = [
     "JetStream",
     "StoredMessage",
     "StreamInfo",
+    "cancellable",
     "persist",
     "ungrouped",
 ]
@@ -175,6 +177,58 @@ class StoredMessage(NamedTuple):
     headers: Mapping[str, str]
     data: bytes
     stored_at: float = 0.0
+
+
+class _Transport(TcpTransport):
+    """Transport that ends with its last unsent bytes, instead of waiting for a silent server to take them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    async def connect(self, *args: Any, **options: Any) -> None:
+        self.close()  # of an attempt that failed after it was connected
+        await super().connect(*args, **options)
+
+    async def connect_tls(self, *args: Any, **options: Any) -> None:
+        await super().connect_tls(*args, **options)
+        # The stream's protocol was made for plain TCP, and would ask for a half-closed connection, with a warning.
+        assert self._io_writer is not None, "it is connected"
+        cast("Any", self._io_writer.transport.get_protocol())._over_ssl = True
+
+    def close(self) -> None:
+        if self._io_writer is not None:
+            self._io_writer.transport.abort()
+
+    def __bool__(self) -> bool:
+        return True  # else the client makes its own
+
+
+class NatsClient(Client):
+    """The client over this transport; for ``nats://`` and ``tls://`` only."""
+
+    async def _connect_to_server(self, s: Srv) -> None:
+        if self._transport is None:
+            self._transport = _Transport()
+        await super()._connect_to_server(s)
+
+
+@contextmanager
+def cancellable() -> Iterator[None]:
+    """Raise CancelledError if the task was cancelled inside, also where the library hides that.
+
+    The library swallows a cancellation while it flushes, and turns one into ConnectionClosedError while it closes.
+    """
+    task = asyncio.current_task()
+    assert task is not None, "a coroutine of the cluster runs in a task"
+    before = task.cancelling()
+    try:
+        yield
+    except Exception as error:
+        if task.cancelling() > before:
+            raise asyncio.CancelledError from error
+        raise
+    if task.cancelling() > before:
+        raise asyncio.CancelledError
 
 
 class JetStream:

@@ -26,8 +26,7 @@ from lattice_remote.protocol.messages import Bye
 from lattice_remote.protocol.operations import AnnounceFile
 from lattice_remote.server.cluster.directory import ProjectEntry
 from lattice_remote.server.cluster.engine import Engine, EngineUnavailable
-from lattice_remote.server.cluster.forward import Forwarder
-from lattice_remote.server.cluster.forward_messages import ForwardedRequest
+from lattice_remote.server.cluster.forward import ForwardedRequest, Forwarder
 from lattice_remote.server.cluster.jetstream import EngineRefused, ungrouped
 from lattice_remote.server.cluster.lease import Held, Lease
 from lattice_remote.server.cluster.order import Batch, Fenced, JetStreamOrder, StreamLost, TooOld

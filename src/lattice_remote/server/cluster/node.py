@@ -28,14 +28,13 @@ from lattice_remote.server.cluster.directory import (
     identity_of,
 )
 from lattice_remote.server.cluster.engine import Engine, EngineUnavailable
-from lattice_remote.server.cluster.entry import enter
 from lattice_remote.server.cluster.lease import Lease
 from lattice_remote.server.cluster.member import Cursor, Member, NodeIdentity, id_of, load_cursors, save_cursor
 from lattice_remote.server.cluster.order import JetStreamOrder
 from lattice_remote.server.cluster.peer_access import PeerAccess, Reached
 from lattice_remote.server.cluster.peer_copy import copy_from, finish_copies
 from lattice_remote.server.cluster.peer_server import PeerServer
-from lattice_remote.server.cluster.places import Place, local_ids, moves_of, park, place_parked
+from lattice_remote.server.cluster.places import Place, enter, local_ids, moves_of, park, place_parked
 from lattice_remote.server.cluster.settings import ClusterSettings, load_settings
 from lattice_remote.server.cluster.shared_state import SharedState, connect
 from lattice_remote.server.datadir import DataDir

@@ -19,7 +19,6 @@ import nats.errors
 from nats.aio.subscription import Subscription
 
 from lattice_remote.errors import StorageError
-from lattice_remote.server.cluster.connection import cancellable
 from lattice_remote.server.cluster.engine import Engine
 from lattice_remote.server.cluster.jetstream import (
     FULL,
@@ -33,6 +32,7 @@ from lattice_remote.server.cluster.jetstream import (
     EngineUnavailable,
     StoredMessage,
     StreamInfo,
+    cancellable,
 )
 
 __all__ = ["Batch", "Fenced", "JetStreamOrder", "StreamLost", "TooOld"]

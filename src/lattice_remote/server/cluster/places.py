@@ -1,21 +1,36 @@
-"""Places of the cluster's projects in a node's data directory: each is where the catalogue has it.
+"""Places of the cluster's projects in a node's data directory, and the entry of a project into the cluster.
 
 A project is known by the id beside its journal. It moves by way of ``projects/.moving-ID``, so two projects may
 exchange their names. A crash leaves it at one of these places, and the next step of the node goes on.
 """
 
 import os
+import secrets
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from lattice_remote.errors import StorageError
-from lattice_remote.server.cluster.directory import Catalogue
-from lattice_remote.server.cluster.member import id_of
+from lattice_remote.errors import Misuse, StorageError
+from lattice_remote.server.cluster.directory import Catalogue, ClusterDirectory, ProjectEntry
+from lattice_remote.server.cluster.engine import Engine
+from lattice_remote.server.cluster.member import CURSOR_FILE, Cursor, id_of, save_cursor
+from lattice_remote.server.cluster.order import JetStreamOrder, StreamLost
 from lattice_remote.server.datadir import DataDir
+from lattice_remote.server.journal.segment import next_number
 from lattice_remote.server.tree.tree import sync_directory
 
-__all__ = ["Place", "local_ids", "moves_of", "park", "parked", "place_parked", "root_of", "staging"]
+__all__ = [
+    "Place",
+    "enter",
+    "local_ids",
+    "moves_of",
+    "park",
+    "parked",
+    "place_parked",
+    "require_free",
+    "root_of",
+    "staging",
+]
 
 _MOVING = ".moving-"
 
@@ -109,3 +124,56 @@ def _move(source: Path, target: Path) -> None:
         raise StorageError(f"cannot move {source} to {target}: {error.strerror}") from error
     sync_directory(source.parent)
     sync_directory(target.parent)
+
+
+def require_free(catalogue: Catalogue, slug: str) -> None:
+    """Raise Misuse if the cluster has a project of this name."""
+    entry = catalogue.projects.get(slug)
+    if entry is not None and entry.is_archived:
+        raise Misuse(f"project {slug!r} is archived in the cluster; choose another name, or unarchive and rename it")
+    if entry is not None:
+        raise Misuse(f"project {slug!r} already exists in the cluster; choose another name")
+
+
+async def enter(
+    engine: Engine, directory: ClusterDirectory, slug: str, journal: Path, *, epoch: str, node: str, id_: str = ""
+) -> Catalogue:
+    """Put a project without a worker into the cluster; return the catalogue that has it. Repeatable after a crash.
+
+    Args:
+        engine, directory: of the cluster.
+        slug, journal, epoch: of the project.
+        node: this one.
+        id_: of the project, if it has one already.
+
+    Raises:
+        Misuse: the name is taken; nothing was changed.
+        EngineUnavailable: it may have entered.
+    """
+    catalogue = await directory.catalogue()
+    known = id_of(journal)
+    if known and catalogue.name_of(known) == slug:
+        return catalogue
+    require_free(catalogue, slug)
+    order, is_created = JetStreamOrder(engine, slug, epoch), True
+    try:
+        await order.create()
+    except StreamLost:  # an interrupted attempt has created it
+        is_created = False
+        await order.open()
+        if (await order.bounds())[1] > 0:
+            raise
+    entry = ProjectEntry(known or id_ or secrets.token_hex(8), epoch, slug)
+    save_cursor(journal, Cursor(epoch, 0, next_number(journal), node, 0, entry.id))
+
+    def add(catalogue: Catalogue) -> Catalogue:
+        require_free(catalogue, slug)
+        return catalogue.with_entry(slug, entry)
+
+    try:
+        return await directory.change(add)
+    except Misuse:
+        (journal / CURSOR_FILE).unlink()
+        if is_created:
+            await order.delete()
+        raise

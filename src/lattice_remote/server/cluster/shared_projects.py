@@ -16,9 +16,18 @@ from lattice_remote.errors import Misuse, StorageError
 from lattice_remote.server.cluster.commands import require_newest, run_in_cluster, until
 from lattice_remote.server.cluster.directory import Catalogue, ClusterDirectory, ProjectEntry
 from lattice_remote.server.cluster.engine import Engine, EngineUnavailable
-from lattice_remote.server.cluster.entry import enter, require_free
 from lattice_remote.server.cluster.order import JetStreamOrder
-from lattice_remote.server.cluster.places import Place, local_ids, moves_of, parked, place_parked, root_of, staging
+from lattice_remote.server.cluster.places import (
+    Place,
+    enter,
+    local_ids,
+    moves_of,
+    parked,
+    place_parked,
+    require_free,
+    root_of,
+    staging,
+)
 from lattice_remote.server.cluster.settings import ClusterSettings
 from lattice_remote.server.cluster.shared_state import shared_tokens
 from lattice_remote.server.datadir import DataDir, ProjectPaths

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import pytest
 
-from lattice_remote.server.cluster.connection import cancellable
+from lattice_remote.server.cluster.jetstream import cancellable
 
 
 async def _hide(how: str) -> None:
