@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from lattice_remote.client.cache import cache as state
 from lattice_remote.client.cache import safe_directory as directory_module
 from lattice_remote.client.cache.cache import Cache, CacheState, decode_state, encode_deferred, encode_state
 from lattice_remote.client.cache.edits import Edits, Sent, TextConflicts
-from lattice_remote.client.cache.verify import Reading, read_all
+from lattice_remote.client.cache.verify import Reading, keep_readings, read_all, take_readings
 from lattice_remote.client.config import Remote, read_remote
 from lattice_remote.errors import StorageError
 from lattice_remote.protocol.messages import NOWHERE, Part, Position, Put
@@ -134,6 +135,43 @@ def test_a_file_read_within_a_clock_tick_of_its_change_is_read_again(cache: Cach
     assert read_all(cache, touched)["tasks/a.json"].digest == digest_of(b"2")
 
 
+def settled(readings: dict[str, Reading]) -> dict[str, Reading]:
+    """Return the readings as of files that are not young."""
+    return {path: reading._replace(settled=True) for path, reading in readings.items()}
+
+
+def test_kept_readings_serve_the_next_process_once(cache: Cache) -> None:
+    for path in ("tasks/a.json", "tasks/b.json", PLAN):
+        cache.replace(path, b"1")
+    Edits(cache).rebase(PLAN)
+    kept = settled(read_all(cache))
+    keep_readings(cache, kept)
+    later = Cache(cache.directory, cache.remote)
+    assert take_readings(later) == kept
+    assert take_readings(later) == {} and read_all(later).keys() == kept.keys(), "they were removed"
+    later.replace("tasks/a.json", b"2")
+    now = read_all(later, kept)
+    assert now["tasks/a.json"].digest == digest_of(b"2"), "a changed file is read"
+    assert now["tasks/b.json"] == kept["tasks/b.json"]
+
+
+@pytest.mark.parametrize("harm", ["damaged", "another boot", "another directory"])
+def test_kept_readings_that_prove_nothing_are_dropped(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, harm: str
+) -> None:
+    cache.replace("tasks/a.json", b"1")
+    keep_readings(cache, read_all(cache))
+    later = Cache(cache.directory, cache.remote)
+    if harm == "damaged":
+        (Path(cache.directory) / ".remote/readings").write_bytes(b"\x83\xa7boot")
+    elif harm == "another boot":
+        monkeypatch.setattr("lattice_remote.client.cache.verify.boot_id", lambda: "another")
+    else:
+        shutil.copytree(cache.directory, tmp_path / "copy")
+        later = Cache(str(tmp_path / "copy"), cache.remote)
+    assert take_readings(later) == {} and take_readings(later) == {}
+
+
 async def test_a_lock_that_another_process_holds_is_waited_for(cache: Cache) -> None:
     other = Cache(cache.directory, cache.remote)
     async with other.locked():
@@ -233,6 +271,17 @@ def test_a_file_equal_to_its_base_is_no_edit(cache: Cache) -> None:
     cache.delete(PLAN)
     edits.rebase(PLAN)
     assert edits.base(PLAN) is None
+
+
+def test_an_edit_is_found_by_a_reading_and_beside_an_older_one(cache: Cache) -> None:
+    edits = Edits(cache)
+    cache.replace(PLAN, b"server")
+    edits.rebase(PLAN)
+    unedited = settled(read_all(cache))
+    assert edits.scan(unedited) == []
+    cache.replace(PLAN, b"edited")  # as long as the other
+    assert edits.scan(unedited) == [PLAN], "the reading is of another state"
+    assert edits.scan(settled(read_all(cache))) == [PLAN]
 
 
 def test_a_file_whose_edit_has_no_answer_is_edited_until_it_has(cache: Cache) -> None:

@@ -11,6 +11,7 @@ from filelock import FileLock
 
 from lattice_remote.client.cache.cache import LOCK_FILE, Cache
 from lattice_remote.client.cache.edits import Edits
+from lattice_remote.client.cache.verify import read_all, take_readings
 from lattice_remote.client.cli import push
 from lattice_remote.client.cli.push import Pack, survey
 from lattice_remote.client.config import UNPUSHED_FILE, Remote, is_unpushed, read_remote, write_remote
@@ -88,6 +89,22 @@ def test_changes_since_are_edits_or_are_kept(directory: Path, knows_texts: bool)
     edits = Edits(Cache(str(directory), REMOTE))
     assert edits.scan() == [PLAN]
     assert edits.base(PLAN) == (FILES[PLAN] if knows_texts else None)
+
+
+def test_files_that_are_not_as_sent_are_read_again_by_the_agent(directory: Path) -> None:
+    """I3, I4."""
+    found = survey(str(directory))
+    with Pack.of(str(directory), found, lambda _done, _total: None) as pack:
+        (directory / "context.md").write_bytes(b"# since\n")
+        (directory / PLAN).write_bytes(b"# Plan, edited since\n")
+        texts = {path: pack.content(path) for path in pack.entries if path.startswith(("plans/", "notes/"))}
+        assert push._become_cache(str(directory), REMOTE, digests(), texts, pack.readings) == ["context.md"]
+    cache = Cache(str(directory), REMOTE)
+    (directory / f"tasks/{TASK}.json").write_bytes(b"[]\n")  # as long as the other
+    kept = take_readings(cache)
+    assert kept.keys() == FILES.keys() - {"context.md", PLAN}
+    assert read_all(cache, kept)[f"tasks/{TASK}.json"].digest == hashlib.sha256(b"[]\n").digest()
+    assert Edits(cache).scan(kept) == [PLAN]
 
 
 def test_it_can_be_done_again(directory: Path) -> None:

@@ -15,8 +15,9 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -29,6 +30,9 @@ from lattice_remote.files import READ, Signature, signature_of
 from lattice_remote.protocol.messages import Put
 from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, MoveFile, Operation, PutFile, digest_of
 from lattice_remote.protocol.paths import is_editable
+
+if TYPE_CHECKING:
+    from lattice_remote.client.cache.verify import Reading
 
 __all__ = [
     "CONFLICTS_DIRECTORY",
@@ -241,17 +245,22 @@ class Edits:
         """Whether the change being applied results from a request of this cache."""
         self._given_up: set[str] = set()  # files whose base is not the server's text, until they are replaced
 
-    def scan(self) -> list[str]:
-        """Return the paths of all edited files, at one ``stat`` each."""
-        return sorted(path for path in self._unsettled() if is_editable(path) and self.is_edited(path))
+    def scan(self, readings: "Mapping[str, Reading] | None" = None) -> list[str]:
+        """Return the paths of all edited files, at one ``stat`` each; does not read those in ``readings`` again."""
+        read = readings or {}
+        return sorted(path for path in self._unsettled() if is_editable(path) and self.is_edited(path, read.get(path)))
 
-    def is_edited(self, path: str) -> bool:
+    def is_edited(self, path: str, reading: "Reading | None" = None) -> bool:
         """Return whether a file differs from its base, or may. A removed file is no edit."""
         signature = self._cache.signature(path)
         if signature is None or self._cache.known.is_settled(path, signature):
             return False
         base = self.base(path)
-        if self._cache.read(path) != base or self.unanswered.may_replace(path, base):
+        if reading is not None and reading.settled and reading.signature == signature:
+            is_base = base is not None and reading.digest == digest_of(base)
+        else:
+            is_base = self._cache.read(path) == base
+        if not is_base or self.unanswered.may_replace(path, base):
             return True
         self._cache.known.settle_text(path, signature)
         return False

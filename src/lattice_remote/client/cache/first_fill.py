@@ -59,6 +59,14 @@ class FirstFill:
                     self._texts[path] = status
         return [part for part in parts if part.path not in written]
 
+    def add_base(self, path: str, text: bytes) -> None:
+        """Write the base of a plan or notes. Raises StorageError."""
+        base = f"{BASE_DIRECTORY}/{path}"
+        self._open(base.rpartition("/")[0])
+        with storage_errors(base):
+            if self._create(base, text) is None:  # that of an interrupted attempt
+                self._cache.replace(base, text)
+
     def close(self) -> None:
         while self._directories:
             os.close(self._directories.popitem()[1])

@@ -18,7 +18,7 @@ from lattice_remote.client.cache.cache import STATE_FILE, Cache, CacheState
 from lattice_remote.client.cache.edits import Edits, TextConflicts
 from lattice_remote.client.cache.effect_writer import EffectWriter
 from lattice_remote.client.cache.rescued_files import RESTORED, RescuePolicy
-from lattice_remote.client.cache.verify import CacheComparison, Reading, RepairSchedule, compare_files
+from lattice_remote.client.cache.verify import CacheComparison, Reading, RepairSchedule, compare_files, take_readings
 from lattice_remote.errors import ConnectionFailed, StorageError
 from lattice_remote.files import Signature
 from lattice_remote.protocol.messages import Change, ClientFrame, Hello, Part, Parts, Put, Response, ServerFrame
@@ -486,6 +486,8 @@ class Replicator:
         self.current_at = self.state.current_at
         self.replica = Replica(self.state.position, self.state.missing, deferred=self.state.deferred)
         self._to_fetch = self._to_fetch or len(self.state.missing)
+        if not self.state.position.epoch and self._earlier is None:
+            self._earlier = take_readings(self.cache)
 
     def _catch_up_with_others(self) -> list[Effect]:
         if self.replica.state is State.IDLE or not self._changed_by_others():

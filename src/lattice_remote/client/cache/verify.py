@@ -10,9 +10,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lattice_remote.client.cache.cache import Cache, storage_errors
+import msgspec
+
+from lattice_remote.client.cache.cache import Cache, boot_id, storage_errors
 from lattice_remote.client.cache.edits import Edits
+from lattice_remote.client.config import PRIVATE_DIRECTORY
 from lattice_remote.files import READ, Signature, hash_descriptor
+from lattice_remote.protocol.operations import digest_of
+from lattice_remote.protocol.paths import is_editable
 from lattice_remote.protocol.replica import Compare
 
 __all__ = [
@@ -22,8 +27,11 @@ __all__ = [
     "RepairSchedule",
     "compare_files",
     "foreign",
+    "is_settled",
+    "keep_readings",
     "read_all",
     "read_gently",
+    "take_readings",
 ]
 
 _SLICE = 200
@@ -79,16 +87,65 @@ def _read(cache: Cache, paths: Iterable[str], earlier: Mapping[str, Reading]) ->
             if before is not None and before.settled and before.signature == signature:
                 found[path] = before
                 continue
-            settled = time.time_ns() - max(signature[0], signature[3]) > _RACY_NS
-            size, digest = _digest(cache.absolute(path))
+            settled = is_settled(signature)
+            size, digest = _digest(cache.absolute(path), signature[1])
             found[path] = Reading(size, digest, signature, settled and size == signature[1])
     return found
 
 
-def _digest(place: str) -> tuple[int, bytes]:
-    with open(os.open(place, READ), "rb") as file:
-        size, hasher = hash_descriptor(file.fileno())
+def is_settled(signature: Signature) -> bool:
+    """Return whether a change of a file from now on would show in its signature."""
+    return time.time_ns() - max(signature[0], signature[3]) > _RACY_NS
+
+
+_AT_ONCE_BYTES = 1 << 20
+
+
+def _digest(place: str, size: int) -> tuple[int, bytes]:
+    handle = os.open(place, READ)
+    try:
+        if size < _AT_ONCE_BYTES and len(data := os.read(handle, size + 1)) == size:
+            return size, digest_of(data)
+        size, hasher = hash_descriptor(handle)
         return size, hasher.digest()
+    finally:
+        os.close(handle)
+
+
+_READINGS = f"{PRIVATE_DIRECTORY}/readings"
+
+
+class _KeptReadings(msgspec.Struct):
+    boot_id: str
+    inode: int
+    """Of the cache's directory."""
+    files: dict[str, Reading]
+
+
+def keep_readings(cache: Cache, readings: Mapping[str, Reading]) -> None:
+    """Keep readings for the next process, which need not read these files again. Plans and notes equal their bases.
+
+    Valid until a reboot: a power cut changes content without times and size.
+    """
+    cache.replace(_READINGS, msgspec.msgpack.encode(_KeptReadings(boot_id(), cache.identity[1], dict(readings))))
+
+
+def take_readings(cache: Cache) -> dict[str, Reading]:
+    """Return the kept readings and remove them; empty if there are none."""
+    if cache.size(_READINGS) is None:
+        return {}
+    data = cache.read(_READINGS)
+    cache.delete(_READINGS)
+    try:
+        kept = msgspec.msgpack.decode(data, type=_KeptReadings)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return {}
+    if not kept.boot_id or (kept.boot_id, kept.inode) != (boot_id(), cache.identity[1]):
+        return {}
+    for path, reading in kept.files.items():
+        if is_editable(path) and reading.settled:
+            cache.known.settle_text(path, reading.signature)
+    return kept.files
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +197,7 @@ async def compare_files(
     cache.quota.require(sum(size for path, (size, _) in entries.items() if not may_defer(path, size)))
     readings = await asyncio.to_thread(read_all, cache, earlier)
     local = {path: (reading.size, reading.digest) for path, reading in readings.items()}
-    edited = [path for path in edits.scan() if not edits.is_orphan(path, compare.entries)]
+    edited = [path for path in edits.scan(readings) if not edits.is_orphan(path, compare.entries)]
     for path in [path for path in edited if path in local and local[path] == entries.get(path)]:
         if edits.unanswered.get(path) is None:  # else its answer settles it
             edits.sent(path, cache.read(path))  # the base was behind, or damaged

@@ -15,9 +15,10 @@ from filelock import FileLock, Timeout
 from lattice_remote.client import credentials, trusted_servers
 from lattice_remote.client.agent_client import Progress
 from lattice_remote.client.agent_runtime import boot_time, new_request_id
-from lattice_remote.client.cache.cache import BASE_DIRECTORY, LOCK_FILE, Cache
+from lattice_remote.client.cache.cache import LOCK_FILE, Cache
+from lattice_remote.client.cache.first_fill import FirstFill
 from lattice_remote.client.cache.rescued_files import RescuedFiles
-from lattice_remote.client.cache.verify import read_all
+from lattice_remote.client.cache.verify import Reading, is_settled, keep_readings, read_all
 from lattice_remote.client.cli.common import (
     Json,
     Name,
@@ -59,6 +60,7 @@ from lattice_remote.client.config import REMOTE_FILE, STATE_FILE
 from lattice_remote.files import READ, Signature, hash_descriptor, signature_of
 from lattice_remote.protocol.bundle import END, MAGIC, Layout, head_of
 from lattice_remote.protocol.messages import Entry
+from lattice_remote.protocol.operations import digest_of
 from lattice_remote.protocol.paths import is_replicated
 
 __all__ = ["Pack", "Survey", "app", "await_push", "connected", "push_project", "stay_local", "survey"]
@@ -320,7 +322,7 @@ async def _pushed(directory: str, report: Progress) -> PushResult:
                 raise ConnectionFailed("the server has forgotten what was sent; push again")
             _keep_hooks(directory, remote, answer)
             texts = {path: pack.content(path) for path in pack.entries if is_editable(path)}
-            return PushResult(remote, answer, _become_cache(directory, remote, entries, texts))
+            return PushResult(remote, answer, _become_cache(directory, remote, entries, texts, pack.readings))
 
 
 async def _ask(connection: "Connection", directory: str, attempt: _Attempt) -> Pushed | None:
@@ -370,28 +372,35 @@ def _keep_hooks(directory: str, remote: Remote, answer: Pushed) -> None:
 
 
 def _become_cache(
-    directory: str, remote: Remote, entries: Mapping[str, bytes], texts: Mapping[str, bytes]
+    directory: str,
+    remote: Remote,
+    entries: Mapping[str, bytes],
+    texts: Mapping[str, bytes],
+    earlier: Mapping[str, Reading] | None = None,
 ) -> list[str]:
     """Turn the directory into a cache; return the files that changed since, which are rescued.
 
     ``remote.json`` is written last: until then this can be repeated. ``entries`` has the digest of each pushed file; a
-    plan or notes not in ``texts`` is taken from disk if unchanged.
+    plan or notes not in ``texts`` is taken from disk if unchanged. Unchanged ``earlier`` readings are not repeated.
     """
     cache = Cache(directory, remote)
     cache.prepare()
-    kept, rescued = list[str](), RescuedFiles(cache)
-    for path, reading in read_all(cache).items():
+    kept, rescued, bases = list[str](), RescuedFiles(cache), FirstFill(cache)
+    readings = read_all(cache, earlier)
+    for path, reading in readings.items():
         if is_editable(path):
             text = texts.get(path)
             if text is None and reading.digest == entries.get(path):
                 text = cache.read(path)
             if text is not None:
                 # A file that differs from this base is an edit, and will be sent.
-                cache.replace(f"{BASE_DIRECTORY}/{path}", text)
+                bases.add_base(path, text)
         elif reading.digest != entries.get(path):
             content = cache.read(path)
             rescued.add(path, content, "changed here while the project was pushed; that version is kept")
             kept.append(path)
+    bases.close()
+    keep_readings(cache, {path: each for path, each in readings.items() if each.digest == entries.get(path)})
     write_remote(directory, remote)
     _forget(directory, _ATTEMPT_FILE, UNPUSHED_FILE)
     return sorted(kept)
@@ -482,6 +491,7 @@ class Pack:
     size: int = 0
     digest: bytes = b""
     entries: dict[str, Entry] = field(default_factory=dict)
+    readings: dict[str, Reading] = field(default_factory=dict)
     _offsets: dict[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -516,18 +526,27 @@ class Pack:
         write(MAGIC)
         done = 0
         for path in found.files:
-            with open(os.open(os.path.join(directory, path), READ), "rb") as file:
+            with open(os.open(os.path.join(directory, path), READ), "rb", buffering=0) as file:
                 status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode) or signature_of(status) != found.files[path]:
                     raise _changed_while_read(path)
-                entry = Entry(path, status.st_size, hash_descriptor(file.fileno())[1].digest())
+                settled = is_settled(found.files[path])
+                data = file.read(status.st_size) if status.st_size <= _PIECE_BYTES else b""
+                if len(data) == status.st_size:
+                    digest = digest_of(data)
+                else:
+                    data, digest = b"", hash_descriptor(file.fileno())[1].digest()
+                    file.seek(0)
+                entry = Entry(path, status.st_size, digest)
                 write(head_of(entry))
                 self._offsets[path] = self.size
+                write(data)
                 for piece in iter(lambda: file.read(_PIECE_BYTES), b""):
                     write(piece)
             if self.size != self._offsets[path] + entry.size:
                 raise _changed_while_read(path)
             self.entries[path] = entry
+            self.readings[path] = Reading(entry.size, entry.digest, found.files[path], settled)
             done += entry.size
             report(done, found.bytes)
         write(END)
