@@ -281,7 +281,7 @@ class ProjectRegistry:
             await self._release(slug, project, why)
 
     async def _watch_closing(self) -> None:
-        """Release the projects that an administrator's command wants, see ``locks``."""
+        """Release the projects that an administrator's command wants, see ``datadir``."""
         while True:
             await asyncio.sleep(_CLOSING_CHECK_S)
             for slug, project in tuple(self._projects.items()):

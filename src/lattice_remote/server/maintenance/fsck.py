@@ -166,8 +166,7 @@ def chosen(data: DataDir, slugs: Sequence[str] | None) -> list[str]:
     if not (data.path / "config.json").exists() and not (data.path / "projects").is_dir():
         raise Misuse(f"{data.path} is not a data directory; name it with --data DIR")
     for slug in slugs or ():
-        if not data.has_project(slug):
-            raise Misuse(f"there is no project {slug!r}; see: lattice-remote project list")
+        data.require_project(slug)
     return list(slugs) if slugs else data.slugs()
 
 

@@ -78,11 +78,10 @@ def export_project(data: DataDir, slug: str, target: Path) -> Exported:
 
 
 def _project(data: DataDir, slug: str) -> ProjectPaths:
-    if data.has_project(slug):
-        return data.project(slug)
-    if data.is_archived(slug):
+    if data.is_archived(slug) and not data.has_project(slug):
         return ProjectPaths(data.archived / slug)
-    raise Misuse(f"there is no project {slug!r}; see: lattice-remote project list")
+    data.require_project(slug)
+    return data.project(slug)
 
 
 def _copy(slug: str, source: ProjectPaths, scratch: Path, data: DataDir) -> list[str]:
@@ -276,8 +275,7 @@ def delete_project(data: DataDir, slug: str) -> tuple[Path, int]:
 def _require(data: DataDir, slug: str) -> None:
     if data.is_archived(slug) and not data.has_project(slug):
         raise Misuse(f"project {slug!r} is archived; restore it with: lattice-remote project unarchive {slug}")
-    if not data.has_project(slug):
-        raise Misuse(f"there is no project {slug!r}; see: lattice-remote project list")
+    data.require_project(slug)
 
 
 def _require_archived(data: DataDir, slug: str) -> None:
