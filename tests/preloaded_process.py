@@ -33,7 +33,6 @@ def preload() -> None:
 
     lattice.plugins.load_cli_plugins = load
     import lattice_remote.client.agent.main
-    import lattice_remote.client.cli.app
     import lattice_remote.client.plugin
     import lattice_remote.client.routing
     import lattice_remote.client.storage
@@ -41,7 +40,9 @@ def preload() -> None:
     import lattice_remote.server.project.bundle_check
     import lattice_remote.server.server
     import lattice_remote.server.worker.main  # noqa: F401
+    from lattice_remote.client.cli.app import app_with
 
+    app_with()
     lattice.plugins.discover_cli_plugins()  # what it found on the disk is kept
     gc.freeze()
 

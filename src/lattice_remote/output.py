@@ -6,12 +6,12 @@ Untrusted text in a table is escaped (``errors.printable``).
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
-
-import msgspec
+from typing import TYPE_CHECKING, Any
 
 from lattice_remote.errors import printable
-from lattice_remote.protocol.messages import LogEntry, Position
+
+if TYPE_CHECKING:
+    from lattice_remote.protocol.messages import LogEntry  # slow to load
 
 __all__ = [
     "as_lines",
@@ -25,8 +25,12 @@ __all__ = [
 _MAX_TASKS_SHOWN = 3
 
 
-def as_records(entries: Sequence[LogEntry], short_ids: Mapping[str, str]) -> list[dict[str, Any]]:
+def as_records(entries: "Sequence[LogEntry]", short_ids: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return the entries for ``--json``, tasks with short ids (or null)."""
+    import msgspec
+
+    from lattice_remote.protocol.messages import Position
+
     records = []
     for entry in entries:
         record = msgspec.to_builtins(entry)
@@ -38,7 +42,7 @@ def as_records(entries: Sequence[LogEntry], short_ids: Mapping[str, str]) -> lis
     return records
 
 
-def as_lines(entries: Sequence[LogEntry], short_ids: Mapping[str, str], epoch: str = "") -> list[str]:
+def as_lines(entries: "Sequence[LogEntry]", short_ids: Mapping[str, str], epoch: str = "") -> list[str]:
     """Return a table for a terminal, empty without entries. A heading separates epochs.
 
     ``epoch``: the current one if known, which may have no entry yet.
@@ -67,7 +71,7 @@ def counted(number: int, noun: str, plural: str = "") -> str:
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
-def _row(entry: LogEntry, short_ids: Mapping[str, str]) -> tuple[str, str, str, str, str, str]:
+def _row(entry: "LogEntry", short_ids: Mapping[str, str]) -> tuple[str, str, str, str, str, str]:
     actor = f"{entry.actor} (token of {entry.token_actor})" if entry.token_actor else entry.actor
     tasks = [short_ids.get(task, task) for task in entry.tasks]
     more = len(tasks) + entry.more_tasks - _MAX_TASKS_SHOWN

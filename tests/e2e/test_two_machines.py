@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sandbox import BIN, Client, Sandbox, Server, differences, tree_of, wait_for
+from sandbox import BIN, Client, Programs, Sandbox, Server, differences, tree_of, wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -228,6 +228,27 @@ def test_status_names_its_evidence(shared_board: Board) -> None:
     text = ana.ok("remote", "status")
     assert "connected" in text
     assert str(os.getpid()) not in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "used", "unused"),
+    [
+        (("remote", "status"), "cli.common", {"asyncio", "msgspec", "lattice_remote.client.cache.cache"}),
+        (("remote", "-v"), "cli.common", {"asyncio", "msgspec", "lattice_remote.client.cache.cache"}),
+        (("comment", "TASK", "x", "--actor", "human:ana"), "routing", {"asyncio", "lattice_remote.client.guard"}),
+        (("list",), "guard", {"asyncio", "msgspec", "typer"}),
+    ],
+)
+def test_a_frequent_command_loads_only_its_own_modules(
+    shared_board: Board, argv: tuple[str, ...], used: str, unused: set[str]
+) -> None:
+    _server, ana, _ben = shared_board
+    words = [new_task(ana, "Light") if word == "TASK" else word for word in argv]
+    done = ana.run(*words, env={"PYTHONPROFILEIMPORTTIME": "1"}, programs=Programs())
+    lines = (line for line in done.stderr.splitlines() if line.startswith("import time:"))
+    loaded = {line.rpartition("|")[2].strip() for line in lines}
+    assert done.returncode == 0 and f"lattice_remote.client.{used}" in loaded
+    assert loaded.isdisjoint({"pydantic", "rich", "watchfiles", "websockets", *unused})
 
 
 def test_git_sees_only_remote_json(shared_board: Board) -> None:

@@ -13,12 +13,10 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lattice_remote.client import agent_runtime, credentials
 from lattice_remote.client.config import detachment, identify
-from lattice_remote.client.guard import allow_writes
 from lattice_remote.errors import (
     ConnectionFailed,
     RemoteError,
@@ -180,13 +178,13 @@ def _checked(answer: dict[str, Any]) -> dict[str, Any]:
 
 def run_inline(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:
     from lattice_remote.client.agent.service import serve_once
+    from lattice_remote.client.guard import allow_writes
 
     with allow_writes(""):  # a serving command may send while under its guard
         return _checked(serve_once(request, on_progress))
 
 
-@dataclass(frozen=True)
-class SurfaceResponse:
+class SurfaceResponse(NamedTuple):
     status: int
     payload: str
 

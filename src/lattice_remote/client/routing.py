@@ -24,7 +24,6 @@ from lattice_remote.client.agent_client import (
 )
 from lattice_remote.client.attachments import CallersFiles
 from lattice_remote.client.config import UNPUSHED_FILE, is_unpushed, read_remote
-from lattice_remote.client.guard import Guard
 from lattice_remote.errors import Misuse, RemoteError, one_line
 
 __all__ = ["NeedsOwnProcess", "hooked", "in_warm_process"]
@@ -201,6 +200,8 @@ def _run_plugin(command: click.Command, path: tuple[str, ...], ctx: click.Contex
 
 def _run_here(command: click.Command, ctx: click.Context, directory: str, *, plugins: str = "") -> Any:
     """Run under the guard; a refusal that the command swallowed still fails it."""
+    from lattice_remote.client.guard import Guard  # a routed command needs none
+
     guard = Guard(directory, plugins=plugins)
     guard.start()
     try:

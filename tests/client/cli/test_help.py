@@ -13,7 +13,7 @@ from typer.main import get_command
 
 from lattice_remote.client.cli.agent import agent_app as client_agent
 from lattice_remote.client.cli.agent import launcher_app as client_launcher
-from lattice_remote.client.cli.app import app as client_app
+from lattice_remote.client.cli.app import FAMILIES, app_with
 from lattice_remote.client.cli.resolve import rescued_app as client_rescued
 from lattice_remote.server.cli import app as server_app
 from sandbox import BIN
@@ -29,6 +29,7 @@ def commands(command: object, words: tuple[str, ...]) -> Iterator[tuple[tuple[st
         yield from commands(child, (*words, name))
 
 
+client_app = app_with()
 ALL = [
     *commands(get_command(client_app), ("lattice", "remote")),
     *commands(get_command(server_app), ("lattice-remote",)),
@@ -51,6 +52,10 @@ def test_the_list_of_commands_shows_whole_sentences(app: typer.Typer) -> None:
     context = command.make_context("lattice remote", [], resilient_parsing=True, terminal_width=80)
     listed = command.get_help(context).partition("Commands:")[2].splitlines()
     assert len(listed) > 2 and [line for line in listed if line.endswith("...")] == []
+
+
+def test_a_command_loads_the_family_that_has_it() -> None:
+    assert {family: tuple(get_command(app_with([family])).commands) for family in FAMILIES} == FAMILIES
 
 
 def complete(shell: str, words: str, env: dict[str, str]) -> list[str]:
@@ -121,7 +126,7 @@ def test_names_in_a_cache_are_completed_without_server_agent_and_heavy_imports(
     assert "lattice_remote.client.tasks" in loaded
     assert loaded.isdisjoint({"msgspec", "websockets", "typer", "ssl", "lattice_remote.client.routing"})
     script = script.replace("from lattice.cli.main import cli; cli(prog_name='lattice')", "")
-    script += "import lattice_remote.client.cli.app"
+    script += "from lattice_remote.client.cli.app import app_with; app_with()"
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
     assert "typer" in done.stderr.split() and set(done.stderr.split()).isdisjoint({"websockets", "watchfiles"})
 

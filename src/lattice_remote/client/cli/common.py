@@ -5,18 +5,20 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from lattice.storage.fs import LatticeRootError, find_root
 
 from lattice_remote.client import agent_client, credentials
 from lattice_remote.client.agent_client import Progress
-from lattice_remote.client.cache.evidence import Repository
-from lattice_remote.client.config import CHOICES, REMOTE_FILE, UNPUSHED_FILE, Remote, is_unpushed, read_remote
+from lattice_remote.client.config import CHOICES, REMOTE_FILE, UNPUSHED_FILE, Remote, is_cache, is_unpushed, read_remote
 from lattice_remote.client.tasks import Values, tasks_of
 from lattice_remote.errors import Misuse, RemoteError, one_line
 from lattice_remote.output import counted
+
+if TYPE_CHECKING:
+    from lattice_remote.client.cache.evidence import Repository  # slow to load
 
 __all__ = [
     "MAX_LISTED",
@@ -34,6 +36,7 @@ __all__ = [
     "lattice_directory",
     "notify",
     "print_json",
+    "print_remotes",
     "print_result",
     "progress",
     "project_directory",
@@ -137,12 +140,25 @@ def show_unpushed(found: Remote, *, as_json: bool) -> None:
         typer.echo(f"{found.name} {found.url} project {found.project}: not pushed yet; next: lattice remote push")
 
 
+def print_remotes(*, with_url: bool, as_json: bool) -> None:
+    directory, waiting = lattice_directory(), unpushed()
+    if directory is None:
+        raise Misuse(NO_PROJECT)
+    found = waiting[1] if waiting else read_remote(directory) if is_cache(directory) else None
+    if as_json:
+        print_result({"remotes": [fields_of(found) | ({"pushed": False} if waiting else {})] if found else []})
+    elif found is not None:
+        typer.echo(f"{found.name}\t{found.place}" if with_url else found.name)
+
+
 def warn_of_tracking(directory: str) -> None:
+    from lattice_remote.client.cache.evidence import Repository
+
     if (problem := tracking_problem(Repository(directory))) is not None:
         notify("; ".join(problem))
 
 
-def tracking_problem(repository: Repository) -> tuple[str, str] | None:
+def tracking_problem(repository: "Repository") -> tuple[str, str] | None:
     """Return problem and remedy if a git repository tracks more of a cache than its address."""
     tracked = [path for path in repository.tracked() if path not in (REMOTE_FILE, ".gitignore")]
     if not tracked:

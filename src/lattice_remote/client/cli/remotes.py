@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import os
 import uuid
@@ -17,7 +16,6 @@ from lattice_remote.client.cache.rescued_files import RESCUED_DIRECTORY, Rescued
 from lattice_remote.client.cache.safe_directory import remove_tree
 from lattice_remote.client.cli import push
 from lattice_remote.client.cli.common import (
-    NO_PROJECT,
     CaFile,
     Insecure,
     Json,
@@ -25,8 +23,8 @@ from lattice_remote.client.cli.common import (
     complete_remotes,
     fields_of,
     here,
-    lattice_directory,
     notify,
+    print_remotes,
     print_result,
     send_request,
     unpushed,
@@ -38,14 +36,12 @@ from lattice_remote.client.config import (
     Remote,
     check_command,
     check_name,
-    is_cache,
     parse_url,
-    read_remote,
     write_remote,
 )
 from lattice_remote.errors import Misuse, RemoteError, StorageError, one_line
 
-__all__ = ["app", "print_remotes"]
+__all__ = ["app"]
 
 app = typer.Typer()
 
@@ -57,17 +53,6 @@ def list_remotes(as_json: Json = False) -> None:
     Example: lattice remote list --json
     """
     print_remotes(with_url=True, as_json=as_json)
-
-
-def print_remotes(*, with_url: bool, as_json: bool) -> None:
-    directory, waiting = lattice_directory(), unpushed()
-    if directory is None:
-        raise Misuse(NO_PROJECT)
-    found = waiting[1] if waiting else read_remote(directory) if is_cache(directory) else None
-    if as_json:
-        print_result({"remotes": [fields_of(found) | ({"pushed": False} if waiting else {})] if found else []})
-    elif found is not None:
-        typer.echo(f"{found.name}\t{found.place}" if with_url else found.name)
 
 
 @app.command(name="get-url")
@@ -94,7 +79,7 @@ def rename(
     """
     waiting = unpushed(old)
     directory, found = waiting or here(old)
-    remote = dataclasses.replace(found, name=check_name(new))
+    remote = found._replace(name=check_name(new))
     write_remote(directory, remote, UNPUSHED_FILE if waiting else REMOTE_FILE)
     typer.echo(f"{old} is now called {new}.")
 
@@ -115,7 +100,7 @@ def set_url(
     directory, found = waiting or here(name)
     new_url, slug = parse_url(url, project)
     trusted_servers.record(trusted_servers.name(new_url, insecure=insecure, ca_file=ca_file))
-    remote = dataclasses.replace(found, url=new_url, project=slug or found.project)
+    remote = found._replace(url=new_url, project=slug or found.project)
     _reuse_token(found, remote)
     if waiting is not None:
         push.stay_local(directory)  # a request to the old server is void
@@ -150,7 +135,7 @@ def route(
     if words:
         command = check_command(" ".join(words))
         others = tuple(known for known in found.commands if known != command)
-        found = dataclasses.replace(found, commands=others if local else (*others, command))
+        found = found._replace(commands=others if local else (*others, command))
         write_remote(directory, found)
     if as_json:
         print_result({"commands": list(found.commands)})
