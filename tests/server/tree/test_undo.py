@@ -46,6 +46,15 @@ def replace(log: UndoLog, path: Path) -> None:
     scratch.replace(path)
 
 
+def replace_with_known_content(log: UndoLog, path: Path) -> None:
+    scratch = path.with_name(".tmp.new")
+    scratch.write_bytes(b"replaced")
+    before = path.read_bytes() if path.exists() else None
+    log.announce(str(path), Replacement(scratch.stat().st_ino, before=before))
+    log.keep_for_replace(*file_at(path))
+    scratch.replace(path)
+
+
 def remove(log: UndoLog, path: Path) -> None:
     log.keep_for_replace(*file_at(path))
     path.unlink()
@@ -75,6 +84,8 @@ Deed = Callable[[UndoLog, Path], None]
         [replace],
         [append, append, rewrite],
         [append, replace],
+        [replace_with_known_content],
+        [append, replace_with_known_content],
         [append, move_away_and_rewrite],
         [replace, rewrite],
         [replace, append, replace],

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lattice_remote.protocol.operations import canonical_json, flat_json, flat_value
 from lattice_remote.server.tree.tree import patch_between
-from lattice_remote.server.worker.patches import FlatJson
+from lattice_remote.server.worker.patches import FlatJson, IndentedJson
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=5) | st.text("abcXYZ-019 /,.:{}", max_size=9)
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS
@@ -35,11 +35,13 @@ def test_what_is_written_is_what_json_writes(value: object) -> None:
     assert canonical_json(value) == (expected + "\n").encode()
     assert FlatJson().dumps(value, sort_keys=True, indent=2) == expected
     assert FlatJson().loads(expected + "\n") == json.loads(expected) or "NaN" in expected
+    assert IndentedJson().dumps(value, sort_keys=True, indent=2) == expected
 
 
 @pytest.mark.parametrize("options", [{}, {"indent": 2}, {"sort_keys": True}, {"sort_keys": True, "indent": 4}])
 def test_other_forms_are_written_as_asked(options: dict[str, Any]) -> None:
-    assert FlatJson().dumps(index(3), **options) == json.dumps(index(3), **options)
+    for replacement in (FlatJson(), IndentedJson()):
+        assert replacement.dumps(index(3), **options) == json.dumps(index(3), **options)
 
 
 def test_an_index_of_many_tasks_is_written_and_read_the_fast_way() -> None:

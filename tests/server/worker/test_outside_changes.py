@@ -22,7 +22,7 @@ from test_beside_lattice import Repeated, holding, plain
 from test_server import make_token
 from worker_process import ANA, WorkerProcess, answer_of, change_of, invoke, make_project, tree_of
 
-from lattice_remote.protocol.messages import Change, Refused, Stored
+from lattice_remote.protocol.messages import Change, Refused, Reply, Stored
 from lattice_remote.protocol.operations import AppendBytes, MemoryTree, PutFile, apply
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.ipc import Edit, RequestDone
@@ -482,6 +482,36 @@ def test_but_a_task_edited_by_hand_stays_as_it_is(board: Board) -> None:
     plain(board.root, "comment", "LAT-1", "plain", *BOB)
     board.take(board.worker.reconcile())
     assert json.loads(snapshot.read_text())["title"] == "by hand"
+
+
+def save_in_place(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    os.utime(path, (1e9, 1e9))  # within a moment of the last command, the time could be the same
+
+
+def save_by_replacement(path: Path, data: bytes) -> None:
+    scratch = path.with_name(".saved")
+    scratch.write_bytes(data)
+    scratch.replace(path)
+
+
+@pytest.mark.parametrize("save", [save_in_place, save_by_replacement])
+def test_a_task_that_was_edited_after_a_command_is_not_taken_from_memory(
+    board: Board, save: Callable[[Path, bytes], None]
+) -> None:
+    board.run("update", "LAT-1", "title=one")
+    snapshot = board.lattice / f"tasks/{board.task}.json"
+    save(snapshot, snapshot.read_bytes().replace(b'"title": "one"', b'"title": "two"'))
+    board.run("comment", "LAT-1", "hello")
+    assert json.loads(snapshot.read_bytes())["title"] == "two"
+    assert board.attribution.files == tree_of(board.lattice)
+
+
+def test_a_task_that_was_removed_after_a_command_is_not_found(board: Board) -> None:
+    board.run("update", "LAT-1", "title=one")
+    (board.lattice / f"tasks/{board.task}.json").unlink()
+    refused = answer_of(board.run("comment", "LAT-1", "hello"))
+    assert isinstance(refused, Reply) and refused.exit_code == 1 and b"not found" in refused.stderr
 
 
 def test_a_task_whose_lock_is_held_waits_for_its_holder(board: Board, tmp_path: Path) -> None:

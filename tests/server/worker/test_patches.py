@@ -76,6 +76,10 @@ def a_group() -> click.Group:
         sources = {name: context.get_parameter_source(name) for name in values}
         click.echo(repr(sorted(values.items())) + repr(sorted(sources.items())))
 
+    @group.group()
+    def inner() -> None:
+        click.echo("inner")
+
     return group
 
 
@@ -96,6 +100,7 @@ def a_group() -> click.Group:
         "--help",
         "--version",
         "other",
+        "inner",
         "",
     ],
 )
@@ -108,6 +113,21 @@ def test_a_command_line_is_parsed_as_by_the_original(line: str) -> None:
     for settings in ({}, {"env": {"GREET_PLACE": "there"}}, {"default_map": {"greet": {"count": 9, "case": "title"}}}):
         results = [runner.invoke(group, line.split(), **settings) for group in (a_group(), patched, patched)]
         assert len({(result.exit_code, result.output) for result in results}) == 1, results
+
+
+def test_a_line_that_was_parsed_before_is_run_with_its_own_values() -> None:
+    patched = a_group()
+    for command in (patched, *patched.commands.values()):
+        parse_faster(command)
+    runner = CliRunner()
+    for line in ("greet a -c 4 --tag x", "greet a -c 4 --tag x", "greet b c --quiet", f"greet {'x' * 100_000}"):
+        for command, args in ((patched, line.split()), (patched.commands["greet"], line.split()[1:])):
+            values, rest, order = command.make_parser(click.Context(command)).parse_args(args)
+            values.clear()
+            rest.clear()
+            order.clear()
+        expected = runner.invoke(a_group(), line.split())
+        assert runner.invoke(patched, line.split()).output == expected.output
 
 
 # --- the project ---
@@ -123,6 +143,22 @@ def test_the_project_is_found_as_by_the_original(tmp_path: Path, monkeypatch: py
     (tmp_path / ".lattice").rmdir()
     with pytest.raises(fs.LatticeRootError):
         find()
+
+
+def test_paths_in_the_project_are_those_of_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATTICE_ROOT", str(tmp_path))
+    (tmp_path / ".lattice").mkdir()
+    found, expected = root_finder(tmp_path, fs.find_root)(), fs.find_root()
+    assert found is not None and expected is not None
+    for parts in ([".lattice"], [".lattice", "tasks", "x.json"], ["..", "a"], [".lattice", "a/b/"], ["/tmp"], [""]):
+        for _ in range(2):
+            found_below, expected_below = found, expected
+            for part in parts:
+                found_below, expected_below = found_below / part, expected_below / part
+            assert (found_below, str(found_below)) == (expected_below, str(expected_below))
+            assert hash(found_below) == hash(expected_below) and found_below.parent == expected_below.parent
+            assert found_below.relative_to("/") == expected_below.relative_to("/")
+    assert found.joinpath("tasks") == expected / "tasks" and found / Path("tasks") == expected / "tasks"
 
 
 JSON = st.recursive(
@@ -316,6 +352,7 @@ class Patched:
         directory.mkdir()
         self.writes = WriteSet(None if lazy else fs._fsync_directory)
         patch.setattr(fs, "os", Disk(self.writes, lazy=lazy))
+        patch.setattr(fs, "tempfile", self.writes)
         patch.setattr(fs, "open", self.writes.open_log, raising=False)
         patch.setattr(io, "open", self.writes.open)
 

@@ -168,10 +168,14 @@ class PreImages(Protocol):
 
 @dataclass(frozen=True)
 class Replacement:
-    """Replacing file; ``digest`` is needed only if users edit the file in place."""
+    """Replacing file; ``digest`` is needed only if users edit the file in place.
+
+    ``before`` is the content of the replaced file, if known.
+    """
 
     inode: int
     digest: bytes | None = None
+    before: bytes | None = None
 
 
 @runtime_checkable
@@ -229,15 +233,9 @@ class Capture:
             self._undo.expect({path: _regular(status) for path, status in places.items()})
         return places
 
-    def note_replace(
-        self, source: str, target: str, status: os.stat_result | None, inode: int, digest: bytes | None
-    ) -> None:
-        """Note that an expected file is replaced without an event.
-
-        Args:
-            ``digest`` is needed only if users edit the file in place.
-        """
-        self._announce(target, Replacement(inode, digest))
+    def note_replace(self, source: str, target: str, status: os.stat_result | None, made: Replacement) -> None:
+        """Note that an expected file is replaced without an event."""
+        self._announce(target, made)
         self._undo.keep_for_move(source, None)
         self._undo.keep_for_replace(target, _regular(status))
         self._touch(target, status)

@@ -53,6 +53,7 @@ __all__ = [
     "TrustedDigest",
     "encode_manifest",
     "has_signature",
+    "is_same_file",
     "load_manifest",
     "patch_between",
     "save_manifest",
@@ -457,7 +458,7 @@ class ProjectTree:
         try:
             if written is None:
                 return self._read(path, old, status, appended, None)
-            if _is_same(written[0], status):
+            if is_same_file(written[0], status):
                 return self._read(path, old, status, appended, written[1])
             return self._read_whole(path, old, status, None)  # another process has written to it since
         except (FileNotFoundError, PermissionError):
@@ -648,7 +649,8 @@ def _lstat(path: str) -> os.stat_result | None:
     return status if stat.S_ISREG(status.st_mode) else None
 
 
-def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
+def is_same_file(one: os.stat_result, other: os.stat_result) -> bool:
+    """Compare as ``has_signature`` does."""
     return (one.st_size, one.st_mtime_ns, one.st_ino) == (other.st_size, other.st_mtime_ns, other.st_ino)
 
 

@@ -220,7 +220,10 @@ class UndoLog:
                 self._keep(_Absent(path, inode_after))
             return
         size = known.size if isinstance(known, _Length) else status.st_size
-        if status.st_size <= SMALL_BYTES or not self._link(path, size, status.st_ino, inode_after):
+        before = after.before if isinstance(after, Replacement) else None
+        if before is not None and len(before) == size:
+            self._keep(_Content(path, before, stat.S_IMODE(status.st_mode), inode_after))
+        elif status.st_size <= SMALL_BYTES or not self._link(path, size, status.st_ino, inode_after):
             self._keep_content(path, path, size, inode_after)
 
     def keep_directory(self, path: str) -> None:

@@ -24,6 +24,7 @@ from lattice_remote.server.worker.patches import (
     Copier,
     Disk,
     FlatJson,
+    IndentedJson,
     Lock,
     LockBusy,
     LockTable,
@@ -157,6 +158,7 @@ class Executor:
         setattr(artifact_cmds, "shutil", self._mover)  # noqa: B010 - likewise
         setattr(short_ids, "json", FlatJson())  # noqa: B010 - likewise
         setattr(tasks, "copy", Copier())  # noqa: B010 - likewise
+        setattr(tasks, "json", IndentedJson())  # noqa: B010 - likewise
         setattr(helpers, "find_root", root_finder(root, fs.find_root))  # noqa: B010 - an imported name
         sync_directory = None if lazy else fs._fsync_directory
         self._writes = WriteSet(sync_directory, capture)
@@ -166,6 +168,7 @@ class Executor:
             fs._fsync_directory = _skip_sync
         if capture is not None:
             setattr(fs, "open", self._writes.open_log)  # noqa: B010 - hides the built-in one
+            setattr(fs, "tempfile", self._writes)  # noqa: B010 - for its mkstemp()
             setattr(io, "open", self._writes.open)  # noqa: B010 - pathlib's way to every file
         setattr(lattice_locks, "FileLock", partial(Lock, self._locks.acquire))  # noqa: B010 - an imported name
         if make_id is not None:

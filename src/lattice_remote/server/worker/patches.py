@@ -14,10 +14,11 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache, partial
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import IO, Any, NamedTuple, NoReturn
 
 import click
+import msgspec
 
 from lattice_remote.files import SAFE, write_all
 from lattice_remote.protocol.operations import (
@@ -29,8 +30,8 @@ from lattice_remote.protocol.operations import (
     remember_flat,
 )
 from lattice_remote.protocol.paths import is_editable
-from lattice_remote.server.tree.capture import Capture
-from lattice_remote.server.tree.tree import EDITED_BY_HAND, INLINE_BYTES, RACY_NS
+from lattice_remote.server.tree.capture import Capture, Replacement
+from lattice_remote.server.tree.tree import EDITED_BY_HAND, INLINE_BYTES, RACY_NS, is_same_file
 
 __all__ = [
     "LOCK_PREFIX",
@@ -38,6 +39,7 @@ __all__ = [
     "Copier",
     "Disk",
     "FlatJson",
+    "IndentedJson",
     "Lock",
     "LockBusy",
     "LockTable",
@@ -51,8 +53,13 @@ LOCK_PREFIX = "locks/"
 """Prefix of lock names (``locks/tasks_...``) among resource names, which have no slash."""
 
 _MAX_OPEN_LOCKS = 128
+_MAX_KEPT_CHARS = 16 * 1024
+"""Of a parsed line: an argument may have a megabyte."""
 _OFTEN_READ = ("/.lattice/config.json", "/.lattice/ids.json")
 """Read by almost every command."""
+_SNAPSHOTS = "/.lattice/tasks/"
+_MAX_RECENT_FILES, _MAX_RECENT_BYTES = 128, 16 * 1024
+_USUAL_ENTRIES = {".lattice", "config.json", "ids.json", "events", "locks", "notes", "plans", "resources", "tasks"}
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -100,48 +107,106 @@ class Mover:
 
 def parse_faster(command: click.Command) -> None:
     """Make a command build its parameters, parser and defaults once; Click does it several times for each line."""
-    context = click.Context(command, info_name=command.name, **command.context_settings)
-    parameters, parser = command.get_params(context), command.make_parser(context)
+    _CommandParser(command)
 
-    def make_parser(ctx: click.Context) -> Any:
-        parser.ctx = ctx
-        return parser
 
-    setattr(command, "get_params", lambda _: parameters)  # noqa: B010 - a method
-    setattr(command, "make_parser", make_parser)  # noqa: B010 - likewise
+class _CommandParser:
+    """Replacement of a command's own parsing.
+
+    The policy and Click parse each line, one after the other: the second time gets the first one's result. Options that
+    are not given get their default without being processed again.
+    """
+
+    def __init__(self, command: click.Command) -> None:
+        context = click.Context(command, info_name=command.name, **command.context_settings)
+        self._parameters = self._processed = command.get_params(context)
+        self._defaults = _fixed_defaults(command, self._parameters)
+        self._printing = [name for name, (_, _, is_exposed) in self._defaults.items() if not is_exposed]
+        self._parser = command.make_parser(context)
+        self._parse, self._process = self._parser.parse_args, command.parse_args
+        self._line: list[str] = []
+        self._parsed: Any = None
+        setattr(self._parser, "parse_args", self._parse_once)  # noqa: B010 - a method
+        setattr(command, "get_params", lambda _: self._processed)  # noqa: B010 - likewise
+        setattr(command, "make_parser", self._make_parser)  # noqa: B010 - likewise
+        setattr(command, "parse_args", self._parse_args)  # noqa: B010 - likewise
+
+    def _make_parser(self, ctx: click.Context) -> Any:
+        self._parser.ctx = ctx
+        return self._parser
+
+    def _parse_once(self, args: list[str]) -> tuple[dict[str, Any], list[str], list[Any]]:
+        if self._parsed is None or args != self._line:
+            line = list(args) if sum(map(len, args)) <= _MAX_KEPT_CHARS else []
+            parsed = self._parse(args)  # changes the list
+            self._line, self._parsed = line, parsed if line else None
+        else:
+            parsed = self._parsed
+        given, rest, order = parsed
+        return dict(given), list(rest), list(order)
+
+    def _parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given, _, _ = self._make_parser(ctx).parse_args(list(args))
+        prints_help = not args or not given.keys().isdisjoint(self._printing)
+        if prints_help or ctx.default_map or ctx.auto_envvar_prefix or ctx.resilient_parsing:
+            return self._process(ctx, args)
+        for name, (value, source, is_exposed) in self._defaults.items():
+            if name not in given:
+                ctx.set_parameter_source(name, source)
+                if is_exposed:
+                    ctx.params[name] = value
+        self._processed = [each for each in self._parameters if each.name in given or each.name not in self._defaults]
+        try:
+            return self._process(ctx, args)
+        finally:
+            self._processed = self._parameters
+
+
+def _fixed_defaults(command: click.Command, parameters: list[click.Parameter]) -> dict[str, tuple[Any, Any, bool]]:
+    """Return value, source and exposure by name, of the options that are always the same unless given."""
     uses = Counter(parameter.name for parameter in parameters)
-    for parameter in parameters:
-        if type(parameter) is click.Option and uses[parameter.name] == 1 and _has_fixed_default(parameter):
-            _use_default(command, parameter)
+    defaults = {}
+    for option in parameters:
+        if isinstance(option, click.Option) and uses[option.name] == 1 and _has_fixed_default(option):
+            assert option.name is not None, "each option has one"
+            probe = click.Context(command)
+            option.handle_parse_result(probe, {}, [])
+            value, source = probe.params.get(option.name), probe.get_parameter_source(option.name)
+            if isinstance(value, Hashable):  # a command could change another one
+                defaults[option.name] = value, source, option.expose_value
+    return defaults
 
 
 def _has_fixed_default(option: click.Option) -> bool:
+    if not option.expose_value:  # the callback of --help or --version does nothing unless that is given
+        return getattr(option.callback, "__module__", "") == "click.decorators"
     may_vary = option.callback or option.required or option.envvar or option.prompt or callable(option.default)
-    return option.expose_value and not may_vary
-
-
-def _use_default(command: click.Command, option: click.Option) -> None:
-    assert option.name is not None, "an exposed option has a name"
-    name, handle, probe = option.name, option.handle_parse_result, click.Context(command)
-    handle(probe, {}, [])
-    value, source = probe.params[name], probe.get_parameter_source(name)
-    if not isinstance(value, Hashable) or source is None:
-        return  # a command could change it
-
-    def handle_parse_result(ctx: click.Context, opts: Mapping[str, Any], args: list[str]) -> tuple[Any, list[str]]:
-        if name in opts or ctx.default_map or ctx.auto_envvar_prefix:
-            return handle(ctx, opts, args)
-        ctx.params[name] = value
-        ctx.set_parameter_source(name, source)
-        return value, args
-
-    setattr(option, "handle_parse_result", handle_parse_result)  # noqa: B010 - a method
+    return type(option) is click.Option and not may_vary
 
 
 def root_finder(root: Path, find_root: Callable[[Path | None], Path | None]) -> Callable[..., Path | None]:
     """Return a replacement of ``find_root`` for the project at ``root``: one look at the disk."""
+    known = _Directory(root)
     directory = str(root / ".lattice")
-    return lambda start=None: root if os.path.isdir(directory) else find_root(start)
+    return lambda start=None: known if os.path.isdir(directory) else find_root(start)
+
+
+class _Directory(PosixPath):
+    """A path that makes those of its usual entries once: a command makes each several times."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._entries: dict[str, Path] = {}
+
+    def __truediv__(self, name: Any) -> Any:
+        if name not in _USUAL_ENTRIES:
+            return Path(self, name)
+        if (entry := self._entries.get(name)) is None:
+            entry = self._entries[name] = _Directory(Path(f"{self}/{name}"))
+        return entry
+
+    def with_segments(self, *segments: Any) -> Any:
+        return Path(*segments)
 
 
 # --- locks ---
@@ -294,13 +359,16 @@ class WriteSet:
         self._capture = capture
         self._open: Callable[..., IO[Any]] = io.open
         self._often_read: dict[str, tuple[tuple[int, ...], bytes]] = {}  # by path: signature and content
+        self._recent: dict[str, tuple[os.stat_result, bytes]] = {}  # by path: replacing files, the newest last
         self._waiting: dict[str, str | list[str]] = {}  # by target: the replacing file, or the lines to append
-        self._written: dict[int, bytes] = {}  # whole contents of new files, by inode
+        self._made: dict[int, str] = {}  # new files, by descriptor
+        self._written: dict[str, tuple[os.stat_result, bytes]] = {}  # status and whole content of new files
         if capture is not None:
             capture.pending, capture.before_change = self._waiting, self.publish
 
     def forget(self) -> None:
         self._waiting.clear()
+        self._made.clear()
         self._written.clear()
 
     def publish(self) -> None:
@@ -333,15 +401,26 @@ class WriteSet:
         if capture is None:
             _replace(source, target)
             return
-        made = os.stat(source)
-        data = self._written.get(made.st_ino)
-        if data is not None and len(data) != made.st_size:
-            data = None
+        made, data = self._written.get(source) or (os.stat(source), None)
         digest = digest_of(data or Path(source).read_bytes()) if target.endswith(EDITED_BY_HAND) else None
-        capture.note_replace(source, target, status, made.st_ino, digest)
+        before = self._recent_content(target, status)
+        capture.note_replace(source, target, status, Replacement(made.st_ino, digest, before))
+        self._recent.pop(target, None)
         _replace(source, target)
         if data is not None:
             capture.note_written(target, made, data)
+            if _SNAPSHOTS in target and len(data) <= _MAX_RECENT_BYTES:
+                self._recent[target] = made, data
+                if len(self._recent) > _MAX_RECENT_FILES:
+                    del self._recent[next(iter(self._recent))]
+
+    def _recent_content(self, path: str, status: os.stat_result | None) -> bytes | None:
+        """Return the content of a file that this process wrote and no other has replaced since.
+
+        All programs replace these files; an edit in place would be noticed by size and time.
+        """
+        made, data = self._recent.get(path, (None, None))
+        return data if made is not None and status is not None and is_same_file(made, status) else None
 
     def _publish_lines(self, data: bytes, target: str, capture: Capture | None, status: os.stat_result | None) -> None:
         if capture is not None:
@@ -355,13 +434,20 @@ class WriteSet:
 
     # --- replaced functions ---
 
+    def mkstemp(self, *, dir: str | Path, prefix: str) -> tuple[int, str]:  # noqa: A002 - the original's name
+        """Create a file like that of ``tempfile``, without the search for a free name."""
+        path = f"{dir}/{prefix}{os.urandom(8).hex()}"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        self._made[descriptor] = path
+        return descriptor, path
+
     def write(self, descriptor: int, data: bytes | memoryview) -> int:
         size = os.write(descriptor, data)
-        inode = os.fstat(descriptor).st_ino
-        if size == len(data) <= INLINE_BYTES and inode not in self._written:
-            self._written[inode] = bytes(data)
-        else:
-            self._written.pop(inode, None)
+        path = self._made.pop(descriptor, None)
+        if path is None:  # one of several writes
+            self._written.clear()
+        elif size == len(data) <= INLINE_BYTES:
+            self._written[path] = os.fstat(descriptor), bytes(data)
         return size
 
     def replace(self, source: str, target: str | Path) -> None:
@@ -415,10 +501,17 @@ class WriteSet:
             with self._open(name, "rb") as log:
                 whole = log.read() + "".join(content).encode()
             return _reader(whole, mode, *arguments, **options)
-        if content is None and name.endswith(_OFTEN_READ) and (data := self._read_often(name)) is not None:
-            return _reader(data, mode, *arguments, **options)
+        known = self._known_content(name) if content is None else None
+        if known is not None:
+            return _reader(known, mode, *arguments, **options)
         is_replaced = content is not None and os.path.lexists(name)
         return self._open(content if is_replaced else file, mode, *arguments, **options)
+
+    def _known_content(self, path: str) -> bytes | None:
+        if path in self._recent:
+            with suppress(OSError):
+                return self._recent_content(path, os.lstat(path))
+        return self._read_often(path) if path.endswith(_OFTEN_READ) else None
 
     def _read_often(self, path: str) -> bytes | None:
         with suppress(OSError):
@@ -560,6 +653,22 @@ class FlatJson:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(json, name)
+
+
+class IndentedJson:
+    """Replacement of ``json`` in snapshots: an equal text, by the original's fast encoder, which cannot indent."""
+
+    def dumps(self, value: Any, **options: Any) -> str:
+        if options == {"sort_keys": True, "indent": 2}:
+            with suppress(msgspec.MsgspecError):  # NaN, for example
+                return msgspec.json.format(_encode_sorted(value), indent=2)
+        return json.dumps(value, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(json, name)
+
+
+_encode_sorted = json.JSONEncoder(sort_keys=True).encode
 
 
 def _copied(value: FlatObject) -> FlatObject:
