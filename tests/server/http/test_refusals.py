@@ -164,10 +164,13 @@ async def test_a_revoked_token_ends_its_connections(running: Running) -> None:
 
 
 async def test_a_token_that_expires_ends_its_connections(running: Running) -> None:
-    ends = datetime.now(UTC) + timedelta(seconds=5)
-    token, text = TokenFile(running.data.tokens).create(projects=["web"], actor="human:ben", act_as=[], expires=ends)
+    tokens, later = TokenFile(running.data.tokens), datetime.now(UTC) + timedelta(hours=1)
+    token, text = tokens.create(projects=["web"], actor="human:ben", act_as=[], expires=later)
     async with running.connected(text) as client:
         await client.send(hello())
+        await client.recv()
+        ends = datetime.now(UTC) + timedelta(seconds=1)
+        tokens.edit(token.id, expires=ends)
         bye, code = await farewell(client)
     assert timedelta() <= datetime.now(UTC) - ends < timedelta(seconds=30)
     assert bye is not None
