@@ -185,10 +185,10 @@ def test_a_change_without_room_for_its_content_is_refused_alone(cluster: Running
     assert plan.read_text() == "c" * size
 
 
-def write_plan(cluster: RunningCluster, task: str, text: str) -> requests.Response:
-    url = f"http://127.0.0.1:{cluster.nodes['b'].port}/projects/web/plans/{task}"
+def write_plan(cluster: RunningCluster, task: str, text: str, node: str = "b") -> requests.Response:
+    url = f"http://127.0.0.1:{cluster.nodes[node].port}/projects/web/plans/{task}"
     headers = {"If-Match": "*", "Content-Type": "text/markdown"}
-    return cluster.sessions["b"].put(url, data=text, headers=headers, timeout=120)
+    return cluster.sessions[node].put(url, data=text, headers=headers, timeout=120)
 
 
 def test_large_contents_that_change_again_at_once_reach_every_node(cluster: RunningCluster) -> None:
@@ -204,3 +204,18 @@ def test_large_contents_that_change_again_at_once_reach_every_node(cluster: Runn
         )
     assert {answer.status_code for answer in answers} == {201}, [answer.text[:200] for answer in answers]
     wait_until(cluster.agree, "the nodes agree")
+
+
+def test_a_content_that_the_cluster_has_no_longer_is_copied_from_a_node(cluster: RunningCluster) -> None:
+    task = cluster.write("b", "a content of yesterday").json()["data"]["id"]
+    assert write_plan(cluster, task, "[ ] " * 100_000).ok
+    wait_until(cluster.agree, "the nodes agree")
+    absent = "a" if cluster.owner() == "b" else "b"
+    cluster.nodes[absent].end()
+    cluster.names = "ab".replace(absent, "")
+    assert write_plan(cluster, task, "[x] " * 100_000, cluster.names).ok
+    with_order(cluster, lambda engine, order: engine.purge("lattice-contents"))
+    cluster.start(absent)
+    cluster.names = "ab"
+    wait_until(cluster.agree, "the nodes agree")
+    assert (cluster.tree(absent) / f"plans/{task}.md").read_text() == "[x] " * 100_000
