@@ -2,10 +2,13 @@
 
 import asyncio
 import json
+import os
 import secrets
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ import requests
 from cluster_nodes import RunningCluster, running_cluster, wait_until
 from harness import Copy, tree_of, upload
 from nats_servers import nats_cluster
-from server_process import COMMAND
+from server_process import COMMAND, children_of
 from test_server import make_data
 from typer.testing import CliRunner
 
@@ -107,6 +110,30 @@ def test_a_project_of_one_node_is_on_all_and_its_name_is_taken(cluster: RunningC
 def test_a_node_shows_its_role(cluster: RunningCluster, owner: str) -> None:
     roles = {node: web_on(cluster, node)["role"] for node in "ab"}
     assert roles == {"a": "follower", "b": "follower"} | {owner: "owner"}
+
+
+def test_a_node_that_lags_behind_finds_what_another_has_just_acknowledged(cluster: RunningCluster, owner: str) -> None:
+    other = "ab".replace(owner, "")
+    assert cluster.ask(other, "GET", "/tasks/none").status_code == 422  # its reader has started
+    workers = children_of(cluster.nodes[other], b"worker.main")
+    assert workers
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    try:
+        task = cluster.write(owner, "seen by the owner alone").json()["data"]["id"]
+        with ThreadPoolExecutor(2) as pool:
+            requested = [
+                pool.submit(cluster.ask, other, "GET", f"/tasks/{task}"),
+                pool.submit(cluster.ask, other, "PUT", f"/plans/{task}", data="# Plan", headers={"If-Match": "*"}),
+            ]
+            wait(requested, timeout=0.5)  # an answer from the files here comes at once
+            for worker in workers:
+                os.kill(worker, signal.SIGCONT)
+            answers = [each.result() for each in requested]
+    finally:
+        for worker in workers:
+            os.kill(worker, signal.SIGCONT)
+    assert [answer.status_code for answer in answers] == [200, 200], [answer.text for answer in answers]
 
 
 def test_a_second_server_under_the_name_of_a_node_is_refused(cluster: RunningCluster, tmp_path: Path) -> None:

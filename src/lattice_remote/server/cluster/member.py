@@ -335,6 +335,17 @@ class Member:
                     await self._head_changed.wait()
         return self.project.history.head >= seq
 
+    async def catch_up(self) -> bool:
+        if self._is_owner:
+            return False
+        with contextlib.suppress(TimeoutError, EngineUnavailable, StreamLost):
+            async with asyncio.timeout(_REACH_S):
+                _, last = await self._order.bounds()
+                while self.position < last:
+                    self._applied.clear()
+                    await self._applied.wait()
+        return True
+
     def forward(self, message: WriteRequest, requester: Requester, on_result: OutcomeListener | None) -> None:
         if isinstance(message, ImportProject) and message.candidate:
             self._claimed.append((message, requester, on_result))

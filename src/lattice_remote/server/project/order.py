@@ -63,6 +63,9 @@ class Order(Protocol):
     async def reach(self, seq: int) -> bool:
         """Wait a moment until change ``seq`` is here; return whether it is."""
 
+    async def catch_up(self) -> bool:
+        """Wait a moment for all changes that the cluster has; return whether some may have come."""
+
     def forward(self, message: WriteRequest, requester: Requester, on_result: OutcomeListener | None) -> None:
         """Have the owner answer a request, on a node that is not the owner."""
 
@@ -116,6 +119,9 @@ class EmbeddedOrder:
 
     async def reach(self, seq: int) -> bool:  # noqa: ARG002
         return True
+
+    async def catch_up(self) -> bool:
+        return False
 
     def forward(
         self,

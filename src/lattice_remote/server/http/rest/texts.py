@@ -227,7 +227,10 @@ async def _version(request: EndpointRequest[Nothing, Nothing], place: _Place) ->
 
 
 async def _get(request: EndpointRequest[Nothing, Nothing], place: _Place) -> Response:
-    text = await text_at_head(request.context.project, place.path, request.context.share)
+    project = request.context.project
+    text = await text_at_head(project, place.path, request.context.share)
+    if text is None and await project.order.catch_up():
+        text = await text_at_head(project, place.path, request.context.share)
     if text is None:
         raise Rejected(f"task {place.task} has no {TEXT_KINDS[place.kind]}", code="REMOTE_NOT_FOUND")
     etag = _etag(text)
@@ -276,6 +279,7 @@ async def _save(request: EndpointRequest[Nothing, bytes], place: _Place) -> tupl
             return done, request.body
         if f"tasks/{place.task}.json" not in project.history.files:
             raise _archived(place)
+        await project.order.catch_up()
         once = replace(once, id=sha256(f"{request.once.id} {number}".encode()).hexdigest()[:32])  # of a repetition too
     raise Rejected(f"{place.active} keeps changing; try again", code="REMOTE_BUSY")
 
@@ -290,10 +294,11 @@ async def _replace(request: EndpointRequest[Nothing, bytes], place: _Place, want
                 raise
             if place.is_archived:
                 raise _archived(place) from rejected
-            if not current:
+            # With a star, a text that was written since the read is replaced too.
+            await request.context.project.order.catch_up()
+            if place.active not in request.context.project.history.files:
                 why = f"task {place.task} has no such text yet; create it with If-None-Match: *"
                 raise Rejected(why, code=rejected.code) from rejected
-            # With a star, a text that was written since the read is replaced too.
             if wanted != "*":
                 raise
     raise Rejected(f"{place.active} keeps changing; try again", code="REMOTE_BUSY")
