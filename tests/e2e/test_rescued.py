@@ -77,6 +77,7 @@ def test_a_comment_is_kept_named_shown_and_applied(shared_board: Board, tmp_path
     assert ana.ok("remote", "rescued", "apply", "--all").splitlines() == [
         f"applied: comment_added to {task}",
         "Applied 1, refused 0.",
+        f"Dropped {entry['number']}: the server lacks nothing of it.",
     ]
     ben.ok("remote", "pull")
     assert ben.ok("comments", task).count("straight into the copy") == 1

@@ -148,7 +148,7 @@ TOKEN_VARIABLE = "LATTICE_TOKEN"  # noqa: S105 - the variable's name
 def conformance(  # noqa: PLR0917 - Typer calls it
     url: Annotated[
         str,
-        typer.Argument(metavar="[URL]", help="A project: http://HOST:PORT/projects/SLUG.", show_default=False),
+        typer.Argument(metavar="URL", help="A project: http://HOST:PORT/projects/SLUG.", show_default=False),
     ] = "",
     token: Annotated[str, typer.Option(help="A token of it.", envvar=TOKEN_VARIABLE, show_default=False)] = "",
     client: Annotated[

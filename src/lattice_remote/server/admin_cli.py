@@ -43,8 +43,8 @@ clusters = typer.Typer(help="Manage this server's cluster; see docs/run/cluster.
 _DATA_HELP = "The data directory. Else LATTICE_REMOTE_DATA, else the user's data directory."
 DataOption = Annotated[Path | None, typer.Option("--data", metavar="DIR", help=_DATA_HELP, show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Slug = Annotated[str, typer.Argument(help="The project.")]
-TokenName = Annotated[str, typer.Argument(help="Its id, or the token itself.")]
+Slug = Annotated[str, typer.Argument(metavar="SLUG", help="The project.")]
+TokenName = Annotated[str, typer.Argument(metavar="TOKEN", help="Its id, or the token itself.")]
 
 
 def data_of(context: typer.Context, after: Path | None) -> DataDir:
@@ -84,7 +84,7 @@ def _in_cluster[**P, R](data: DataDir, command: Callable[Concatenate[DataDir, P]
 @projects.command("create")
 def create_project(  # noqa: PLR0917 - Typer calls it
     context: typer.Context,
-    slug: Annotated[str, typer.Argument(help="Name in URLs: lower case letters, digits, dashes.")],
+    slug: Annotated[str, typer.Argument(metavar="SLUG", help="Name in URLs: lower case letters, digits, dashes.")],
     code: Annotated[
         str | None,
         typer.Option(
@@ -130,7 +130,7 @@ def list_projects(context: typer.Context, as_json: JsonOption = False, data: Dat
 def rename_project(
     context: typer.Context,
     slug: Slug,
-    name: Annotated[str, typer.Argument(help="New name: lower case letters, digits, dashes.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="New name: lower case letters, digits, dashes.")],
     data: DataOption = None,
 ) -> None:
     """Rename a project. Its tokens are updated; its clients are sent the new name.
@@ -260,7 +260,7 @@ def _size_of(project: "ImportReport | Exported") -> str:
 
 def log(  # noqa: PLR0917 - Typer calls it
     context: typer.Context,
-    slug: Annotated[str, typer.Argument(help="The project.", show_default=False)] = "",
+    slug: Annotated[str, typer.Argument(metavar="SLUG", help="The project.", show_default=False)] = "",
     admin: Annotated[bool, typer.Option("--admin", help="Changes of tokens and projects, by system users.")] = False,
     task: Annotated[str, typer.Option(metavar="ID", help="Only changes of this task: LAT-42 or task_...")] = "",
     number: Annotated[int, typer.Option("-n", min=1, help="Number of changes.")] = 20,
@@ -541,7 +541,7 @@ def cluster_status(context: typer.Context, as_json: JsonOption = False, data: Da
 def move_project(
     context: typer.Context,
     slug: Slug,
-    node: Annotated[str, typer.Argument(help="The node that shall own it.")],
+    node: Annotated[str, typer.Argument(metavar="NODE", help="The node that shall own it.")],
     data: DataOption = None,
 ) -> None:
     """Have another node own a project. Its clients wait for a moment and lose nothing.

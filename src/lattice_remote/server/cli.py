@@ -86,7 +86,7 @@ def _common(
 @app.command()
 def init(
     context: typer.Context,
-    directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", show_default=False)] = None,
+    directory: Annotated[Path | None, typer.Argument(metavar="DIR", show_default=False)] = None,
     data: DataOption = None,
 ) -> None:
     """Create a data directory.

@@ -46,6 +46,13 @@ def test_help_has_an_example_that_is_of_this_command(words: tuple[str, ...], com
     assert not undescribed, f"options without a help text: {undescribed}"
 
 
+def test_the_usage_of_every_command_names_its_arguments_in_capitals_with_one_pair_of_brackets() -> None:
+    for words, command in ALL:
+        context = command.make_context(words[-1], [], resilient_parsing=True)  # type: ignore[attr-defined]
+        for piece in command.collect_usage_pieces(context):  # type: ignore[attr-defined]
+            assert piece == piece.upper() and piece.count("[") + piece.count("{") <= 1, f"{' '.join(words)}: {piece}"
+
+
 @pytest.mark.parametrize("app", [client_app, client_rescued, client_agent, client_launcher])
 def test_the_list_of_commands_shows_whole_sentences(app: typer.Typer) -> None:
     command = get_command(app)

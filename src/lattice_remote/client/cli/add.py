@@ -62,16 +62,17 @@ __all__ = ["app"]
 app = typer.Typer()
 
 Token = Annotated[
-    str | None, typer.Option(help="Stored for this user; - prompts for it. Else LATTICE_TOKEN or a login.")
+    str | None,
+    typer.Option(metavar="TOKEN", help="Stored for this user; - prompts for it. Else LATTICE_TOKEN or a login."),
 ]
 
 
 @app.command()
 def add(
-    name: Annotated[str, typer.Argument(help="Its name, usually origin.")],
-    url: Annotated[str, typer.Argument(help="http://HOST:PORT or https://HOST, also with /SLUG.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name, usually origin.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="http://HOST:PORT or https://HOST, also with /SLUG.")],
     *,
-    project: Annotated[str | None, typer.Option(help="The project's slug on the server.")] = None,
+    project: Annotated[str | None, typer.Option(metavar="SLUG", help="The project's slug on the server.")] = None,
     token: Token = None,
     ca_file: CaFile = None,
     insecure: Insecure = False,
@@ -107,10 +108,10 @@ def add(
 
 @app.command()
 def clone(
-    url: Annotated[str, typer.Argument(help="The project: https://HOST/SLUG.")],
-    directory: Annotated[str, typer.Argument(metavar="[DIR]", help="A new or empty one; SLUG by default.")] = "",
+    url: Annotated[str, typer.Argument(metavar="URL", help="The project: https://HOST/SLUG.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A new or empty one; SLUG by default.")] = "",
     *,
-    name: Annotated[str, typer.Option(help="Name of the remote.")] = "origin",
+    name: Annotated[str, typer.Option(metavar="NAME", help="Name of the remote.")] = "origin",
     token: Token = None,
     ca_file: CaFile = None,
     insecure: Insecure = False,

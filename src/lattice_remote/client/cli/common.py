@@ -73,10 +73,10 @@ def complete_settings(ctx: typer.Context, incomplete: str) -> Values:
 MAX_LISTED = 10_000
 """Most entries that ``log`` and ``history`` list."""
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Url = Annotated[str, typer.Argument(help="The project's server by default.")]
+Url = Annotated[str, typer.Argument(metavar="URL", help="The project's server by default.")]
 Name = Annotated[
     str,
-    typer.Argument(metavar="[NAME]", help="The remote, of which a project has one.", autocompletion=complete_remotes),
+    typer.Argument(metavar="NAME", help="The remote, of which a project has one.", autocompletion=complete_remotes),
 ]
 CaFile = Annotated[
     str | None,

@@ -70,8 +70,8 @@ def get_url(name: Name = "", as_json: Json = False) -> None:
 
 @app.command()
 def rename(
-    old: Annotated[str, typer.Argument(help="The remote's name.", autocompletion=complete_remotes)],
-    new: Annotated[str, typer.Argument(help="Its new name.")],
+    old: Annotated[str, typer.Argument(metavar="OLD", help="The remote's name.", autocompletion=complete_remotes)],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="Its new name.")],
 ) -> None:
     """Rename the remote. Its URL, its project and the cache stay.
 
@@ -86,9 +86,9 @@ def rename(
 
 @app.command(name="set-url")
 def set_url(
-    name: Annotated[str, typer.Argument(help="The remote's name.", autocompletion=complete_remotes)],
-    url: str,
-    project: Annotated[str | None, typer.Option(help="The project's slug there, if different.")] = None,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The remote's name.", autocompletion=complete_remotes)],
+    url: Annotated[str, typer.Argument(metavar="URL", help="Its new address: http://HOST:PORT or https://HOST.")],
+    project: Annotated[str | None, typer.Option(metavar="SLUG", help="The project's slug there, if different.")] = None,
     ca_file: CaFile = None,
     insecure: Insecure = False,
 ) -> None:
@@ -149,7 +149,7 @@ def route(
 @app.command(name="rm", hidden=True, help="As remove. Example: lattice remote rm origin")
 @app.command()
 def remove(
-    name: Annotated[str, typer.Argument(help="The remote's name.", autocompletion=complete_remotes)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The remote's name.", autocompletion=complete_remotes)],
     keep_local: Annotated[
         bool, typer.Option("--keep-local", help="Keep the files: the directory is a plain local project again.")
     ] = False,

@@ -34,10 +34,10 @@ _RESOLVED = {
 Task = Annotated[
     str,
     typer.Argument(
-        metavar="[TASK]", help="LAT-42, a task's id, or a path; default: every conflict.", autocompletion=complete_tasks
+        metavar="TASK", help="LAT-42, a task's id, or a path; default: every conflict.", autocompletion=complete_tasks
     ),
 ]
-File = Annotated[str, typer.Argument(metavar="[FILE]", help="With --edited: the text to keep; - reads stdin.")]
+File = Annotated[str, typer.Argument(metavar="FILE", help="With --edited: the text to keep; - reads stdin.")]
 Mine = Annotated[bool, typer.Option("--mine", help="Keep my text instead of the server's.")]
 Theirs = Annotated[bool, typer.Option("--theirs", help="Keep the server's text; mine is removed.")]
 Edited = Annotated[bool, typer.Option("--edited", help="Keep FILE, or without one the plan or notes as they are now.")]
@@ -155,7 +155,7 @@ def _numbers(incomplete: str) -> Iterator[tuple[str, str]]:
             yield str(entry["number"]), f"{counted(len(entry['files']), 'file')}, {_age(entry)} ago"
 
 
-Numbers = Annotated[list[int] | None, typer.Argument(metavar="[NUMBER]...", help="As listed.", autocompletion=_numbers)]
+Numbers = Annotated[list[int] | None, typer.Argument(metavar="NUMBER", help="As listed.", autocompletion=_numbers)]
 All = Annotated[bool, typer.Option("--all", help="All of them.")]
 
 
@@ -225,6 +225,8 @@ def apply(numbers: Numbers = None, every: All = False, as_json: Json = False) ->
         for each in answer["refused"]:
             typer.echo(one_line(f"refused: {each['path']}: {each['why']}; it is in .lattice/{each['place']}"))
         typer.echo(f"Applied {len(answer['applied'])}, refused {len(answer['refused'])}.")
+        if dropped := ", ".join(map(str, answer["dropped"])):
+            typer.echo(f"Dropped {dropped}: the server lacks nothing of it.")
     if answer["refused"]:
         raise typer.Exit(1)
 

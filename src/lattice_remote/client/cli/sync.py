@@ -106,7 +106,7 @@ def log(
         str,
         typer.Option(metavar="ID", help="Only changes of this task: LAT-42 or task_...", autocompletion=complete_tasks),
     ] = "",
-    number: Annotated[int, typer.Option("-n", min=1, max=MAX_LISTED, help="Number of changes.")] = 20,
+    number: Annotated[int, typer.Option("-n", metavar="N", min=1, max=MAX_LISTED, help="Number of changes.")] = 20,
     as_json: Json = False,
 ) -> None:
     """List the changes with author, time and token, newest first.
@@ -126,8 +126,12 @@ def log(
 
 @app.command()
 def config(
-    name: Annotated[str, typer.Argument(help="A setting: payloads.", autocompletion=complete_settings)] = "",
-    value: Annotated[str, typer.Argument(help="background or on-demand.", autocompletion=complete_settings)] = "",
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A setting: payloads.", autocompletion=complete_settings)
+    ] = "",
+    value: Annotated[
+        str, typer.Argument(metavar="VALUE", help="background or on-demand.", autocompletion=complete_settings)
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """List the settings of this cache, show one, or change it.
@@ -160,7 +164,7 @@ def fetch(
     what: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[PATH|ARTIFACT|TASK]...",
+            metavar="PATH|ARTIFACT|TASK",
             help="A file, an artifact (art_...), or all of a task's.",
             autocompletion=complete_tasks,
         ),

@@ -198,7 +198,9 @@ def watch(
     task: Annotated[
         str, typer.Option("--task", metavar="ID", help="Only changes of this task.", autocompletion=complete_tasks)
     ] = "",
-    count: Annotated[int, typer.Option("--count", "-n", min=0, help="End after this many changes; 0: never.")] = 0,
+    count: Annotated[
+        int, typer.Option("--count", "-n", metavar="N", min=0, help="End after this many changes; 0: never.")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each change.")] = False,
 ) -> None:
     """Show changes as they arrive. Reconnects after a lost connection; none is skipped or repeated.
@@ -362,13 +364,13 @@ Restore = Annotated[
 
 @history_app.command()
 def history(
-    task: Annotated[str, typer.Argument(help="LAT-42, or a task's id.", autocompletion=complete_tasks)],
+    task: Annotated[str, typer.Argument(metavar="TASK", help="LAT-42, or a task's id.", autocompletion=complete_tasks)],
     *,
     plan: Plan = False,
     notes: Notes = False,
     show: Show = "",
     restore: Restore = "",
-    number: Annotated[int, typer.Option("-n", min=1, max=MAX_LISTED, help="Number of versions.")] = 20,
+    number: Annotated[int, typer.Option("-n", metavar="N", min=1, max=MAX_LISTED, help="Number of versions.")] = 20,
     as_json: Json = False,
 ) -> None:
     """List, show or restore versions of a task's plan or notes.
