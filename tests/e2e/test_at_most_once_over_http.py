@@ -29,7 +29,7 @@ class Program:
     def waits(self) -> bool:
         """Tell whether somebody waits for a resource, as the server's figures say."""
         headers = {"Authorization": f"Bearer {self._metrics}"}
-        figures = requests.get(f"{self._server.url}/metrics", headers=headers, timeout=10).text
+        figures = requests.get(f"{self._server.url}/metrics", headers=headers, timeout=60).text
         return 'lattice_remote_queue_requests{project="board",where="resource"} 1.0' in figures
 
     def post(self, path: str, key: str, **body: object) -> requests.Response:

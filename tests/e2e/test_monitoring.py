@@ -43,7 +43,7 @@ class Watched:
 
     def scraped(self) -> str:
         """Return the figures as Prometheus gets them; each scrape must be well-formed."""
-        answer = requests.get(self.figures_url, timeout=10)
+        answer = requests.get(self.figures_url, timeout=60)
         assert answer.status_code == 200
         return answer.text
 
@@ -172,7 +172,7 @@ def test_http_is_counted_by_routes_never_by_paths(watched: Watched) -> None:
 
 
 def test_figures_are_for_a_token_of_their_own(watched: Watched) -> None:
-    assert requests.get(watched.server.url + "/metrics", timeout=10).status_code == 401
+    assert requests.get(watched.server.url + "/metrics", timeout=60).status_code == 401
     refused = watched.ask("GET", "/metrics", watched.tokens["ana"])
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "REMOTE_FORBIDDEN")
     got = watched.ask("GET", "/metrics", watched.tokens["metrics"])
@@ -180,11 +180,11 @@ def test_figures_are_for_a_token_of_their_own(watched: Watched) -> None:
     assert got.headers["Content-Type"].startswith("text/plain")
     assert f"{PREFIX}changes_total" in got.text
     openmetrics = {"Accept": "application/openmetrics-text; version=1.0.0"}
-    assert requests.get(watched.figures_url, headers=openmetrics, timeout=10).text.endswith("# EOF\n")
+    assert requests.get(watched.figures_url, headers=openmetrics, timeout=60).text.endswith("# EOF\n")
     for path in ("/projects/board", "/projects/board/tasks"):
         assert watched.ask("GET", path, watched.tokens["metrics"]).status_code == 403
     for path in ("/projects/board", "/healthz", "/", "/projects/board/ws"):
-        assert requests.get(watched.figures_url.replace("/metrics", path), timeout=10).status_code == 404
+        assert requests.get(watched.figures_url.replace("/metrics", path), timeout=60).status_code == 404
     assert "(metrics)" in watched.server.admin("token", "list")
 
 
@@ -297,7 +297,7 @@ def test_strangers_do_not_fill_the_log(watched: Watched) -> None:
     before = len(watched.lines())
     with requests.Session() as stranger:
         for _ in range(300):
-            stranger.get(watched.server.url + "/healthz/x", timeout=10)
+            stranger.get(watched.server.url + "/healthz/x", timeout=60)
     assert watched.figure("http_requests_total", route="(none)", method="GET") >= 300
     watched.ask("GET", "/projects/board", watched.tokens["web"])  # somebody known
 

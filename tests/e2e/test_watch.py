@@ -164,7 +164,7 @@ def test_a_terminal_gets_a_view_and_nothing_that_others_wrote_acts_on_it(
         except OSError:  # the terminal's other end is closed: it has ended
             break
     os.close(ours)
-    assert process.wait(timeout=10) == 0
+    assert process.wait(timeout=60) == 0
     assert (
         f"watching after change {n}".encode() in shown and rb" One \x1b[2J [bold]" in shown and b"\x1b[2J" not in shown
     )

@@ -466,7 +466,7 @@ async def test_a_process_that_keeps_rewriting_a_file_is_backed_off_and_named(
             await asyncio.sleep(0.005)
 
     stranger = asyncio.ensure_future(rewrite())
-    await until(lambda: bool(kept._repaired()["contested"]), 15)
+    await until(lambda: bool(kept._repaired()["contested"]))
     began = len(fetched(server))
     alter(directory)  # others are put right at once all the same
     await until(lambda: (directory / "tasks/task_1.json").read_bytes() == server.files["tasks/task_1.json"])

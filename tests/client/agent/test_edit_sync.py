@@ -15,7 +15,7 @@ from test_cache_repair import looked_after
 from websockets.asyncio.server import ServerConnection
 
 from lattice_remote.client import credentials
-from lattice_remote.client.agent import integrity_monitor
+from lattice_remote.client.agent import edit_sync, integrity_monitor
 from lattice_remote.client.agent.edit_sync import RewriteRun
 from lattice_remote.client.agent.service import Service
 from lattice_remote.protocol.messages import Put, Refused, Stored, encode
@@ -155,8 +155,9 @@ def beside(directory: Path) -> set[str]:
 
 @pytest.mark.parametrize("editor", EDITORS, ids=lambda editor: editor.__name__)
 async def test_a_save_is_sent_once_and_whole_and_nothing_beside_it(
-    server: FakeServer, live: Service, directory: Path, editor: Steps
+    server: FakeServer, live: Service, directory: Path, editor: Steps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(edit_sync, "SAVING_S", 60.0)  # an emptied file waits for its text, on a slow machine too
     files = set(server.files)
     seen: set[str] = set()
     for _ in editor(directory / PLAN):

@@ -60,7 +60,7 @@ async def test_it_comes_by_itself_and_nobody_waits(server: FakeServer, service: 
     }
     server.misbehave = None
     server.cut()
-    await until(lambda: tree(directory) == server.files, 10)
+    await until(lambda: tree(directory) == server.files)
 
 
 async def test_on_demand_it_comes_when_it_is_asked_for(server: FakeServer, service: Service, directory: Path) -> None:
@@ -128,7 +128,7 @@ async def test_what_becomes_another_while_it_comes_is_not_put_in_place(
     newer = os.urandom(700_000)
     announce(server, newer)
     server.cut()
-    await until((directory / BIG).exists, 10)
+    await until((directory / BIG).exists)
     assert (directory / BIG).read_bytes() == newer
     server.change(DeleteFile(BIG))
     await until(lambda: not (directory / BIG).exists())

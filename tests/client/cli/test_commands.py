@@ -181,7 +181,7 @@ async def test_an_interrupted_fill_leaves_nothing_behind(server: FakeServer, roo
     process = await asyncio.create_subprocess_exec(
         *LATTICE, "remote", "add", "origin", f"{server.url}/web", "--token", TOKEN, cwd=root, stderr=-1
     )
-    await until(lambda: any(type(frame).__name__ == "Manifest" for frame in server.frames), 15)
+    await until(lambda: any(type(frame).__name__ == "Manifest" for frame in server.frames))
     process.send_signal(2)
     async with asyncio.timeout(30):
         _, err = await process.communicate()

@@ -634,7 +634,7 @@ class Service:
         if not self._connection.is_open:
             self._connection.kick()
             await self._until(lambda: self._connection.is_open or self._has_failed(failed_before), FIRST_READY_WAIT_S)
-        welcome, is_open, silence_s = self._connection.welcome, self._connection.is_open, self._connection.silence_s()
+        welcome, silence_s, is_open = self._connection.welcome, self._connection.silence_s(), self._connection.is_open
         own, own_error = await self._welcomed(token)
         return {
             "remote": {"name": self.remote.name, "url": self.remote.url, "project": self.remote.project},
