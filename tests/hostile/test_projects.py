@@ -49,7 +49,7 @@ def test_a_sound_project_is_taken_as_it_is(tmp_path: Path, own: Files) -> None:
     report, place = taken(tmp_path, pack_of(own))
     assert not report.refused and not report.rebuilt and not report.warnings, report
     assert tree_of(place / ".lattice") == own
-    assert sorted(os.listdir(place)) == [".lattice"], "nothing else is left"
+    assert sorted(os.listdir(place)) == [".lattice", "states"], "nothing else is left"
 
 
 def log_of(own: Files) -> str:

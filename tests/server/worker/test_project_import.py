@@ -7,13 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 from worker_process import WorkerProcess, answer_of, execute, make_project, tree_of
 
 from lattice_remote.protocol.messages import Pushed, Refused, decode_server_frame
+from lattice_remote.protocol.operations import digest_of
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.ipc import ImportProject, RequestDone
 from lattice_remote.server.maintenance.fsck_project import check_project
+from lattice_remote.server.tree.tree import FileState, ProjectTree, load_manifest
 from lattice_remote.server.worker import project_import
+from lattice_remote.server.worker.project_import import save_states
 from sample_projects import sample_project
 
 ID = "0123456789abcdef0123456789abcdef"
@@ -62,6 +66,47 @@ def test_the_worker_decides_and_leaves_and_the_next_one_goes_on(tmp_path: Path, 
     with WorkerProcess(project) as worker:
         assert asked_again(worker).id == ID, "it is answered for as long as the journal is kept"
     assert not check_project("web", ProjectPaths(project), at_rest=True).findings
+
+
+def checked(project: Path, own: Path) -> tuple[ImportProject, dict[str, FileState]]:
+    """Return the request of a candidate, and the states that the check leaves with it."""
+    request = candidate(project, own)
+    tree = ProjectTree(project / request.candidate / ".lattice", {})
+    tree.accept(tree.reconcile(limit=None))
+    return request, {path: structs.replace(state, settled=True) for path, state in tree.files.items()}
+
+
+def imported(project: Path, request: ImportProject) -> dict[str, bytes]:
+    """Have the candidate put in place; return the digests of its files as the worker knows them."""
+    for _ in range(2):
+        with WorkerProcess(project) as worker:
+            if (project / request.candidate).exists():
+                worker.send(request)
+                assert left(worker)
+    manifest = load_manifest(project / "journal" / "manifest")
+    assert manifest is not None
+    return {path: state.digest for path, state in manifest.files.items()}
+
+
+def test_files_are_as_the_check_found_them_unless_they_changed(tmp_path: Path, own: Path) -> None:
+    project = make_project(tmp_path / "web")
+    request, states = checked(project, own)
+    place = project / request.candidate
+    states["context.md"] = structs.replace(states["context.md"], digest=bytes(32))
+    save_states(place, states)
+    (place / ".lattice" / "config.json").write_bytes(b"{}\n")
+    found = imported(project, request)
+    assert found["context.md"] == bytes(32), "it was not read again"
+    assert found["config.json"] == digest_of(b"{}\n")
+    assert found.keys() == tree_of(own).keys()
+
+
+@pytest.mark.parametrize("data", [b"", b"\x81", b"\x81\xa1x\xc0"])
+def test_files_are_read_where_the_states_are_damaged(tmp_path: Path, own: Path, data: bytes) -> None:
+    project = make_project(tmp_path / "web")
+    request, _ = checked(project, own)
+    (project / request.candidate / "states").write_bytes(data)
+    assert imported(project, request) == {path: digest_of(content) for path, content in tree_of(own).items()}
 
 
 class Cut(BaseException):

@@ -22,7 +22,7 @@ from lattice_remote.server.maintenance.fsck_project import check_project
 from lattice_remote.server.project.bundle_check import ImportReport, quarantine
 from lattice_remote.server.tokens import TokenFile
 from lattice_remote.server.tree.tree import ProjectTree, sync_directory, sync_files
-from lattice_remote.server.worker.project_import import decide, require_empty
+from lattice_remote.server.worker.project_import import STATES, decide, require_empty
 
 __all__ = [
     "Exported",
@@ -164,6 +164,7 @@ def check_candidate(place: Path, source: Path, *, keep_hooks: bool, hooks_of: Pa
     report = asyncio.run(quarantine(place, arguments, max_bytes=_MAX_BYTES, keep_hooks=keep_hooks, hooks_of=hooks_of))
     if report.refused:
         raise Misuse(f"project refused: {report.refused}")
+    os.unlink(place / STATES)  # a server may be started only much later
     return report
 
 

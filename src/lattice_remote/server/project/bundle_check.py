@@ -33,10 +33,11 @@ from lattice_remote.protocol.bundle import MAGIC, MAX_PROJECT_FILES, Layout, Unp
 from lattice_remote.protocol.messages import Entry
 from lattice_remote.protocol.paths import DIRECTORIES, is_replicated
 from lattice_remote.server.tree.capture import AccessDenied, Capture
-from lattice_remote.server.tree.tree import ProjectTree, sync_directory, sync_files
+from lattice_remote.server.tree.tree import FileState, ProjectTree, state_of, sync_directory, sync_files
 from lattice_remote.server.worker.executor import CommandOutcome, Executor
 from lattice_remote.server.worker.main import code_directories, prepare_scratch
 from lattice_remote.server.worker.patches import LockTable
+from lattice_remote.server.worker.project_import import save_states
 
 __all__ = ["Candidate", "ImportReport", "add_directory", "add_pack", "beside", "main", "quarantine"]
 
@@ -608,16 +609,17 @@ def _require_form[Form: msgspec.Struct](path: Path, form: type[Form]) -> Form:
 
 
 def _count(candidate: Candidate, report: ImportReport) -> None:
+    """Count the files, and leave their states to the worker that opens the project."""
     tree = ProjectTree(candidate.lattice, {})
-    now: dict[str, bytes] = {}
+    states: dict[str, FileState] = {}
     for path, status in tree.scan():
         if candidate.is_as_received(path, status):
-            now[path] = candidate.digests[path]
+            states[path] = state_of(status, status.st_size, candidate.digests[path])
         elif (content := tree.read(path, None)) is not None:
-            now[path] = content.state.digest
-        else:
-            continue
-        report.bytes += status.st_size
+            states[path] = content.state
+    save_states(candidate.place, states)
+    now = {path: state.digest for path, state in states.items()}
+    report.bytes += sum(state.size for state in states.values())
     report.files = len(now)
     report.tasks = sum(path.startswith("tasks/") for path in now)
     report.archived = sum(path.startswith("archive/tasks/") for path in now)

@@ -57,6 +57,7 @@ __all__ = [
     "load_manifest",
     "patch_between",
     "save_manifest",
+    "state_of",
     "sync",
     "sync_directory",
     "sync_files",
@@ -454,7 +455,7 @@ class ProjectTree:
         known = vouched.get(status.st_ino) if vouched else None
         if known and (known.size, known.mtime_ns) == (status.st_size, status.st_mtime_ns) and known.size > INLINE_BYTES:
             self._logs.pop(path, None)
-            return _Content(_state(status, known.size, known.digest), None, None)
+            return _Content(state_of(status, known.size, known.digest), None, None)
         try:
             if written is None:
                 return self._read(path, old, status, appended, None)
@@ -489,7 +490,7 @@ class ProjectTree:
                 data = os.pread(file.fileno(), status.st_size - start, start)
             tail, grown = data[: old.size - start], data[old.size - start :]
         hasher.update(grown)
-        state = _state(status, old.size + len(grown), hasher.digest())
+        state = state_of(status, old.size + len(grown), hasher.digest())
         self._logs[path] = _Log(state.size, hasher, (tail + grown)[-TAIL_BYTES:])
         if len(self._logs) > _MAX_LOGS:
             self._logs.popitem(last=False)
@@ -503,9 +504,9 @@ class ProjectTree:
             with open(self._prefix + path, "rb", buffering=0) as file:
                 if status.st_size > _IN_MEMORY_BYTES:
                     size, hasher = files.hash_descriptor(file.fileno())
-                    return _Content(_state(status, size, hasher.digest()), None, None)
+                    return _Content(state_of(status, size, hasher.digest()), None, None)
                 data = file.readall()
-        state = _state(status, len(data), digest_of(data))
+        state = state_of(status, len(data), digest_of(data))
         may_have_grown = old is not None and 0 < old.size < len(data) and not path.endswith(".json")
         if old is None or not may_have_grown or digest_of(data[: old.size]) != old.digest:
             return _Content(state, data, None)
@@ -654,7 +655,7 @@ def is_same_file(one: os.stat_result, other: os.stat_result) -> bool:
     return (one.st_size, one.st_mtime_ns, one.st_ino) == (other.st_size, other.st_mtime_ns, other.st_ino)
 
 
-def _state(status: os.stat_result, size: int, digest: bytes) -> FileState:
+def state_of(status: os.stat_result, size: int, digest: bytes) -> FileState:
     settled = time.time_ns() - status.st_mtime_ns > RACY_NS and size == status.st_size
     return FileState(size, digest, status.st_mtime_ns, status.st_ino, settled)
 

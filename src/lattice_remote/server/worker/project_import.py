@@ -4,6 +4,7 @@ A rename to ``adopting/`` decides: every later start of a worker continues until
 that renames exits at once and the next one finishes, so a crash takes the path of the normal case.
 
     adopting/cause       the request, with the reply to send
+    adopting/states      sizes, digests and signatures of the files, from the check
     adopting/.lattice    the new project, until it is in place
     adopting/replaced    the empty project, once moved away
 
@@ -25,10 +26,11 @@ from lattice_remote.protocol.bundle import first_sign_of_use
 from lattice_remote.protocol.messages import Pushed
 from lattice_remote.protocol.operations import AnnounceFile
 from lattice_remote.server.ipc import ImportProject
-from lattice_remote.server.tree.tree import ProjectTree, TreeDiff, sync, sync_directory
+from lattice_remote.server.tree.tree import FileState, ProjectTree, TreeDiff, sync, sync_directory
 from lattice_remote.server.worker.store import ChangeOrigin
 
 __all__ = [
+    "STATES",
     "answer_to",
     "cause_of",
     "decide",
@@ -38,9 +40,13 @@ __all__ = [
     "is_adopting",
     "put_in_place",
     "require_empty",
+    "save_states",
+    "states_of",
 ]
 
 _SETTINGS = "config.json"
+STATES = "states"
+_states_decoder = msgspec.msgpack.Decoder(dict[str, FileState])
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(ImportProject)
 
@@ -84,6 +90,19 @@ def decide(project: Path, request: ImportProject) -> None:
     sync_directory(candidate)
     os.rename(candidate, project / "adopting")
     sync_directory(project)
+
+
+def save_states(candidate: Path, states: Mapping[str, FileState]) -> None:
+    """Leave the states of a candidate's files, which its worker need not read then. The caller makes them durable."""
+    (candidate / STATES).write_bytes(_encoder.encode(states))
+
+
+def states_of(project: Path) -> dict[str, FileState]:
+    """Return the states of a project being put in place; empty if there are none."""
+    try:
+        return _states_decoder.decode((project / "adopting" / STATES).read_bytes())
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return {}
 
 
 def is_adopting(project: Path) -> bool:

@@ -30,7 +30,14 @@ from lattice_remote.server.tree.capture import Capture
 from lattice_remote.server.tree.tree import FileState, ManifestFile, ProjectTree, TreeDiff, load_manifest
 from lattice_remote.server.tree.undo import UndoLog
 from lattice_remote.server.worker.follower import CopyNeeded, restore_all
-from lattice_remote.server.worker.project_import import answer_to, cause_of, finish, first_difference, put_in_place
+from lattice_remote.server.worker.project_import import (
+    answer_to,
+    cause_of,
+    finish,
+    first_difference,
+    put_in_place,
+    states_of,
+)
 from lattice_remote.server.worker.store import Store, server_origin, start_new_epoch
 
 __all__ = ["Membership", "Opened", "is_in_doubt", "open_member", "open_store"]
@@ -98,11 +105,13 @@ def open_store(
         repaired = repair_copy(ProjectTree(project / ".lattice", {}), journal, listed, kept=undo.before)
         undo.clear()  # copied later than the files: its pre-images may belong to a later command
     is_new = adopted is not None and (journal is None or journal.find(adopted.id) is None)
+    states: dict[str, FileState] = {}
     if adopted is not None and is_new:
+        states = states_of(project)
         repaired = [f"{adopted.actor} pushed a whole project: started a new epoch"]
     history = _History(None, journal, notes=repaired) if repaired else _read_history(journal, listed, boot_id)
     journal = history.journal or _new_journal(directory, history.abandoned, retention)
-    tree = ProjectTree(project / ".lattice", history.files)
+    tree = ProjectTree(project / ".lattice", states or history.files)
     notes = list(history.notes)
     if history.journal is not None and history.is_in_doubt and boot_id:
         notes += _repair_after_power_cut(tree, journal, history, undo)
@@ -112,7 +121,7 @@ def open_store(
     capture = Capture(str(tree.root), str(scratch), undo, tuple(code))
     store = Store(journal, tree, undo, capture, committer, boot_id=boot_id, unsynced=history.unsynced)
     if history.journal is None:
-        store.adopt(tree.reconcile(trust_signatures=False, limit=None))
+        store.adopt(tree.reconcile(trust_signatures=bool(states), limit=None))
         if adopted is not None and is_new:
             store.commit(first_difference(tree), cause_of(adopted), partial(answer_to, adopted), report=False)
     else:
