@@ -238,6 +238,7 @@ _MAX_OUTPUT_BYTES = 8 * 1024 * 1024
 _LOCK_RETRY_S = 0.25
 _MAX_RUNS = 20
 _MAX_RERUN_S = 10.0
+_LATTICE_VERSION = version("lattice-tracker")  # read once, before the template forks
 """From here on a request disturbed by other programs does not run again."""
 
 
@@ -279,7 +280,7 @@ class Dispatcher:
             head=journal.head,
             mark=journal.mark,
             oldest=journal.oldest,
-            lattice_version=version("lattice-tracker"),
+            lattice_version=_LATTICE_VERSION,
             files=[PathState(path, state.size, state.digest) for path, state in files.items()],
             notes=notes,
         )

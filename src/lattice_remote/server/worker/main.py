@@ -32,7 +32,7 @@ from lattice_remote.server.worker.follower import CopyNeeded, Follower
 from lattice_remote.server.worker.policy import not_of_plugins
 from lattice_remote.server.worker.recovery import Membership, open_member, open_store
 
-__all__ = ["code_directories", "main", "prepare_scratch"]
+__all__ = ["begin", "code_directories", "main", "parser_of", "prepare_scratch"]
 
 
 def code_directories(project: Path) -> list[str]:
@@ -61,23 +61,36 @@ _log = logging.getLogger(__name__)
 _decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="lattice-remote-worker")
+def parser_of(role: str) -> argparse.ArgumentParser:
+    """Return the parser of a process of a project; the template makes it once for all of them."""
+    parser = argparse.ArgumentParser(prog=f"lattice-remote-{role}")
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--project-dir", type=Path, required=True)
     parser.add_argument("--slug", required=True)
-    parser.add_argument("--journal", default="{}", help="settings, as in config.json")
-    parser.add_argument("--plugin-commands", default="[]", help="likewise")
-    parser.add_argument("--member", default="null", help="of a cluster: a Membership")
-    options = parser.parse_args(arguments)
-    # The server ends this process; a signal to the whole process group must not interrupt a command.
+    return parser
+
+
+def begin(role: str, options: argparse.Namespace) -> socket.socket:
+    """Prepare signals, log and environment of a process of a project; return its connection to the server."""
+    # The server ends this process; a signal to the whole process group must not interrupt its work.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.dont_write_bytecode = True
-    log_to_stderr(f"worker {options.slug}: %(levelname)s %(message)s", {"process": "worker", "project": options.slug})
+    log_to_stderr(f"{role} {options.slug}: %(levelname)s %(message)s", {"process": role, "project": options.slug})
     for name in (FORMAT_VARIABLE, LEVEL_VARIABLE):
         os.environ.pop(name, None)  # hooks inherit this process's environment
-    connection = socket.socket(fileno=options.fd)
+    return socket.socket(fileno=options.fd)
+
+
+_parser = parser_of("worker")
+_parser.add_argument("--journal", default="{}", help="settings, as in config.json")
+_parser.add_argument("--plugin-commands", default="[]", help="likewise")
+_parser.add_argument("--member", default="null", help="of a cluster: a Membership")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser.parse_args(arguments)
+    connection = begin("worker", options)
     committer = Committer(connection)
     try:
         plugin_commands = msgspec.json.decode(options.plugin_commands, type=list[str])

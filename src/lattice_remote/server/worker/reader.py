@@ -9,14 +9,11 @@ values of unchanged files; their response is encoded faster, to the same text. A
 gets the difference to it.
 """
 
-import argparse
 import gc
 import gzip
 import json
 import os
 import re
-import signal
-import socket
 import sys
 import time
 from collections import OrderedDict, deque
@@ -36,11 +33,10 @@ from msgspec import structs
 
 from lattice_remote.files import Signature, signature_of
 from lattice_remote.server.ipc import ListIndex, Read, ReadCommand, ReadPage, ReadResult, ReceivedFrames, encode_frames
-from lattice_remote.server.logging import log_to_stderr
 from lattice_remote.server.tree.capture import AccessDenied, Capture
 from lattice_remote.server.worker.calls.dashboard import handler_class
 from lattice_remote.server.worker.executor import Executor
-from lattice_remote.server.worker.main import code_directories
+from lattice_remote.server.worker.main import begin, code_directories, parser_of
 
 __all__ = [
     "LISTS",
@@ -450,18 +446,12 @@ class Differences:
 _decoder: msgspec.msgpack.Decoder[Read] = msgspec.msgpack.Decoder(Read)
 
 
+_parser = parser_of("reader")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="lattice-remote-reader")
-    parser.add_argument("--fd", type=int, required=True)
-    parser.add_argument("--project-dir", type=Path, required=True)
-    parser.add_argument("--slug", required=True)
-    options = parser.parse_args(arguments)
-    # The server ends this process; a signal to the whole process group must not.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.dont_write_bytecode = True
-    log_to_stderr(f"reader {options.slug}: %(levelname)s %(message)s", {"process": "reader", "project": options.slug})
-    connection = socket.socket(fileno=options.fd)
+    options = _parser.parse_args(arguments)
+    connection = begin("reader", options)
     reads = _prepare(options.project_dir.resolve())
     for request in map(_decoder.decode, ReceivedFrames(connection)):
         found = encode_frames(reads.answer(request))
