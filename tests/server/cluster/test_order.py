@@ -5,13 +5,15 @@ import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from nats_servers import NatsCluster, nats_cluster
 
 from faultproxy import FaultProxy
 from lattice_remote.server.cluster.engine import Engine
-from lattice_remote.server.cluster.jetstream import EngineFull, StreamInfo
+from lattice_remote.server.cluster.jetstream import Ack, EngineFull, EngineUnavailable, StreamInfo
 from lattice_remote.server.cluster.order import Batch, Fenced, JetStreamOrder, StreamLost, TooOld
 
 PIPELINE = 8
@@ -182,7 +184,7 @@ async def test_an_append_without_an_answer_is_stored_exactly_once(
             proxy.stall()
         append = asyncio.create_task(far.append(last, [b"in doubt"]))
         async with asyncio.timeout(60):
-            await until(lambda: far.in_doubt)
+            await until(lambda: far.in_doubt or append.done())  # after a cut the next copy may be there at once
             if fault == "stalled":
                 proxy.flow()
             elif fault == "lost":
@@ -193,6 +195,58 @@ async def test_an_append_without_an_answer_is_stored_exactly_once(
     expected: list[tuple[bytes, ...]] = [(), (b"before",), (b"in doubt",), (b"after",)]
     assert [batch.records for batch in await order.read(0)] == expected
     assert await order.bounds() == (1, last)
+
+
+async def test_an_append_that_a_stopping_leader_has_lost_is_sent_again_at_once(
+    engine: Engine, slug: str, order: JetStreamOrder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del order  # it has created the stream
+    patient = JetStreamOrder(engine, slug, "e1", answer_s=600.0)
+    await patient.open()
+    last = await patient.take_over(0, node="a", term=1)
+    publish, sent = engine.publish, 0
+
+    async def lose_first(*args: Any, **options: Any) -> Ack:
+        nonlocal sent
+        sent += 1
+        return await (asyncio.Event().wait() if sent == 1 else publish(*args, **options))
+
+    monkeypatch.setattr(engine, "publish", lose_first)
+    async with asyncio.timeout(60):
+        assert await patient.append(last, [b"sent again"]) == last + 1
+    assert patient.in_doubt == 0
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+async def test_a_refusal_for_want_of_room_counts_once_each_copy_is_answered(
+    engine: Engine, slug: str, order: JetStreamOrder, monkeypatch: pytest.MonkeyPatch, *, is_lost: bool
+) -> None:
+    del order
+    sender = JetStreamOrder(engine, slug, "e1")
+    await sender.open()
+    last = await sender.take_over(0, node="a", term=1)
+    sent, again, full = 0, asyncio.Event(), msgspec.convert({"error": {"err_code": 10077}}, Ack)
+
+    async def answer_late(*_: Any, **__: Any) -> Ack:
+        nonlocal sent
+        sent += 1
+        if sent == 1:
+            await again.wait()
+            if is_lost:
+                raise EngineUnavailable("no answer")
+        elif sent == 3:
+            again.set()
+        return full
+
+    monkeypatch.setattr(engine, "publish", answer_late)
+    append = asyncio.create_task(sender.append(last, [b"no room"]))
+    async with asyncio.timeout(60):
+        await until(lambda: sent >= 6 if is_lost else append.done())
+    if is_lost:  # the first copy may be stored
+        assert not append.done()
+        append.cancel()
+    with pytest.raises(asyncio.CancelledError if is_lost else EngineFull):
+        await append
 
 
 async def test_an_append_in_doubt_is_refused_after_a_takeover(

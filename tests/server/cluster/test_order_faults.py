@@ -8,7 +8,7 @@ import pytest
 from nats_servers import NatsCluster, NatsServer
 
 from cluster_order import Account, Node, finished, observe, verdict, wait_for_acks
-from lattice_remote.server.cluster.engine import Engine
+from lattice_remote.server.cluster.engine import Engine, EngineUnavailable
 from lattice_remote.server.cluster.order import Batch, JetStreamOrder
 
 
@@ -96,6 +96,8 @@ async def test_a_minority_acknowledges_nothing(engine3: Engine, healed: NatsClus
         while not order.in_doubt:  # noqa: ASYNC110 - of the clock
             await asyncio.sleep(0.05)
         assert not append.done()
+        with pytest.raises(EngineUnavailable):  # it must not wait: its caller dismisses the clients
+            await order.require(last + 1)
         await asyncio.to_thread(healed.heal)
         await append
     assert [batch.records for batch in await order.read(0)] == [(), (b"before",), (b"in doubt",)]

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -16,7 +16,8 @@ from lattice_remote.server.cluster.directory import (
     Wish,
     identity_of,
 )
-from lattice_remote.server.cluster.engine import Engine
+from lattice_remote.server.cluster.engine import Engine, EngineUnavailable
+from lattice_remote.server.cluster.jetstream import server_problems
 from lattice_remote.server.cluster.lease import Lease
 from lattice_remote.server.cluster.member import CURSOR_FILE, id_of, load_cursors
 from lattice_remote.server.cluster.order import JetStreamOrder, StreamLost
@@ -40,6 +41,10 @@ __all__ = [
 ]
 
 _WAIT_S = 60.0
+_ANSWER_S = 15.0
+"""For the engine; an election there takes 1 to 5 s."""
+_NOT_ENABLED = "JetStream not enabled"
+_SWITCHED_OFF = "a server whose disk is full switches JetStream off: make room there and restart it"
 _CHECK_S = 0.25
 
 
@@ -79,11 +84,12 @@ class ClusterProjectStatus(msgspec.Struct, frozen=True):
 
 
 class NatsServerStatus(msgspec.Struct, frozen=True):
-    """A NATS server; ``is_sync_always`` is None if its setting cannot be known."""
+    """A NATS server; ``is_sync_always`` is None if its setting cannot be known. ``problem`` is its own report."""
 
     name: str
     is_up: bool
     is_sync_always: bool | None
+    problem: str = ""
 
 
 class ClusterStatus(msgspec.Struct, frozen=True):
@@ -138,7 +144,11 @@ def run_in_cluster[T](
     async def run() -> T:
         engine = await connect(settings)
         try:
-            directory = await ClusterDirectory.open(engine)
+            try:
+                async with asyncio.timeout(_ANSWER_S):
+                    directory = await ClusterDirectory.open(engine)
+            except TimeoutError:
+                raise await _silence(settings) from None
             if is_member:
                 await directory.require_member(settings.cluster)
             return await work(engine, directory)
@@ -175,6 +185,8 @@ def cluster_status(settings: ClusterSettings) -> ClusterStatus:
             for _, report in sorted(reports.items())
         ]
         nats = await _nats_servers(engine, directory, settings)
+        if advice := _advice({server.name: server.problem for server in nats}):
+            warnings.append(advice.removeprefix("; "))
         return ClusterStatus(
             settings.node, settings.servers, settings.replicas, nodes, projects, warnings, nats, is_member=is_member
         )
@@ -186,9 +198,21 @@ async def _nats_servers(
     engine: Engine, directory: ClusterDirectory, settings: ClusterSettings
 ) -> list[NatsServerStatus]:
     known, _ = await engine.sync_settings(settings.monitors)
+    problems = await server_problems(settings.monitors)
     up = await directory.servers()
     names = sorted(up.keys() | known.keys())
-    return [NatsServerStatus(name, up.get(name, True), known.get(name)) for name in names]
+    return [NatsServerStatus(name, up.get(name, True), known.get(name), problems.get(name, "")) for name in names]
+
+
+async def _silence(settings: ClusterSettings) -> EngineUnavailable:
+    """Return the error of an engine that does not answer, with the reports of its servers."""
+    problems = await server_problems(settings.monitors)
+    reports = "".join(f"; {name}: {problem}" for name, problem in problems.items())
+    return EngineUnavailable(f"NATS does not answer; a majority of its servers must run{reports}{_advice(problems)}")
+
+
+def _advice(problems: Mapping[str, str]) -> str:
+    return f"; {_SWITCHED_OFF}" if any(_NOT_ENABLED in problem for problem in problems.values()) else ""
 
 
 async def _project(
@@ -223,6 +247,7 @@ def status_lines(status: ClusterStatus) -> list[str]:
     sync = {True: "syncs always", False: "DOES NOT SYNC before it acknowledges", None: "sync setting unknown"}
     lines += [
         f"  {server.name:<12} {'up' if server.is_up else 'down':<18} {sync[server.is_sync_always]}"
+        f"{f'; {server.problem}' if server.problem else ''}"
         for server in status.nats
     ]
     lines.append(f"Nodes: {len(status.nodes)}; this is {status.node}")

@@ -11,6 +11,7 @@ import logging
 import os
 import ssl
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -44,6 +45,7 @@ __all__ = [
     "StreamInfo",
     "cancellable",
     "persist",
+    "server_problems",
     "ungrouped",
 ]
 
@@ -595,6 +597,10 @@ class _Settings(msgspec.Struct):
     jetstream: _JetStream = msgspec.field(default_factory=_JetStream)
 
 
+class _Health(msgspec.Struct):
+    error: str = ""
+
+
 class _SettingsAnswer(msgspec.Struct):
     data: _Settings
 
@@ -609,6 +615,26 @@ def _read_settings(url: str) -> _Settings:
         raise ValueError("not an http:// or https:// address")
     with urllib.request.urlopen(f"{url.rstrip('/')}/varz", timeout=_MONITOR_S) as answer:  # noqa: S310
         return msgspec.json.decode(answer.read(), type=_Settings)
+
+
+async def server_problems(monitors: Sequence[str]) -> dict[str, str]:
+    """Return the servers that report a problem at their monitoring ports, or by address those that do not answer."""
+    found = await asyncio.gather(*(asyncio.to_thread(_problem_at, url) for url in monitors))
+    return {name: problem for name, problem in found if problem}
+
+
+def _problem_at(url: str) -> tuple[str, str]:
+    name = url
+    try:
+        name = _read_settings(url).server_name
+        with urllib.request.urlopen(f"{url.rstrip('/')}/healthz", timeout=_MONITOR_S):  # noqa: S310
+            return name, ""
+    except urllib.error.HTTPError as error:
+        with suppress(msgspec.MsgspecError, OSError):
+            return name, msgspec.json.decode(error.read(), type=_Health).error or error.reason
+        return name, error.reason
+    except (OSError, ValueError, msgspec.MsgspecError) as error:
+        return name, _reason_of_monitor(error)
 
 
 def _login(credentials: Path | None) -> dict[str, str]:

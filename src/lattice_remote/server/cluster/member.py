@@ -421,7 +421,11 @@ class Member:
         self.owner, self.term = cursor.node, cursor.term
         await self._order.open()
         await self._check(cursor)
-        await self._hear_others()
+        while True:
+            with contextlib.suppress(EngineUnavailable):
+                await self._hear_others()
+                break
+            await asyncio.sleep(_POLL_S)
         cut = await self._compare(tail)
         if tail and self._is_owner:
             await self._append_tail(tail)
@@ -461,7 +465,9 @@ class Member:
         """Return whether this node has seen as much of the order as the others that answer now.
 
         After a restore from an older copy the stream agrees with a node that lagged behind. Only the nodes know then
-        that changes behind its end were acknowledged, as the engine's other records are as old. Raises StreamLost.
+        that changes behind its end were acknowledged, as the engine's other records are as old.
+
+        Raises StreamLost, EngineUnavailable.
         """
 
         async def ask(url: str) -> Reached:
@@ -473,11 +479,13 @@ class Member:
 
         found = await asyncio.gather(*map(ask, self._others()))
         furthest = max((each.seq for each in found if each.epoch == self.epoch), default=0)
+        if furthest <= self._seq:
+            return True
         try:
             await self._order.require(furthest)
         except StreamLost as error:
             raise _LostOnOther(error.message) from error
-        return furthest <= self._seq
+        return False
 
     async def _compare(self, tail: deque[tuple[int, bytes]]) -> int | None:
         """Advance along the stream while the journal's ``tail`` agrees; return the record from which it does not.

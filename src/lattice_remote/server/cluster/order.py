@@ -38,6 +38,8 @@ from lattice_remote.server.cluster.jetstream import (
 __all__ = ["Batch", "Fenced", "JetStreamOrder", "StreamLost", "TooOld"]
 
 _RETRY_S = 0.1
+_RESEND_S = 0.25
+"""Before a message is sent again for the first time: a leader that stops in order may lose it; doubled each time."""
 _LATE_ANSWERS = 30
 """An answer counts for so many times the time after which the message is sent again."""
 _LOST_S = 10.0
@@ -99,7 +101,7 @@ class JetStreamOrder:
     Args:
         engine: the connection.
         slug, epoch: of the project.
-        answer_s: time for an answer to an append, which is then sent again.
+        answer_s: time for an answer to an append, which is then in doubt; copies of it are sent before and after.
         lost_s: for how long a loss must be seen before StreamLost.
     """
 
@@ -153,8 +155,11 @@ class JetStreamOrder:
         return _first_of(info), info.state.last_seq
 
     async def require(self, seq: int) -> None:
-        """Return once a leader has message ``seq``. Raises StreamLost if the stream ends before it for some seconds."""
-        await self._info(seq)
+        """Return once a leader has message ``seq``.
+
+        Raises StreamLost if the stream ends before it for some seconds; EngineUnavailable: there is no leader.
+        """
+        await self._seen(seq)
 
     async def take_over(self, expected: int, *, node: str, term: int) -> int:
         """Append the record of a new owner behind number ``expected`` and return its number.
@@ -269,20 +274,25 @@ class JetStreamOrder:
             "Nats-Expected-Last-Sequence": str(expected),
             **condition,
         }
+        began = time.monotonic()
         attempts = _Attempts(self._engine, f"{self.subject}.{kind}", payload, headers, self._answer_s)
         try:
+            is_in_doubt = False
             while True:
                 ack = await attempts.answer()
                 if ack is None:
-                    self.in_doubt += attempts.count == 1
-                    await self._check(expected)
+                    is_late = time.monotonic() - began >= self._answer_s
+                    if not is_in_doubt and (is_late or attempts.lost):
+                        self.in_doubt, is_in_doubt = self.in_doubt + 1, True
+                    if is_late:
+                        await self._check(expected)
                 elif ack.error is None:
                     if ack.seq != expected + 1:  # the same id, long ago or in a stream that was put here
                         raise StreamLost(f"NATS stored change {expected + 1} of {self.name} as {ack.seq}")
                     return ack.seq
                 elif ack.error.err_code == _WRONG_STREAM:
                     raise StreamLost(f"another stream has taken the subjects of {self.name}")
-                elif ack.error.err_code in FULL and attempts.count == 1:
+                elif ack.error.err_code in FULL and attempts.are_answered:
                     raise EngineFull(ack.error.err_code, ack.error.description)
                 elif ack.error.err_code in WRONG_SEQUENCE:
                     with suppress(EngineUnavailable):
@@ -414,29 +424,36 @@ class _Attempts:
     """One message, sent until there is an answer. Of several copies the engine stores the first; any answer counts.
 
     Attributes:
-        count: of the copies that were sent.
+        lost: copies that will get no answer.
     """
 
     def __init__(self, engine: Engine, subject: str, payload: bytes, headers: dict[str, str], answer_s: float) -> None:
-        self.count = 0
+        self.lost = 0
         self._engine = engine
         self._message = (subject, payload, headers)
         self._answer_s = answer_s
+        self._resend_s = min(_RESEND_S, answer_s)
         self._waiting: set[asyncio.Task[Ack]] = set()
 
     async def answer(self) -> Ack | None:
         """Send a copy, and return an answer to any copy; None: there is none yet."""
-        self.count += 1
         publish = self._engine.publish(*self._message, timeout_s=_LATE_ANSWERS * self._answer_s)
         self._waiting.add(asyncio.create_task(publish))
         done, self._waiting = await asyncio.wait(
-            self._waiting, timeout=self._answer_s, return_when=asyncio.FIRST_COMPLETED
+            self._waiting, timeout=self._resend_s, return_when=asyncio.FIRST_COMPLETED
         )
+        self._resend_s = min(2 * self._resend_s, self._answer_s)
         answers = [each.result() for each in done if each.exception() is None]
         for each in done:
             if (error := each.exception()) is not None and not isinstance(error, EngineUnavailable):
                 raise error
+        self.lost += len(done) - len(answers)
         return next((each for each in answers if each.error is None), answers[0] if answers else None)
+
+    @property
+    def are_answered(self) -> bool:
+        """Whether each copy has its answer: if that is an error, no copy will be stored."""
+        return not (self._waiting or self.lost)
 
     def close(self) -> None:
         """Wait for no further answers."""
