@@ -47,7 +47,7 @@ from lattice_remote.protocol.paths import is_replicated
 __all__ = ["CHECKS", "ClientTarget"]
 
 TASK = "task_01ARZ3NDEKTSV4RRFFQ69G5FAV"
-PLAN, SNAPSHOT, PAYLOAD = f"plans/{TASK}.md", f"tasks/{TASK}.json", "artifacts/payload/art_1.bin"
+PLAN, SNAPSHOT = f"plans/{TASK}.md", f"tasks/{TASK}.json"
 IDS = canonical_json({"map": {"LAT-1": TASK}, "next_seq": 2, "schema_version": 1})
 FILES: Files = {
     "config.json": b"{}\n",
@@ -502,26 +502,17 @@ async def _(target: ClientTarget) -> None:
 # --- 5.5: edits ---
 
 
-@contextlib.asynccontextmanager
-async def edited(target: ClientTarget, text: bytes, outcome: str = "") -> AsyncIterator[Play]:
-    """Yield a following client with an edit of its plan, which the server answers with ``outcome``."""
-    async with target.filled() as play:
-        play.server.outcome = outcome
-        (play.lattice / PLAN).write_bytes(text)
-        yield play
-
-
-@check("5.5", "edit: sent as Put with its base, and stored")
-async def _(target: ClientTarget) -> None:
+@filled("5.5", "edit: sent as Put with its base, and stored")
+async def _(play: Play) -> None:
     mine = FILES[PLAN] + b"mine\n"
-    async with edited(target, mine) as play:
-        await play.until(lambda: play.server.files[PLAN] == mine, "Put")
-        await play.equal()
-        put = play.sent(Put)[0]
-        by_digest = put.base is None and put.base_digest == digest_of(FILES[PLAN])
-        expect(put.base == FILES[PLAN] or by_digest, "the Put has another base")
-        await play.server.change({PLAN: mine + b"theirs\n"})
-        await play.equal()
+    (play.lattice / PLAN).write_bytes(mine)
+    await play.until(lambda: play.server.files[PLAN] == mine, "Put")
+    await play.equal()
+    put = play.sent(Put)[0]
+    by_digest = put.base is None and put.base_digest == digest_of(FILES[PLAN])
+    expect(put.base == FILES[PLAN] or by_digest, "the Put has another base")
+    await play.server.change({PLAN: mine + b"theirs\n"})
+    await play.equal()
 
 
 @filled("5.5", "edit: sent before the next Run")

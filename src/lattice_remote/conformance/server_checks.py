@@ -29,7 +29,6 @@ from lattice_remote.protocol.messages import (
     LogPage,
     Manifest,
     Part,
-    Position,
     Push,
     Put,
     ReadVersion,
@@ -338,10 +337,10 @@ async def _(_target: ServerTarget, probe: Probe) -> None:
 class MemoryCache:
     """A cache in memory, kept by the replica of section 5."""
 
-    def __init__(self, probe: Probe, position: Position | None = None, files: dict[str, bytes] | None = None) -> None:
+    def __init__(self, probe: Probe) -> None:
         self.probe = probe
-        self.files = dict(files or {})
-        self.replica = Replica(position) if position else Replica()
+        self.files: dict[str, bytes] = {}
+        self.replica = Replica()
         self.differing: list[str] | None = None
         """Paths on which the files differ from the manifest of ``verify()``; None: it has not come."""
         self._parts: dict[str, bytes] = {}
