@@ -40,7 +40,6 @@ class FileWatcher:
         self._is_scanned = is_scanned
         self._listeners: dict[str, Touched] = {}
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
 
     def add(self, directory: str, touched: Touched) -> None:
         """Watch a directory; ``touched(None)`` follows once the watch has begun, for earlier changes."""
@@ -63,8 +62,7 @@ class FileWatcher:
         self._stop = threading.Event()
         if self._listeners:
             arguments = (_identities(self._listeners), self._stop, asyncio.get_running_loop())
-            self._thread = threading.Thread(target=self._watch, args=arguments, name="watching", daemon=True)
-            self._thread.start()
+            threading.Thread(target=self._watch, args=arguments, name="watching", daemon=True).start()
 
     def _watch(self, watched: _Identities, stop: threading.Event, loop: asyncio.AbstractEventLoop) -> None:
         def tell(function: Callable[..., None], *arguments: object) -> None:

@@ -189,8 +189,8 @@ async def test_a_server_that_is_away_is_reported_once_and_resumed(server: FakeSe
     ("since", "why"),
     [
         (9, "there is no change 9 yet, the last is 4: resume with --since 4"),
-        (0, "the changes after 0 are not kept any more; the oldest that is kept is 3: resume with --since 2"),
-        (Position("older", 3, b"m"), "is not in the project's history, which is of epoch epoch1 now"),
+        (0, "the changes after 0 are no longer kept, the oldest is 3: resume with --since 2"),
+        (Position("older", 3, b"m"), "is not in the project's history, now epoch epoch1: resume with --since 2"),
         (Position("epoch1", 3, b"m"), "is not in the project's history"),
     ],
     ids=str,
@@ -222,7 +222,7 @@ async def test_what_has_expired_while_it_was_away_ends_it(
     await server.start()
     await until(lambda: watching.code is not None)
     assert watching.code == watch.GONE_EXIT_CODE and watching.seqs == [1]
-    assert "after 1 are not kept" in capsys.readouterr().out
+    assert "after 1 are no longer kept" in capsys.readouterr().out
     assert watching.notes[-1].startswith("watched up to change 1: resume with --since epoch1-1-")
 
 

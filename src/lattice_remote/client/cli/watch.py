@@ -322,16 +322,12 @@ class _Watch:
 
 
 def _why_not(answer: dict[str, Any]) -> str:
-    seq, oldest = answer["seq"], answer["oldest"]
+    seq, start = answer["seq"], max(answer["oldest"] - 1, 0)
     if answer["outcome"] == "ahead":
         return f"there is no change {seq} yet, the last is {answer['head']}: resume with --since {answer['head']}"
     if answer["outcome"] == "epoch":
-        return f"that change is not in the project's history, which is of epoch {answer['epoch']} now: " + (
-            f"all that is kept of it comes with --since {max(oldest - 1, 0)}"
-        )
-    return f"the changes after {seq} are not kept any more; the oldest that is kept is {oldest}: " + (
-        f"resume with --since {max(oldest - 1, 0)}"
-    )
+        return f"that change is not in the project's history, now epoch {answer['epoch']}: resume with --since {start}"
+    return f"the changes after {seq} are no longer kept, the oldest is {answer['oldest']}: resume with --since {start}"
 
 
 def _parse_since(text: str) -> Position | int | None:
