@@ -613,9 +613,7 @@ def used_mib(pid: int) -> float:
 def memory(_runs: int) -> Iterator[Figure]:
     further, peers = 10, 100
     with Sandbox() as sandbox:
-        server = sandbox.server()
-        server.project()
-        server.start()
+        server = sandbox.started_server()
         token = server.token("human:ana", "agent:*")
         first = sandbox.client("ana", "machine")
         first.add_remote(server, token)

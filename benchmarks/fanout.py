@@ -81,9 +81,7 @@ class FanOut:
 
 def fan_out(sandbox: Sandbox, kind: str, *, clients: int, stalled: int, changes: int, rounds: int) -> FanOut:
     """Send changes to ``clients``; ``kind`` is ``websocket`` or ``sse``. Each turn sends the same bytes twice."""
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     token, readers_token = server.token("human:ana", "agent:*"), server.token("human:ben")
     asyncio.run(_create(server, token))
     done = FanOut()

@@ -134,9 +134,7 @@ def tasks(options: argparse.Namespace) -> Iterator[Figure]:
 
 
 def _stopped_large_project(sandbox: Sandbox, count: int) -> tuple[Server, str]:
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     token = server.token("human:ana", "agent:*")
     asyncio.run(_first_task(server, token))
     server.stop()

@@ -307,6 +307,13 @@ class Sandbox:
         self._servers.append(Server(self, name))
         return self._servers[-1]
 
+    def started_server(self) -> Server:
+        """Start a server with an empty project ``board``."""
+        server = self.server()
+        server.project()
+        server.start()
+        return server
+
     def client(self, name: str, machine: str | None = None) -> Client:
         """Create an empty directory; clients that name the same machine share its agent."""
         self._clients.append(Client(self, name, machine))
@@ -340,9 +347,7 @@ def board(*people: str, programs: Programs | None = None) -> Iterator[tuple[Serv
     Each token acts as ``human:NAME`` and as any agent.
     """
     with Sandbox(programs) as sandbox:
-        server = sandbox.server()
-        server.project()
-        server.start()
+        server = sandbox.started_server()
         clients = []
         for person in people:
             client = sandbox.client(person)

@@ -130,9 +130,7 @@ def _words(message: str) -> list[str]:
 @contextlib.contextmanager
 def racers(sandbox: Sandbox, count: int) -> Iterator[Racers]:
     """Four caches on two machines of one server."""
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     local = sandbox.client("local")
     local.ok("init", "--project-code", "LAT", *ANA, "--no-setup-agents", "--no-setup-claude")
     token = server.token("human:ana", "agent:*")

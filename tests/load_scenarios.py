@@ -355,9 +355,7 @@ async def a_busy_log(server: Server, token: str) -> AsyncIterator[list[float]]:
 
 def _board(sandbox: Sandbox, names: list[str]) -> tuple[Server, str, list[Client]]:
     """A started server with one task, a token, and connected clients on machines of their own."""
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     token = server.token("human:ana", "agent:*")
     made = []
     for name in names:

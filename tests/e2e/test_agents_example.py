@@ -84,9 +84,7 @@ class Box:
 
 @pytest.fixture
 def box(sandbox: Sandbox) -> Iterator[Box]:
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     ana = sandbox.client("ana")
     ana.add_remote(server, server.token("human:ana"))
     yield Box(server, ana, sandbox)

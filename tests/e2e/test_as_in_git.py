@@ -83,9 +83,7 @@ def test_the_projects_of_a_token_are_listed_and_named_by_clone(sandbox: Sandbox)
 
 
 def test_a_slash_behind_a_project_does_no_harm(sandbox: Sandbox) -> None:
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     token, ana = server.token("human:ana"), sandbox.client("ana")
     below = ana.run("remote", "login", f"{server.url}/board/", stdin=f"{token}\n")
     assert below.returncode == 1 and below.stderr.startswith(f"Error: there is no server at {server.url}/board/; ")
@@ -98,9 +96,7 @@ def test_a_slash_behind_a_project_does_no_harm(sandbox: Sandbox) -> None:
 
 def test_files_written_by_hand_are_enough(sandbox: Sandbox) -> None:
     """``remote.json`` with url and project, ``tokens.json`` with a token for each server."""
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     ana = sandbox.client("ana")
     configuration = Path(ana.env["XDG_CONFIG_HOME"]) / "lattice"
     configuration.mkdir(parents=True, mode=0o700)
@@ -117,9 +113,7 @@ def test_files_written_by_hand_are_enough(sandbox: Sandbox) -> None:
 
 
 def test_exit_codes_for_scripts(sandbox: Sandbox) -> None:
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     ana = sandbox.client("ana")
     ana.add_remote(server, server.token("human:ana"))
     ana.ok("create", "One", "--actor", "human:ana")

@@ -139,9 +139,7 @@ def test_a_replaced_lattice_directory_is_noticed(injected: tuple[Server, Client,
 
 def test_a_command_that_ran_before_remote_json_disappeared_is_reported_as_unknown(sandbox: Sandbox) -> None:
     """I6: git may take the file away while the command waits for its reply."""
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     token = server.token("human:ana", "agent:*")
     ana = sandbox.client("ana")
     remote = ana.lattice_dir / "remote.json"

@@ -17,9 +17,7 @@ pytestmark = pytest.mark.e2e
 
 
 def test_copies_of_a_server_at_work_are_whole_and_clients_get_there_by_themselves(sandbox: Sandbox) -> None:
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     token = server.token("human:ana", "agent:*")
     ana = sandbox.client("ana")
     ana.add_remote(server, token)

@@ -250,9 +250,7 @@ def test_a_saved_plan_is_an_edit_like_any_other(shared_board: tuple[Server, Clie
 
 
 def test_an_unreachable_server_is_said_in_the_dashboards_own_form_and_to_open_pages(sandbox: Any) -> None:
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     ana = sandbox.client("ana")
     ana.add_remote(server, server.token("human:ana"))
     ana.ok("create", "One", "--actor", "human:ana")

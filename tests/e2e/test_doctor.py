@@ -27,9 +27,7 @@ Place = tuple[Server, Client]
 
 @pytest.fixture
 def place(sandbox: Sandbox) -> Place:
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     ana = sandbox.client("ana")
     ana.add_remote(server, server.token("human:ana"))
     return server, ana

@@ -91,9 +91,7 @@ def test_a_file_that_is_emptied_for_a_moment_is_no_edit_one_that_stays_empty_is(
 
 
 def test_edits_made_while_the_server_is_away_are_counted_kept_and_sent(sandbox: Sandbox) -> None:
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     ana, ben = sandbox.client("ana"), sandbox.client("ben")
     for client in (ana, ben):
         client.add_remote(server, server.token("human:ana"))
@@ -124,9 +122,7 @@ def test_edits_made_while_no_agent_ran_are_sent_when_one_does(shared_board: Boar
 @pytest.fixture
 def two_names(sandbox: Sandbox) -> Iterator[tuple[Server, Client, Client, dict[str, str]]]:
     """Ana and a copy of hers in which all commands come with an agent's token."""
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     ana = sandbox.client("ana")
     ana.add_remote(server, server.token("human:ana"))
     work = ana.elsewhere(ana.dir.parent / "work")

@@ -31,9 +31,7 @@ RUNTIME = ("XDG_RUNTIME_DIR", "LATTICE_REMOTE_RUNTIME_DIR")
 @pytest.fixture
 def both(sandbox: Sandbox) -> Iterator[Board]:
     """Ana and Ben: two configurations with one runtime directory."""
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     ana, ben = sandbox.client("ana"), sandbox.client("ben")
     ben.env |= {name: ana.env[name] for name in RUNTIME}
     for client in (ana, ben):

@@ -104,9 +104,7 @@ def test_a_demo_is_not_made_in_a_cache(shared_board: Board) -> None:
 
 
 def test_no_token_says_how_to_log_in(sandbox: Sandbox) -> None:
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     token = server.token("human:ana")
     client = sandbox.client("ana")
     refused = client.run("remote", "add", "origin", server.url + "/board")
@@ -123,9 +121,7 @@ def test_no_token_says_how_to_log_in(sandbox: Sandbox) -> None:
 
 
 def test_out_of_reach_reads_tell_their_age_and_writes_fail(sandbox: Sandbox) -> None:
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     ana = sandbox.client("ana")
     ana.add_remote(server, server.token("human:ana"))
     ana.ok("create", "Before", "--actor", "human:ana")
@@ -149,9 +145,7 @@ def test_out_of_reach_reads_tell_their_age_and_writes_fail(sandbox: Sandbox) -> 
 
 
 def test_a_revoked_token_loses_its_connection(sandbox: Sandbox) -> None:
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     ana = sandbox.client("ana")
     token = server.token("human:ana")
     ana.add_remote(server, token)
@@ -167,9 +161,7 @@ def test_a_revoked_token_loses_its_connection(sandbox: Sandbox) -> None:
 
 
 def test_admin_errors_are_one_line(sandbox: Sandbox, tmp_path: Path) -> None:
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     env = sandbox.environment("admin")
     for argv in (
         ("start", "--data", str(tmp_path / "nothing"), "--port", "0"),

@@ -31,9 +31,7 @@ TEXT = "# By Ben\n" + "\nA paragraph of his.\n" * 6
 
 def share_tracked_plan(sandbox: Sandbox, tracked: str) -> tuple[Server, Client, Path, Path]:
     """Return the server, Ana's machine, whose repository tracks what is named, and the plan in her cache and Ben's."""
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     ana, ben = sandbox.client("ana"), sandbox.client("ben")
     for client in (ana, ben):
         client.add_remote(server, server.token("human:ana"))

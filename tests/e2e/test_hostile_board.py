@@ -18,9 +18,7 @@ QUOTES = "');window.ran='quotes';//"
 def page() -> Iterator[Page]:
     """A board full of such texts, shown in a browser."""
     with Sandbox(warm()) as sandbox:
-        server = sandbox.server()
-        server.project()
-        server.start()
+        server = sandbox.started_server()
         token = server.token("human:ana")
         client = sandbox.client("ana")
         client.add_remote(server, token)

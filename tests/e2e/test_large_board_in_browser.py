@@ -21,9 +21,7 @@ TASKS = 600
 @pytest.fixture(scope="module")
 def it() -> Iterator[Board]:
     with Sandbox(warm()) as sandbox:
-        server = sandbox.server()
-        server.project()
-        server.start()
+        server = sandbox.started_server()
         token = server.token("human:ben", "agent:*")
         asyncio.run(_run(server, token, "create", "One"))
         server.stop()

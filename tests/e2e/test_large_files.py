@@ -51,9 +51,7 @@ class Place:
 @pytest.fixture(scope="module")
 def place() -> Iterator[Place]:
     with Sandbox(warm()) as sandbox:
-        server = sandbox.server()
-        server.project()
-        server.start()
+        server = sandbox.started_server()
         with FaultProxy(server.port) as to_ana, FaultProxy(server.port) as to_ben:
             clients = []
             for person, proxy in (("ana", to_ana), ("ben", to_ben)):

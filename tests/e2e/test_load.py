@@ -28,9 +28,7 @@ def test_of_many_that_write_at_once_nobody_is_left_behind(sandbox: Sandbox) -> N
 
 
 async def test_a_client_with_hundreds_of_requests_under_way_does_not_starve_another(sandbox: Sandbox) -> None:
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     async with several(2, server.url, server.token("human:ana", "agent:*")) as (greedy, modest):
         await greedy.ok("create", "One", *BY)
         (worker,) = server.worker_pids()
@@ -54,9 +52,7 @@ def test_all_clients_come_back_by_themselves_after_a_crash(sandbox: Sandbox) -> 
 
 
 async def test_a_large_log_arrives_in_one_pass_though_it_grows_meanwhile(sandbox: Sandbox) -> None:
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     token = server.token("human:ana", "agent:*")
     async with Light(server.url, token) as client:
         await client.ok("create", "One", *BY)

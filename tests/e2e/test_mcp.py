@@ -285,9 +285,7 @@ async def test_each_call_goes_to_the_project_that_it_names(
 
 
 async def test_it_outlives_its_server_and_its_agent(sandbox: Sandbox) -> None:
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     ana = sandbox.client("ana")
     ana.add_remote(server, server.token("human:ana"))
     create = {"title": "x", "actor": "human:ana"}

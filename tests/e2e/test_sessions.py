@@ -37,9 +37,7 @@ def people() -> Iterator[tuple[Server, Client, Client, Client]]:
     Each test has sessions of its own name, and leaves a running server behind.
     """
     with Sandbox(warm()) as sandbox:
-        server = sandbox.server()
-        server.project()
-        server.start()
+        server = sandbox.started_server()
         clients = []
         for name in ("laptop", "desktop", "ben"):
             client = sandbox.client(name)

@@ -103,9 +103,7 @@ def place(sandbox: Sandbox) -> Iterator[Place]:
     for needed in ("setpriv", "unshare", "nsenter", *_ROOT[:1]):
         program(needed)
     sandbox.root.chmod(0o755)
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     shared = sandbox.root / "shared"
     shared.mkdir()
     _as_root("chgrp", str(GROUP), str(shared))

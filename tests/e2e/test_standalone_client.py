@@ -167,9 +167,7 @@ def test_races_with_real_clients_have_one_winner(shared_board: Board) -> None:
 
 
 def test_files_that_another_program_damaged_are_repaired_when_they_change(sandbox: Sandbox) -> None:
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     eve = Standalone(server, "eve")
     task = eve.ok("create", "Damaged", "--actor", "human:eve", "--quiet").strip()
     for name in ("events", "tasks"):
@@ -180,9 +178,7 @@ def test_files_that_another_program_damaged_are_repaired_when_they_change(sandbo
 
 
 def test_a_new_epoch_and_a_killed_server(sandbox: Sandbox) -> None:
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     eve = Standalone(server, "eve")
     eve.ok("create", "Before", "--actor", "human:eve")
     epoch = eve.position["epoch"]

@@ -14,9 +14,7 @@ pytestmark = pytest.mark.e2e
 
 
 def test_a_read_only_token_reads_everything_and_writes_nothing(sandbox: Sandbox) -> None:
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     ana, guest = sandbox.client("ana"), sandbox.client("guest")
     ana.add_remote(server, server.token("human:ana"))
     ana.ok("create", "One", "--actor", "human:ana")
@@ -87,9 +85,7 @@ def _checked_out(client: Client, url: str) -> None:
 
 
 def test_a_token_made_for_a_server_goes_there_without_a_login_and_nowhere_else(sandbox: Sandbox) -> None:
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     create = ("token", "create", "--project", "board", "--actor", "human:ana", "--for")
     token = server.admin(*create, f"{server.url.upper()}/").split()[-1]
     with_token = {"LATTICE_TOKEN": token}

@@ -24,9 +24,7 @@ ANA = ("--actor", "human:ana")
 def people() -> Iterator[tuple[Server, Client, Client]]:
     """A server, ana who writes and ben who watches; each test begins at the number that the one before has left."""
     with Sandbox(warm()) as sandbox:
-        server = sandbox.server()
-        server.project()
-        server.start()
+        server = sandbox.started_server()
         ana, ben = sandbox.client("ana"), sandbox.client("ben")
         ana.add_remote(server, server.token("human:ana", "agent:*"))
         ben.add_remote(server, server.token("human:ben"))

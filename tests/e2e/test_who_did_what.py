@@ -23,9 +23,7 @@ def admin_log(server: Server, *argv: str) -> dict[str, Any]:
 
 
 def test_the_log_names_actor_token_and_command_everywhere(sandbox: Sandbox) -> None:
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     ana, ben = sandbox.client("ana"), sandbox.client("ben")
     ana.add_remote(server, server.token("human:ana"))
     ben.add_remote(server, server.token("human:ben", "agent:*"))

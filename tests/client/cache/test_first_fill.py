@@ -107,9 +107,7 @@ def test_a_plan_equals_its_base_until_it_is_edited_also_for_the_next_process(cac
 
 @pytest.mark.e2e
 def test_an_edit_made_before_the_first_agent_starts_is_sent(sandbox: Sandbox) -> None:
-    server = sandbox.server()
-    server.project()
-    server.start()
+    server = sandbox.started_server()
     ana, ben = sandbox.client("ana"), sandbox.client("ben")
     ana.add_remote(server, server.token("human:ana", "agent:*"))
     for number in range(1, 31):
