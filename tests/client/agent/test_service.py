@@ -665,9 +665,13 @@ async def test_a_server_that_says_nothing_is_given_up(
     assert service._connection.error is not None and "sends nothing" in service._connection.error.message
 
 
-async def test_something_else_on_the_port_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [(b"220 ready\r\n\r\n", "not a lattice-remote server"), (b"", "closes the connection without an answer")],
+)
+async def test_something_else_on_the_port_is_named(tmp_path: Path, answer: bytes, says: str) -> None:
     async def babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"220 ready\r\n\r\n")
+        writer.write(answer)
         await writer.drain()
         writer.close()
 
@@ -676,7 +680,7 @@ async def test_something_else_on_the_port_is_named(tmp_path: Path) -> None:
     service = Service(str(make_cache(tmp_path / "x", f"http://127.0.0.1:{port}")))
     service.start(TOKEN)
     await until(lambda: service._connection.error is not None)
-    assert service._connection.error is not None and "not a lattice-remote server" in service._connection.error.message
+    assert service._connection.error is not None and says in service._connection.error.message
     await service.close()
     other.close()
     await other.wait_closed()

@@ -170,7 +170,9 @@ async def open_socket(
         if is_tls and proxy is None and (alert := await _alert(remote, server)):
             raise _no_tls(alert, remote) from error
         if is_tls or proxy or not await _speaks_tls(remote):
-            raise ConnectionFailed("it is not a lattice-remote server") from error
+            is_cut = isinstance(error.__cause__, EOFError)  # by a proxy whose server is down, for example
+            why = "it closes the connection without an answer" if is_cut else "it is not a lattice-remote server"
+            raise ConnectionFailed(why) from error
         raise ConnectionFailed(
             f"it speaks TLS there: its URL is https{remote.url.removeprefix('http')}; a remote that exists is changed "
             "with: lattice remote set-url"
