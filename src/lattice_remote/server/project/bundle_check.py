@@ -435,7 +435,8 @@ def beside(work: Callable[[], None]) -> Iterator[None]:
     if not (child := os.fork()):
         # Nothing of the parent's may run in the child: neither its handlers nor its buffered output.
         try:
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if sys.platform == "linux":
+                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() == parent:
                 write_all(sending, _refusal_of(work).encode(errors="replace"))
                 os._exit(0)
