@@ -336,8 +336,7 @@ def create_token(  # noqa: PLR0917 - Typer calls it
     if not metrics and not (project and actor):
         raise Misuse("a token needs at least one project and an actor; name them with --project and --actor")
     for slug in project or []:
-        if not target.has_project(slug):
-            raise Misuse(f"there is no project {slug!r}; create it with: lattice-remote project create {slug}")
+        _in_cluster(target, DataDir.require_project)(slug)
     file = _tokens_of(target)
     if metrics:
         token, text = file.create_for_metrics(expires=ends)
@@ -410,7 +409,7 @@ def edit_token(  # noqa: PLR0917 - Typer calls it
     """
     target = _created(context, data)
     for slug in add_project or []:
-        target.require_project(slug)
+        _in_cluster(target, DataDir.require_project)(slug)
     if not (add_project or remove_project or expires) and act_as is None and read_only is None:
         raise Misuse("nothing to change: name --add-project, --remove-project, --act-as, --expires or --read-only")
     token = _tokens_of(target).edit(

@@ -273,10 +273,14 @@ def test_a_node_that_was_away_follows_all_that_was_decided(cluster: RunningClust
     for argv in (
         ("rename", "first", "between"),
         ("rename", "second", "first"),
-        ("rename", "between", "second"),
+        ("rename", "between", "third"),
         ("archive", "first"),
     ):
         cluster.command("a", "project", *argv)
+    refused = cluster.command("b", "token", "create", "--project", "fourth", "--actor", "human:ana", code=None)
+    assert "the cluster has no project 'fourth'; it has: first, " in refused
+    cluster.command("b", "token", "create", "--project", "third", "--actor", "human:ana")  # it is not here yet
+    cluster.command("a", "project", "rename", "third", "second")
     cluster.start("b")
     assert name_in(root_of(cluster, "b", "second")) == ids["first"]
     assert name_in(root_of(cluster, "b", "first", "archived")) == ids["second"]

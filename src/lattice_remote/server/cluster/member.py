@@ -640,12 +640,12 @@ class Member:
                 if self.lost_on_other and self.project.failure is None:
                     raise _LostOnOther(self.lost_on_other)
                 _, last = await self._order.bounds()
-                self._confirmed_at = asked
+                self._confirmed_at = max(self._confirmed_at, asked)
                 if self.position >= due:
                     self._current_at = max(self._current_at, due_at)
                     due, due_at = last, asked
                 if self.position >= last:
-                    self._current_at = asked
+                    self._current_at = max(self._current_at, asked)
             except EngineUnavailable:
                 pass
             except StreamLost as error:
@@ -658,6 +658,11 @@ class Member:
         why = f"{error}; on the node with the most changes, run: lattice-remote cluster rebuild {self.slug}"
         self.project.fail(why)
         self._lose(error.message) if self._is_owner else self._restart()
+
+    def _proved(self, asked: float) -> None:
+        """Note that a majority has taken a message behind all that is here: there was no other one before that."""
+        self._confirmed_at = max(self._confirmed_at, asked)
+        self._current_at = max(self._current_at, asked)
 
     def _dismiss_if_behind(self) -> None:
         if self._is_current:
@@ -686,7 +691,7 @@ class Member:
             await self._take_over(held)
 
     async def _take_over(self, held: Held) -> None:
-        was_owner = self.owner == self._identity.name
+        was_owner, asked = self.owner == self._identity.name, time.monotonic()
         try:
             async with asyncio.timeout(_LEASE_S):
                 seq = await self._order.take_over(self._seq, node=self._identity.name, term=held.term)
@@ -712,6 +717,7 @@ class Member:
             await held.release()
             self._restart()
             return
+        self._proved(asked)
         self._held, self._is_owner = held, True
         self._owns.set()
         _log.info("%s: this node owns the project, term %d", self.slug, held.term)
@@ -774,7 +780,9 @@ class Member:
                 records = [done.record for _, done in batch if done is not None and done.record]
                 if records:
                     await self._put_contents([file for _, done in batch if done is not None for file in done.announced])
+                    asked = time.monotonic()
                     self._seq = await self._order.append(self._seq, records)
+                    self._proved(asked)
                     self._number = max(done.number for _, done in batch if done is not None)
                 for deliver, _ in batch:
                     self._pending.popleft()

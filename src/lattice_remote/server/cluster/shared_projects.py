@@ -142,6 +142,17 @@ class SharedProjects:
 
     # --- present projects ---
 
+    def require_project(self, slug: str) -> None:
+        """Raise Misuse if the cluster has no such project; this node may not have a copy yet."""
+        if self._data.has_project(slug):
+            return
+
+        async def check(engine: Engine, directory: ClusterDirectory) -> None:
+            del engine
+            self._active(await directory.catalogue(), slug)
+
+        run_in_cluster(self._settings, check)
+
     def rename_project(self, old: str, new: str) -> int:
         """Rename a project; return the number of updated tokens."""
         self._data.require_name(new)
