@@ -4,11 +4,12 @@ import re
 from datetime import datetime
 from typing import Any
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lattice_remote.errors import printable
-from lattice_remote.output import as_lines, as_records
+from lattice_remote.output import as_lines, as_records, strict_json
 from lattice_remote.protocol.messages import LogEntry
 
 TASK = "task_01ARZ3NDEKTSV4RRFFQ69G5FAV"
@@ -75,3 +76,8 @@ def test_terminal_controls_of_other_people_are_shown_not_obeyed() -> None:
 def test_whatever_is_shown_is_printable(text: str) -> None:
     assert printable(text).isprintable()
     assert as_lines([entry(command=text, cause=text)], {TASK: text})[1].isprintable()
+
+
+def test_json_with_half_a_surrogate_pair_is_read_by_strict_parsers() -> None:
+    written = strict_json({"path\udcff": ["größe \ud83d", ("🙂", 1, None)]})
+    assert msgspec.json.decode(written) == {"path\\udcff": ["größe \\ud83d", ["🙂", 1, None]]}

@@ -3,6 +3,7 @@
 Untrusted text in a table is escaped (``errors.printable``).
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -20,6 +21,7 @@ __all__ = [
     "counted",
     "describe_difference",
     "local_time",
+    "strict_json",
 ]
 
 _MAX_TASKS_SHOWN = 3
@@ -106,3 +108,22 @@ def _numbers(version: str) -> list[int]:
     """Return the leading numbers of a version, bounded: a peer may have sent it."""
     found = re.match(r"\d{1,9}(?:\.\d{1,9}){0,7}", version)
     return [int(number) for number in found[0].split(".")] if found else []
+
+
+def strict_json(value: object, indent: int | None = None) -> str:
+    """Return JSON with sorted keys that strict parsers read: half a surrogate pair becomes ``\\udcff`` in its text.
+
+    Names of files that are not UTF-8 have them.
+    """
+    return json.dumps(_whole(value), sort_keys=True, indent=indent)
+
+
+def _whole(value: Any) -> Any:
+    match value:
+        case str():
+            return value.encode("utf-8", "backslashreplace").decode()
+        case dict():
+            return {_whole(key): _whole(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_whole(each) for each in value]
+    return value

@@ -421,6 +421,21 @@ async def test_outside_a_project_the_way_in_is_named(root: Path) -> None:
     assert done.code == 1 and "lattice remote add origin" in done.err
 
 
+async def test_a_push_to_a_url_names_the_command_that_adds_it(server: FakeServer, root: Path) -> None:
+    for url, words in (
+        ("https://board.example/web", "lattice remote add origin https://board.example/web"),
+        ("https://board.example:8443", "lattice remote add origin https://board.example:8443 --project SLUG"),
+    ):
+        done = await lattice(root, "remote", "push", url)
+        assert done.code == 1 and done.err.rstrip().endswith(words)
+    done = await lattice(root, "remote", "push", "https://ana:secret@board.example/web")
+    assert done.code == 1 and "lattice remote login URL" in done.err and "secret" not in done.err
+    await add(server, root)
+    url = (await lattice(root, "remote", "get-url")).out.strip()
+    assert (await lattice(root, "remote", "push", url)).out == "Nothing to send.\n"
+    assert "there is 'origin'" in (await lattice(root, "remote", "push", f"{url}-2")).err
+
+
 # --- routed commands ---
 
 

@@ -316,6 +316,20 @@ def test_a_signal_ends_the_command_as_it_ends_lattice(
     wait_for(lambda: not launched.children(), "the command to end")
 
 
+def test_a_signal_after_the_warm_process_ended_is_the_launchers_own(tmp_path: Path) -> None:
+    code = """
+import os, signal
+from lattice_remote.client.launcher import script
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+script._may_be_warm = lambda *_: True
+script._run = lambda *_: script._forward_signals(os.pidfd_open(os.getpid()))
+script._execute = lambda *_: print(*[int(signal.getsignal(n)) for n in (*script._FORWARDED, signal.SIGTSTP)])
+script.main("lattice", "python")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "0", "1", "0", "0"]  # ignored stays ignored
+
+
 def test_a_killed_launcher_leaves_no_command(
     launched: Launched, waiting: Callable[..., subprocess.Popen[bytes]]
 ) -> None:

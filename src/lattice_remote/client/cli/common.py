@@ -1,7 +1,6 @@
 """Shared parts of the commands: finding the cache, requests to the agent, text and JSON output, progress."""
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -12,10 +11,20 @@ from lattice.storage.fs import LatticeRootError, find_root
 
 from lattice_remote.client import agent_client, credentials
 from lattice_remote.client.agent_client import Progress
-from lattice_remote.client.config import CHOICES, REMOTE_FILE, UNPUSHED_FILE, Remote, is_cache, is_unpushed, read_remote
+from lattice_remote.client.config import (
+    CHOICES,
+    REMOTE_FILE,
+    UNPUSHED_FILE,
+    Remote,
+    below,
+    is_cache,
+    is_unpushed,
+    parse_url,
+    read_remote,
+)
 from lattice_remote.client.tasks import Values, tasks_of
 from lattice_remote.errors import Misuse, RemoteError, one_line
-from lattice_remote.output import counted
+from lattice_remote.output import counted, strict_json
 
 if TYPE_CHECKING:
     from lattice_remote.client.cache.evidence import Repository  # slow to load
@@ -107,16 +116,33 @@ def project_directory() -> str:
         raise Misuse(_REMOVED) from None
 
 
-NO_PROJECT = "there is no lattice project here; add one with: lattice remote add origin URL --project SLUG"
+_ANY_ADDRESS = "URL --project SLUG"
+NO_PROJECT = f"there is no lattice project here; add one with: lattice remote add origin {_ANY_ADDRESS}"
 
 
 def here(name: str = "") -> tuple[str, Remote]:
-    directory = lattice_directory()
+    address, directory = _address(name), lattice_directory()
     if directory is None:
-        raise Misuse(NO_PROJECT)
+        raise Misuse(_with(address, NO_PROJECT))
     if is_unpushed(directory):
         raise Misuse("this project waits to be pushed to its remote: lattice remote push")
-    return directory, _called(name, read_remote(directory))
+    try:
+        found = read_remote(directory)
+    except Misuse as error:
+        raise Misuse(_with(address, error.message), code=error.code) from None
+    return directory, _called(name, found)
+
+
+def _address(name: str) -> str:
+    """Return the words of ``add`` for a URL that is given instead of a name, as to ``git push``. Raises Misuse."""
+    if "://" not in name:
+        return _ANY_ADDRESS
+    url, slug = parse_url(name)
+    return f"{url} --project SLUG" if slug is None else below(url, slug)
+
+
+def _with(address: str, message: str) -> str:
+    return message.replace(_ANY_ADDRESS, address)
 
 
 def unpushed(name: str = "") -> tuple[str, Remote] | None:
@@ -128,7 +154,7 @@ def unpushed(name: str = "") -> tuple[str, Remote] | None:
 
 
 def _called(name: str, found: Remote) -> Remote:
-    if name and name != found.name:
+    if name and name != found.name and _address(name) != found.place:
         raise Misuse(f"no remote called {name!r} here; there is {found.name!r}")
     return found
 
@@ -191,7 +217,7 @@ def notify(*notices: str) -> None:
 
 
 def print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=2, sort_keys=True))
+    typer.echo(strict_json(value, indent=2))
 
 
 def print_result(data: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import json
 import os
 import re
 import signal
@@ -124,7 +123,7 @@ class _Handler:
     timeout_s: float
 
     def __call__(self, record: dict[str, Any], show: "_Lines") -> None:
-        line = json.dumps(record, sort_keys=True)
+        line = output.strict_json(record)
         if self.as_json:
             sys.stdout.write(line + "\n")
             sys.stdout.flush()
@@ -250,7 +249,7 @@ class _Watch:
     def _fail(self, error: RemoteError) -> None:
         if self._handler.as_json:
             envelope = {"ok": False, "error": {"code": error.code, "message": error.message}}
-            typer.echo(json.dumps(envelope, sort_keys=True))
+            typer.echo(output.strict_json(envelope))
         else:
             typer.echo(f"Error: {error.message}", err=True)
 

@@ -131,15 +131,20 @@ def _is_own(directory: bytes) -> bool:
 
 def main(lattice: str, python: str) -> "NoReturn":
     """Run this process's command line."""
-    for number in (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP):
-        if _signal.getsignal(number) != _signal.SIG_IGN:
-            _signal.signal(number, _signal.SIG_DFL)
+    _reset_signals()
     environ: Environment = posix.environ
     argv = [argument.encode(sys.getfilesystemencoding(), "surrogateescape") for argument in sys.argv[1:]]
     environ.pop(REQUEST_ENV.encode(), None)
     if _may_be_warm(argv, environ):
         _run(argv, environ, python)
+        _reset_signals()  # from here on they are for this process
     _execute(lattice, argv, environ)
+
+
+def _reset_signals() -> None:
+    for number in (*_FORWARDED, _signal.SIGTSTP):
+        if _signal.getsignal(number) != _signal.SIG_IGN:
+            _signal.signal(number, _signal.SIG_DFL)
 
 
 def _may_be_warm(argv: list[bytes], environ: Environment) -> bool:

@@ -566,7 +566,8 @@ def _crash_output(failure: str, *, is_json: bool) -> CommandOutcome:
 
 
 def _envelope(message: str) -> bytes:
-    return canonical_json({"error": {"code": "REMOTE_FAILED", "message": message}, "ok": False}) + b"\n"
+    whole = message.encode("utf-8", "backslashreplace").decode()  # strict parsers refuse half a surrogate pair
+    return canonical_json({"error": {"code": "REMOTE_FAILED", "message": whole}, "ok": False})
 
 
 def _truncated(stdout: bytes, stderr: bytes) -> tuple[bytes, bytes]:
