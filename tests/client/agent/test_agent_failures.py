@@ -44,12 +44,13 @@ def frozen(pid: int) -> Iterator[None]:
 
 
 async def test_beside_a_frozen_agent_commands_do_the_steps_themselves_and_say_so(
-    server: FakeServer, directory: Path, capfd: pytest.CaptureFixture[str]
+    server: FakeServer, directory: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await ask("ready", directory)
     pid = agent_pid()
     assert pid is not None
-    with frozen(pid):
+    with frozen(pid), monkeypatch.context() as patched:
+        patched.setattr(agent_client, "FIRST_WORD_TIMEOUT_S", 0.3)
         began = time.monotonic()
         assert (await ask("ready", directory))["current"]
         assert time.monotonic() - began < 20
