@@ -104,7 +104,8 @@ class Outcome(msgspec.Struct, frozen=True):
 def summary(outcomes: Sequence[Outcome], seconds: float) -> str:
     counts = {result: sum(each.result == result for each in outcomes) for result in ("ok", "failed", "not offered")}
     optional = f", {counts['not offered']} not offered" if counts["not offered"] else ""
-    return f"{len(outcomes)} checks: {counts['ok']} ok, {counts['failed']} failed{optional}; {seconds:.0f} s"
+    total = f"{len(outcomes)} check{'s' if len(outcomes) != 1 else ''}"
+    return f"{total}: {counts['ok']} ok, {counts['failed']} failed{optional}; {seconds:.0f} s"
 
 
 async def run_checks[T](checks: Iterable[Check[T]], target: T, *, concurrency: int) -> AsyncIterator[Outcome]:

@@ -13,6 +13,7 @@ import msgspec
 from lattice_remote.conformance import CheckFailed, CheckList, NotOffered, all_of, expect, within
 from lattice_remote.conformance.probe import Probe, Refusal, ServerTarget, new_id
 from lattice_remote.errors import ProtocolError
+from lattice_remote.output import counted
 from lattice_remote.protocol.messages import (
     PROTOCOL_VERSION,
     Applied,
@@ -94,8 +95,8 @@ async def prepare(target: ServerTarget, *, may_be_in_use: bool) -> None:
         tasks = [path for path in await manifest(probe) if path.startswith(("tasks/", "archive/tasks/"))]
         if tasks and not may_be_in_use:
             raise CheckFailed(
-                f"project {target.project} has {len(tasks)} tasks, and the checks write to it: name an empty project, "
-                "or repeat with --throw-away if nobody needs this one"
+                f"project {target.project} has {counted(len(tasks), 'task')}, and the checks write to it: name an "
+                "empty project, or repeat with --throw-away if this one is not needed"
             )
         request = run(target, "create", "Conformance checks")
         await probe.send(request)
