@@ -144,11 +144,9 @@ class ClusterDirectory:
 
     async def secret(self) -> bytes:
         """Return the secret of all nodes, made once."""
-        found = await self._bucket.get("secret")
-        if found is None:
+        while (found := await self._bucket.get("secret")) is None:
+            # Refused while that of another node is on its way: then it is not there yet.
             await self._bucket.create("secret", secrets.token_bytes(32))
-            found = await self._bucket.get("secret")
-        assert found is not None, "it is never removed"
         return found.value
 
     async def require_member(self, cluster: str) -> None:
