@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import trustme
+import uvloop
 from nats_servers import NatsCluster, nats_cluster
 
 from lattice_remote.errors import Misuse
@@ -214,3 +215,15 @@ async def test_a_content_that_is_damaged_replaces_nothing(engine: Engine, tmp_pa
     assert not await engine.get_content(digest, target)
     assert target.read_bytes() == b"before"
     assert names(tmp_path) == ["target"]
+
+
+def test_a_node_ends_in_order_after_the_engine_has_died(tmp_path: Path) -> None:
+    async def end(nats: NatsCluster) -> None:
+        engine = await Engine.connect(nats.urls, node="a", replicas=1)
+        nats.kill_all()
+        with pytest.raises(EngineUnavailable):
+            await engine.request("unanswered", b"kept by the client", timeout_s=0.5)
+        await engine.close()
+
+    with nats_cluster(1, tmp_path) as nats, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(end(nats))

@@ -316,6 +316,8 @@ class JetStream:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if not self._client.is_connected:  # the client would send this over the lost connection; uvloop raises then
+            self._client._pending, self._client._pending_data_size = [], 0
         with suppress(nats.errors.Error, OSError, TimeoutError):
             async with asyncio.timeout(_CLOSE_S):
                 await self._client.close()
