@@ -137,7 +137,8 @@ def find_warm() -> WarmProcess | None:
         return None
     try:
         with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as file:
-            kib = sum(int(line.split()[1]) for line in file if line.startswith("Private_"))
+            # Also what is shared with the command that runs at this moment, which was forked.
+            kib = sum(int(line.split()[1]) for line in file if line.startswith("Anonymous:"))
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             started = int(file.read().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
     except OSError:
