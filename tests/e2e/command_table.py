@@ -339,7 +339,7 @@ LOCAL: Mapping[str, str] = {
 """Commands that are no business of the server, and what is expected of each in a remote project."""
 
 EXCEPTIONS: Mapping[str, str] = {
-    "remote": "this package's own: client/test_commands.py",
+    "remote": "this package's own: client/cli/test_commands.py",
     "dashboard: succeeds": "it serves until it is interrupted; here it finds its port taken",
     "dashboard: succeeds with --json": "the same",
     "demo init: succeeds": "each run makes a project of a hundred events; the one with --quiet is enough",
