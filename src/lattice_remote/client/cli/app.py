@@ -65,9 +65,9 @@ def _families_for(args: Sequence[str]) -> Sequence[str]:
 
 def app_with(families: Sequence[str] = tuple(FAMILIES)) -> typer.Typer:
     """Return ``lattice remote`` with the commands of these families."""
-    # Without a value, Typer would load Pydantic to convert it.
-    defaults: dict[str, Any] = {"help": False}
-    defaults.update((name, defaults) for names in FAMILIES.values() for name in names)
+    # Without a value for --help, Typer would load Pydantic to convert it.
+    of_command = {"help": False}
+    defaults: dict[str, Any] = {**of_command, **{name: of_command for names in FAMILIES.values() for name in names}}
     app = typer.Typer(
         add_completion=False,
         context_settings={"default_map": defaults},
