@@ -633,7 +633,7 @@ def test_a_breakdown_is_told_in_the_commands_format(is_json: bool) -> None:
     if is_json:
         found = msgspec.json.decode(outcome.stdout)  # strict: it refuses half a surrogate pair
         assert found["ok"] is False and found["error"]["code"] == "REMOTE_FAILED"
-        assert found["error"]["message"] == f"{message} \\udcff" and outcome.stdout.endswith(b"}\n")
+        assert found["error"]["message"] == f"{message} \\udcff" and outcome.stdout.endswith(b"}\n\n")
     else:
         assert outcome.stdout == b"" and outcome.stderr == f"Error: {message} \\udcff\n".encode()
 

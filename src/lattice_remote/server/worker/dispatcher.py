@@ -567,7 +567,7 @@ def _crash_output(failure: str, *, is_json: bool) -> CommandOutcome:
 
 def _envelope(message: str) -> bytes:
     whole = message.encode("utf-8", "backslashreplace").decode()  # strict parsers refuse half a surrogate pair
-    return canonical_json({"error": {"code": "REMOTE_FAILED", "message": whole}, "ok": False})
+    return canonical_json({"error": {"code": "REMOTE_FAILED", "message": whole}, "ok": False}) + b"\n"  # as lattice
 
 
 def _truncated(stdout: bytes, stderr: bytes) -> tuple[bytes, bytes]:
