@@ -51,6 +51,8 @@ __all__ = [
 
 REQUEST_S = 2.0
 """Time for an answer. An append takes some ms; an election of the engine 1 to 5 s."""
+_FIRST_MESSAGE_S = (0.25, 0.25, 0.5, REQUEST_S)
+"""Times for the first message of a read, which is sent again after each: it may have gone to a replica cut off."""
 _CONNECT_S, _CLOSE_S = 10.0, 2.0
 _REOPEN_S = 1.0
 _PERSIST_S = 60.0
@@ -441,7 +443,20 @@ class JetStream:
         """Return messages from number ``first`` on, in order, from any replica: perhaps fewer than the leader has.
 
         The first may have a higher number: then the replica has none in between.
+        Raises EngineUnavailable after 3 s without an answer.
         """
+        for first_s in _FIRST_MESSAGE_S:
+            found, status = await self._messages(stream, first, max_bytes, count, first_s)
+            if found or status in (_END, _NOTHING):
+                return found
+            if status is not None:
+                break
+        raise EngineUnavailable(f"cannot read from NATS: {status or 'timed out'}")
+
+    async def _messages(
+        self, stream: str, first: int, max_bytes: int, count: int, first_s: float
+    ) -> tuple[list[StoredMessage], str | None]:
+        """Return messages of one answer and its status; None: it did not end."""
         found: list[StoredMessage] = []
         ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -465,7 +480,8 @@ class JetStream:
         try:
             with cancellable():
                 await self._client.publish(f"$JS.API.DIRECT.GET.{stream}", json.dumps(request).encode(), reply=inbox)
-                seen = -1
+                await asyncio.wait([ended], timeout=first_s)
+                seen = 0
                 while not ended.done() and len(found) > seen:
                     seen = len(found)
                     await asyncio.wait([ended], timeout=REQUEST_S)
@@ -474,10 +490,7 @@ class JetStream:
         finally:
             with suppress(nats.errors.Error, OSError):
                 await subscription.unsubscribe()
-        status = ended.result() if ended.done() else "timed out"
-        if not found and status not in (_END, _NOTHING):
-            raise EngineUnavailable(f"cannot read from NATS: {status}")
-        return found
+        return found, ended.result() if ended.done() else None
 
     async def check_durability(self, monitors: Sequence[str] = ()) -> list[str]:
         """Check that every server syncs before it acknowledges, and that there are three copies.
