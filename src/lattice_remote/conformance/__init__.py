@@ -151,7 +151,9 @@ def conformance(  # noqa: PLR0917 - Typer calls it
         str,
         typer.Argument(metavar="URL", help="A project: http://HOST:PORT/projects/SLUG.", show_default=False),
     ] = "",
-    token: Annotated[str, typer.Option(help="A token of it.", envvar=TOKEN_VARIABLE, show_default=False)] = "",
+    token: Annotated[
+        str, typer.Option(metavar="TOKEN", help="A token of it.", envvar=TOKEN_VARIABLE, show_default=False)
+    ] = "",
     client: Annotated[
         str, typer.Option(metavar="COMMAND", help="Try this client instead of a server.", show_default=False)
     ] = "",
@@ -161,7 +163,7 @@ def conformance(  # noqa: PLR0917 - Typer calls it
     only: Annotated[str, typer.Option(metavar="TEXT", help="Only checks whose section or name has this text.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check a server, or a client, against the specification of the protocol.
+    """Check a server or a client against the protocol.
 
     A server gets frames that the protocol allows and forbids. Use a project of its own: tasks, plans and artifacts are
     added. A client plays with a scripted server, in temporary directories: COMMAND URL DIR must keep DIR/.lattice

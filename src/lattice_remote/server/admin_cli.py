@@ -36,9 +36,11 @@ __all__ = [
     "tokens",
 ]
 
-projects = typer.Typer(help="Manage the projects on this server.", no_args_is_help=True)
-tokens = typer.Typer(help="Manage access tokens.", no_args_is_help=True)
-clusters = typer.Typer(help="Manage this server's cluster; see docs/run/cluster.md.", no_args_is_help=True)
+projects = typer.Typer(help="Manage the projects on this server.", no_args_is_help=True, rich_markup_mode=None)
+tokens = typer.Typer(help="Manage access tokens.", no_args_is_help=True, rich_markup_mode=None)
+clusters = typer.Typer(
+    help="Manage this server's cluster; see docs/run/cluster.md.", no_args_is_help=True, rich_markup_mode=None
+)
 
 _DATA_HELP = "The data directory. Else LATTICE_REMOTE_DATA, else the user's data directory."
 DataOption = Annotated[Path | None, typer.Option("--data", metavar="DIR", help=_DATA_HELP, show_default=False)]
@@ -88,13 +90,15 @@ def create_project(  # noqa: PLR0917 - Typer calls it
     code: Annotated[
         str | None,
         typer.Option(
+            metavar="CODE",
             help="Prefix of its tasks, 1 to 5 letters, such as LAT for LAT-1; else derived from the slug.",
             show_default=False,
         ),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="A title for people.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Option(metavar="TITLE", help="A title for people.", show_default=False)] = None,
     actor: Annotated[
-        str | None, typer.Option(help="Default actor of commands, such as human:ana.", show_default=False)
+        str | None,
+        typer.Option(metavar="ACTOR", help="Default actor of commands, such as human:ana.", show_default=False),
     ] = None,
     as_json: JsonOption = False,
     data: DataOption = None,
@@ -183,7 +187,7 @@ def delete_project(
     ] = None,
     data: DataOption = None,
 ) -> None:
-    """Move an archived project to the trash, and remove it from all tokens. No files are removed from the disk.
+    """Move an archived project to the trash. It is removed from all tokens. No files are removed from the disk.
 
     Example: lattice-remote project delete web
     """
@@ -233,7 +237,7 @@ def export_project(
     as_json: JsonOption = False,
     data: DataOption = None,
 ) -> None:
-    """Export a project as a plain lattice directory, consistent at one moment. The server may run or not.
+    """Export a project as a plain lattice directory. It is consistent at one moment. The server may run or not.
 
     Exits with 1 if lattice's doctor finds errors in it.
 
@@ -263,11 +267,11 @@ def log(  # noqa: PLR0917 - Typer calls it
     slug: Annotated[str, typer.Argument(metavar="SLUG", help="The project.", show_default=False)] = "",
     admin: Annotated[bool, typer.Option("--admin", help="Changes of tokens and projects, by system users.")] = False,
     task: Annotated[str, typer.Option(metavar="ID", help="Only changes of this task: LAT-42 or task_...")] = "",
-    number: Annotated[int, typer.Option("-n", min=1, help="Number of changes.")] = 20,
+    number: Annotated[int, typer.Option("-n", metavar="N", min=1, help="Number of changes.")] = 20,
     as_json: JsonOption = False,
     data: DataOption = None,
 ) -> None:
-    """Show the changes of a project with time, actor and token, newest first. The server may run or not.
+    """Show the changes of a project, newest first. Each has its time, actor and token. The server may run or not.
 
     With --admin: the administrative changes of the whole server.
 
@@ -306,7 +310,7 @@ def create_token(  # noqa: PLR0917 - Typer calls it
         list[str] | None,
         typer.Option(metavar="SLUG", help="A project it gives access to; may be repeated.", show_default=False),
     ] = None,
-    actor: Annotated[str, typer.Option(help="Its actor, such as human:ana.", show_default=False)] = "",
+    actor: Annotated[str, typer.Option(metavar="ACTOR", help="Its actor, such as human:ana.", show_default=False)] = "",
     act_as: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Further actors it may act as, such as 'agent:*'; may be repeated."),
@@ -562,7 +566,7 @@ def rebuild_project(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     data: DataOption = None,
 ) -> None:
-    """Begin a new epoch of a project with this node's files, after the cluster has lost its record of it.
+    """Begin a new epoch of a project with this node's files. For a project whose record the cluster has lost.
 
     Changes that only other nodes have are lost. Run it where 'cluster status' shows the most changes.
 

@@ -46,6 +46,7 @@ app = typer.Typer(
     "lattice-remote init ./board; lattice-remote --data ./board project create web; "
     "lattice-remote --data ./board start",
     no_args_is_help=True,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 app.add_typer(projects, name="project")
@@ -113,8 +114,8 @@ def _finds(target: DataDir) -> bool:
 @app.command()
 def start(  # noqa: PLR0917 - Typer calls it
     context: typer.Context,
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 picks a free one.")] = 8443,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="PORT", help="The port; 0 picks a free one.")] = 8443,
     tls_cert: Annotated[
         Path | None, typer.Option(metavar="FILE", help="PEM file of the TLS certificate.", show_default=False)
     ] = None,
@@ -140,7 +141,9 @@ def start(  # noqa: PLR0917 - Typer calls it
             show_default=False,
         ),
     ] = None,
-    node: Annotated[str | None, typer.Option(help="This node's name in the cluster.", show_default="host name")] = None,
+    node: Annotated[
+        str | None, typer.Option(metavar="NAME", help="This node's name in the cluster.", show_default="host name")
+    ] = None,
     advertise: Annotated[
         str | None,
         typer.Option(metavar="URL", help="The address at which the other nodes reach this one.", show_default=False),
@@ -160,7 +163,11 @@ def start(  # noqa: PLR0917 - Typer calls it
     cluster_replicas: Annotated[
         int | None,
         typer.Option(
-            min=1, max=5, help="Copies of each change in NATS; 1 for a trial with one server.", show_default="3"
+            min=1,
+            max=5,
+            metavar="N",
+            help="Copies of each change in NATS; 1 for a trial with one server.",
+            show_default="3",
         ),
     ] = None,
     log_format: Annotated[
@@ -235,7 +242,7 @@ def _allow_many_connections() -> None:
 
 @app.command()
 def status(context: typer.Context, as_json: JsonOption = False, data: DataOption = None) -> None:
-    """Show the server's status: its projects, its clients and their lag.
+    """Show the server's projects, its clients and their lag.
 
     Asks the server that runs on the data directory, as the same user, and exits with 0.
     If none runs, reads the projects' files and exits with 3.

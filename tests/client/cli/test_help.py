@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from lattice_remote.client.cli.agent import agent_app as client_agent
 from lattice_remote.client.cli.agent import launcher_app as client_launcher
 from lattice_remote.client.cli.app import FAMILIES, app_with
 from lattice_remote.client.cli.resolve import rescued_app as client_rescued
+from lattice_remote.server.admin_cli import clusters, projects, tokens
 from lattice_remote.server.cli import app as server_app
 from sandbox import BIN
 
@@ -49,11 +51,14 @@ def test_help_has_an_example_that_is_of_this_command(words: tuple[str, ...], com
 def test_the_usage_of_every_command_names_its_arguments_in_capitals_with_one_pair_of_brackets() -> None:
     for words, command in ALL:
         context = command.make_context(words[-1], [], resilient_parsing=True)  # type: ignore[attr-defined]
+        assert not re.search(r"<(str|int|bool|path)", command.get_help(context).partition("Options:")[2]), words  # type: ignore[attr-defined]
         for piece in command.collect_usage_pieces(context):  # type: ignore[attr-defined]
             assert piece == piece.upper() and piece.count("[") + piece.count("{") <= 1, f"{' '.join(words)}: {piece}"
 
 
-@pytest.mark.parametrize("app", [client_app, client_rescued, client_agent, client_launcher])
+@pytest.mark.parametrize(
+    "app", [client_app, client_rescued, client_agent, client_launcher, server_app, projects, tokens, clusters]
+)
 def test_the_list_of_commands_shows_whole_sentences(app: typer.Typer) -> None:
     command = get_command(app)
     context = command.make_context("lattice remote", [], resilient_parsing=True, terminal_width=80)
