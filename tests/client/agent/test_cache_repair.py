@@ -294,23 +294,23 @@ async def test_a_file_that_is_altered_behind_a_scan_is_found_by_the_next_one(
         await equal(directory, server)
 
 
-async def test_a_defect_does_not_end_the_care(
-    server: FakeServer, kept: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [ZeroDivisionError(), StorageError("remote.json is missing")])
+async def test_a_repair_that_failed_is_repeated(
+    server: FakeServer, kept: Service, directory: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     failed: list[object] = []
 
     async def repair(replicator: Replicator, paths: list[str]) -> ReceiveOutcome:
         if not failed:
             failed.append(paths)
-            raise ZeroDivisionError
+            raise error
         return await Replicator.repair(replicator, paths)
 
     monkeypatch.setattr(integrity_monitor, "_RETRY_S", 0.1)
     monkeypatch.setattr(kept._replicator, "repair", partial(repair, kept._replicator))
     alter(directory)
     await until(lambda: bool(failed))
-    delete(directory)
-    await until((directory / "tasks/task_2.json").exists)
+    await equal(directory, server)
 
 
 async def test_edits_of_plans_and_notes_are_left_alone(server: FakeServer, kept: Service, directory: Path) -> None:

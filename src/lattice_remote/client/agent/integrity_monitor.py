@@ -167,7 +167,11 @@ class IntegrityMonitor:
             later = {path: wait_s for path in due if (wait_s := max(self._stray_s(path), self._vanishing_s(path))) > 0}
             for path, wait_s in later.items():
                 self._repairs.suspect([path], delay_s=wait_s)
-            await self._connection.carry_out(await self._replicator.repair(path for path in due if path not in later))
+            try:
+                await self._connection.carry_out(await self._replicator.repair([p for p in due if p not in later]))
+            except BaseException:  # for example while remote.json is missing
+                self._repairs.suspect(due)
+                raise
         if not self.has_looked:
             self.has_looked = True
             self._connection.changed.notify()
