@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,16 +30,32 @@ class Disks:
     def _image(self, number: int, cuts: int = 0) -> Path:
         return self._directory / f"image{number}.{cuts}"
 
-    def cut(self, nats: NatsCluster) -> None:
-        """Let all servers stop at once, with what their disks have."""
+    def keep(self, nats: NatsCluster) -> None:
+        """Let the next cut find the disks as they are now.
+
+        The kernel may write at any time, and does for all file systems when another program asks it to.
+        """
         for server in nats.servers:
             server.pause()
-        for number in range(3):
-            shutil.copyfile(self._image(number), self._image(number, 1))
+        os.sync()
+        self._copy()
+        for server in nats.servers:
+            server.resume()
+
+    def cut(self, nats: NatsCluster) -> None:
+        """Let all servers stop at once, with what their disks have, or had at ``keep()``."""
+        for server in nats.servers:
+            server.pause()
+        if not self._image(0, 1).exists():
+            self._copy()
         nats.kill_all()
         self._mounts.close()
         for number, store in enumerate(self.stores):
             self._mounts.enter_context(mounted(self._image(number, 1), store, "commit=600"))
+
+    def _copy(self) -> None:
+        for number in range(3):
+            shutil.copyfile(self._image(number), self._image(number, 1))
 
 
 @contextlib.contextmanager
@@ -70,6 +87,7 @@ def test_with_the_default_sync_a_power_cut_of_all_servers_is_not_passed_over(tmp
     with on_disks(tmp_path, None) as (disks, nats), running_cluster(nats, tmp_path, "ab", monitored=False) as cluster:
         log = (cluster.nodes["a"].data.path.parent / "log").read_text()
         assert "the sync setting is known of 0 of 3 NATS servers" in log
+        disks.keep(nats)
         for number in range(20):
             assert cluster.write("b", f"before {number}").status_code == 201
         epoch = cluster.position("a")[0]

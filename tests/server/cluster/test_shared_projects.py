@@ -112,30 +112,6 @@ def test_a_node_shows_its_role(cluster: RunningCluster, owner: str) -> None:
     assert roles == {"a": "follower", "b": "follower"} | {owner: "owner"}
 
 
-def test_a_node_that_lags_behind_finds_what_another_has_just_acknowledged(cluster: RunningCluster, owner: str) -> None:
-    other = "ab".replace(owner, "")
-    assert cluster.ask(other, "GET", "/tasks/none").status_code == 422  # its reader has started
-    workers = children_of(cluster.nodes[other], b"worker.main")
-    assert workers
-    for worker in workers:
-        os.kill(worker, signal.SIGSTOP)
-    try:
-        task = cluster.write(owner, "seen by the owner alone").json()["data"]["id"]
-        with ThreadPoolExecutor(2) as pool:
-            requested = [
-                pool.submit(cluster.ask, other, "GET", f"/tasks/{task}"),
-                pool.submit(cluster.ask, other, "PUT", f"/plans/{task}", data="# Plan", headers={"If-Match": "*"}),
-            ]
-            wait(requested, timeout=0.5)  # an answer from the files here comes at once
-            for worker in workers:
-                os.kill(worker, signal.SIGCONT)
-            answers = [each.result() for each in requested]
-    finally:
-        for worker in workers:
-            os.kill(worker, signal.SIGCONT)
-    assert [answer.status_code for answer in answers] == [200, 200], [answer.text for answer in answers]
-
-
 def test_a_second_server_under_the_name_of_a_node_is_refused(cluster: RunningCluster, tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
     known = cluster.nodes["a"].data.path / "cluster.json"
@@ -358,3 +334,27 @@ async def test_a_project_is_pushed_through_any_node_as_one_change(
     refused = await ask_for_push(cluster, owner, Push(secrets.token_hex(16), request.digest, request.size))
     assert isinstance(refused, Refused)
     assert "has 3 tasks" in refused.message
+
+
+def test_a_node_that_lags_behind_finds_what_another_has_just_acknowledged(cluster: RunningCluster, owner: str) -> None:
+    other = "ab".replace(owner, "")
+    assert cluster.ask(other, "GET", "/tasks/none").status_code == 422  # its reader has started
+    workers = children_of(cluster.nodes[other], b"worker.main")
+    assert workers
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    try:
+        task = cluster.write(owner, "seen by the owner alone").json()["data"]["id"]
+        with ThreadPoolExecutor(2) as pool:
+            requested = [
+                pool.submit(cluster.ask, other, "GET", f"/tasks/{task}"),
+                pool.submit(cluster.ask, other, "PUT", f"/plans/{task}", data="# Plan", headers={"If-Match": "*"}),
+            ]
+            wait(requested, timeout=0.5)  # an answer from the files here comes at once
+            for worker in workers:
+                os.kill(worker, signal.SIGCONT)
+            answers = [each.result() for each in requested]
+    finally:
+        for worker in workers:
+            os.kill(worker, signal.SIGCONT)
+    assert [answer.status_code for answer in answers] == [200, 200], [answer.text for answer in answers]
