@@ -204,6 +204,8 @@ def test_large_contents_that_change_again_at_once_reach_every_node(cluster: Runn
         )
     assert {answer.status_code for answer in answers} == {201}, [answer.text[:200] for answer in answers]
     wait_until(cluster.agree, "the nodes agree")
+    for node in cluster.nodes.values():
+        assert "follow ended" not in (node.data.path.parent / "log").read_text()
 
 
 def test_a_content_that_the_cluster_has_no_longer_is_copied_from_a_node(cluster: RunningCluster) -> None:

@@ -213,6 +213,7 @@ class Member:
         self._confirmed_at = -_CURRENT_S  # when a majority was last asked that answered
         self._current_at = -_BEHIND_S  # when this node last lacked nothing
         self._was_current = False  # clients have connected since
+        self._is_fetching = False
         self._is_closed = False
         self._wanted = ""
         self._is_retiring = False
@@ -541,8 +542,12 @@ class Member:
                 self._applied.clear()
                 await self._applied.wait()
             records = batch.records[self._skip :]
-            contents = await self._contents_of(records)
-            self._applying.append(_Applying(batch, len(records)))
+            self._is_fetching = True  # meanwhile no content is removed
+            try:
+                contents = await self._contents_of(records)
+                self._applying.append(_Applying(batch, len(records)))
+            finally:
+                self._is_fetching = False
             self._seq, self._skip = batch.seq, 0
             if records:
                 self.project.apply(ApplyRecords(list(records), contents))
@@ -577,8 +582,9 @@ class Member:
         while self._applying and self._applying[0].left <= 0:
             batch = self._applying.popleft().batch
             self._note_owner(batch)
-            for file in self._contents.glob("*") if not self._applying and self._contents.is_dir() else ():
-                file.unlink(missing_ok=True)
+            if not self._applying and not self._is_fetching and self._contents.is_dir():
+                for file in self._contents.iterdir():
+                    file.unlink(missing_ok=True)
         self._applied.set()
         self._save_cursor()
 
