@@ -86,7 +86,7 @@ async def test_a_directory_may_be_missing_at_first_and_be_removed(tmp_path: Path
         await changed(place, reports, "b.json")
 
 
-async def test_a_name_that_is_no_text_is_said_and_the_watch_is_tried_again(
+async def test_an_undecodable_name_is_reported_and_the_watch_is_restarted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(file_watcher, "_AGAIN_S", 0.2)

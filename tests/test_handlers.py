@@ -43,7 +43,7 @@ def test_nothing_else_of_it_is_changed() -> None:
         "open1('a', 'b'); window.two(event); three();",
     ],
 )
-def test_what_is_understood(handler: str) -> None:
+def test_handlers_are_replaced_by_listeners(handler: str) -> None:
     made = with_listeners(page(f'<b onclick="{handler}">'))
     assert made is not None and f'<b data-on-click="{handler}">'.encode() in made
 

@@ -28,11 +28,11 @@ def test_a_line_says_who_what_when_through_which_token_on_which_task() -> None:
     assert re.split(r" {2,}", line) == ["7", local, "human:ana", "tok_1", "LAT-1", "comment LAT-1 hello"]
 
 
-def test_a_token_of_somebody_else_is_told_beside_the_actor() -> None:
+def test_a_token_of_another_actor_is_shown_beside_the_actor() -> None:
     assert "agent:bot (token of human:ana)" in as_lines([entry(actor="agent:bot", token_actor="human:ana")], {})[1]
 
 
-def test_what_nobody_asked_for_says_why_it_came_about() -> None:
+def test_an_unrequested_change_has_its_reason() -> None:
     found = entry(actor="server", token_id="", cause="edit", command="changed plans/x.md", tasks=[])
     assert as_lines([found], {})[1].split()[3:] == ["server", "-", "-", "edit:", "changed", "plans/x.md"]
 
@@ -73,7 +73,7 @@ def test_terminal_controls_of_other_people_are_shown_not_obeyed() -> None:
 
 
 @given(st.text())
-def test_whatever_is_shown_is_printable(text: str) -> None:
+def test_every_shown_text_is_printable(text: str) -> None:
     assert printable(text).isprintable()
     assert as_lines([entry(command=text, cause=text)], {TASK: text})[1].isprintable()
 

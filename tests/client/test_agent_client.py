@@ -119,7 +119,7 @@ def test_an_agent_that_ends_at_every_request_is_not_asked_for_ever(agent: FakeAg
     assert len(agent.requests) == 3
 
 
-def test_a_command_runs_without_an_agent_that_does_not_answer_and_says_so_once(
+def test_a_command_runs_without_an_unresponsive_agent_and_reports_that_once(
     agent: FakeAgent,
     inline: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
@@ -240,7 +240,7 @@ def cache(guarded: Path) -> str:
     return str(guarded)
 
 
-def test_the_age_of_data_that_is_not_current_is_said(agent: FakeAgent, cache: str) -> None:
+def test_the_age_of_stale_data_is_shown(agent: FakeAgent, cache: str) -> None:
     said: list[str] = []
     agent.script = [json.dumps(answer) + "\n" for answer in (READY, STALE, {**STALE, "age_s": None})]
     assert ensure_current(cache, said.append) is None and said == ["lattice-remote: n"]

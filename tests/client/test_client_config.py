@@ -163,13 +163,13 @@ def test_tokens_that_others_can_reach_are_refused(home: Path, mode: int) -> None
         credentials.stored("http://h", "web")
 
 
-def test_tokens_of_somebody_else_are_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_file_of_another_user_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.chown(tokens_file(), 12345, -1) if os.geteuid() == 0 else monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(StorageError, match="belongs to another user"):
         credentials.stored("http://h", "web")
 
 
-def test_a_link_or_a_pipe_in_place_of_the_tokens_is_refused(home: Path) -> None:
+def test_a_link_or_a_pipe_that_replaces_the_tokens_is_refused(home: Path) -> None:
     path = tokens_file()
     path.rename(path.with_name("elsewhere"))
     path.symlink_to(path.with_name("elsewhere"))

@@ -82,7 +82,7 @@ def test_a_refusal_that_was_swallowed_is_remembered(guarded: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["plans", ""])
-def test_what_is_let_write_reaches_its_folder_alone(guarded: Path, folder: str) -> None:
+def test_allowed_writes_reach_their_folder_alone(guarded: Path, folder: str) -> None:
     for name in ("plans", "plans2"):
         (guarded / name).mkdir()
     guard = Guard(str(guarded))

@@ -139,7 +139,7 @@ def test_names_may_be_anything(here: Path, source: str) -> None:
 
 
 @pytest.mark.parametrize("source", ["missing", ".", "/", ""])
-def test_what_is_no_file_travels_as_none(here: Path, source: str) -> None:
+def test_a_missing_file_is_sent_as_none(here: Path, source: str) -> None:
     _, files = attached(["attach", "LAT-1", source])
     assert files[0]["data"] is None and files[0]["name"]
 

@@ -13,7 +13,7 @@ from lattice_remote.errors import Misuse, Rejected, StorageError
 HTTPS = "https://board.example"
 
 
-def test_a_server_that_nobody_named_gets_no_token() -> None:
+def test_a_server_that_the_user_did_not_name_gets_no_token() -> None:
     with pytest.raises(Rejected, match=r"you have not.*lattice remote trust https://board\.example") as error:
         trusted_servers.admit(HTTPS)
     assert error.value.code == "REMOTE_UNTRUSTED"
@@ -36,7 +36,7 @@ def test_a_server_is_named_by_a_record_a_token_or_the_environment() -> None:
 
 
 @pytest.mark.parametrize("named", ["", "   ", None])
-def test_an_empty_variable_names_nobody(named: str | None) -> None:
+def test_an_empty_variable_names_no_actor(named: str | None) -> None:
     assert trusted_servers.from_environment(named) is None
 
 
@@ -77,7 +77,7 @@ def test_plain_http_is_for_this_machine_unless_the_user_says_otherwise(url: str,
     assert trusted_servers.admit(url).insecure
 
 
-def test_what_is_not_said_again_stays(tmp_path: Path) -> None:
+def test_unmentioned_settings_stay(tmp_path: Path) -> None:
     authority = tmp_path / "ca.pem"
     authority.write_text("x")
     trusted_servers.record(trusted_servers.name(HTTPS, ca_file=str(authority)))
@@ -94,7 +94,7 @@ def test_authorities_must_make_sense(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", ["yes", {"insecure": "yes"}, {"insecure": 1}, {"ca_file": 7}])
-def test_a_damaged_record_admits_nobody(kept: object) -> None:
+def test_a_damaged_record_admits_no_client(kept: object) -> None:
     trusted_servers.record(Server(HTTPS))
     Path(trusted_servers.servers_path()).write_text(json.dumps({"servers": {HTTPS: kept}}))
     with pytest.raises(StorageError, match="not valid"):

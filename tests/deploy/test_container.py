@@ -44,7 +44,7 @@ def copied() -> list[str]:
     return [source for line in sources for source in line]
 
 
-def test_what_is_copied_is_all_that_the_package_is_made_of_and_all_that_is_sent() -> None:
+def test_the_image_copies_the_whole_package_and_nothing_else() -> None:
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert "*" in ignored
     assert sorted(line[1:] for line in ignored if line.startswith("!")) == sorted(copied())
@@ -54,7 +54,7 @@ def test_what_is_copied_is_all_that_the_package_is_made_of_and_all_that_is_sent(
         assert source in {"pyproject.toml", "constraints.txt"} or source in project
 
 
-def test_it_runs_as_nobody_in_particular_and_its_programs_get_signals() -> None:
+def test_the_container_runs_as_an_unprivileged_user_and_forwards_signals() -> None:
     names = [name for name, _ in STEPS]
     assert names.index("USER") > max(i for i, name in enumerate(names) if name in {"RUN", "COPY"})
     assert only("USER") == "lattice" and "useradd" in STEPS[7][1] + STEPS[6][1]

@@ -164,7 +164,7 @@ def test_requests_are_answered_in_the_servers_own_words(place: Place) -> None:
     assert (long.status_code, long.json()["error"]["code"]) == (413, "REMOTE_TOO_LARGE")
 
 
-def test_addresses_are_told_apart_and_what_they_claim_is_not_believed(place: Place) -> None:
+def test_addresses_are_distinguished_and_their_claims_not_trusted(place: Place) -> None:
     assert [place.status_from(1) for _ in range(LOGINS + 1)] == [401] * LOGINS + [429]
     assert place.status_from(2) == 401, "another address is nobody's fault"
     claims = [place.status_from(3, f"203.0.113.{n}") for n in range(LOGINS + 1)]

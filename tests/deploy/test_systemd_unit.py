@@ -39,7 +39,7 @@ def test_it_may_do_little(unit: Path) -> None:
     assert float(level) <= EXPOSED
 
 
-def test_a_start_that_fails_says_so(tmp_path: Path) -> None:
+def test_a_failed_start_is_reported(tmp_path: Path) -> None:
     with Sandbox() as sandbox:
         machine = Machine(sandbox, "server")
         machine.copy(DEPLOY / "lattice-remote.service", "/etc/systemd/system/lattice-remote.service")

@@ -107,7 +107,7 @@ def test_after_a_failed_fsync_nothing_is_acknowledged_until_a_restart(injected: 
 
 
 @pytest.mark.parametrize("limits", [{"command_seconds": 4}])
-def test_a_worker_that_hangs_is_replaced_and_the_caller_told(injected: tuple[Server, Client, Path]) -> None:
+def test_a_hanging_worker_is_replaced_and_reported_to_the_caller(injected: tuple[Server, Client, Path]) -> None:
     server, ana, _ = injected
     pid = worker_pid(server)
     os.kill(pid, signal.SIGSTOP)

@@ -111,7 +111,7 @@ def test_a_key_is_remembered_though_others_write_much() -> None:
         assert effects_in(server.lattice_dir())["once", "comment_added"] == 1
 
 
-def test_a_server_that_stops_says_so_to_who_waits(injected: tuple[Server, Program, Path]) -> None:
+def test_a_stopping_server_answers_its_waiters(injected: tuple[Server, Program, Path]) -> None:
     server, program, _ = injected
     assert program.post("/resources/gpu", "made").status_code == 201
     assert program.post("/resources/gpu/acquire", "held").status_code == 200

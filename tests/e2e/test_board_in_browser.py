@@ -30,7 +30,7 @@ def it() -> Iterator[Board]:
 # --- to look at it ---
 
 
-def test_somebody_signs_in_and_sees_the_board(it: Board) -> None:
+def test_a_user_signs_in_and_sees_the_board(it: Board) -> None:
     task = it.made("Seen in a browser")
     with Person(it.browser, it.server.url) as person:
         person.context.route(lambda url: "//127.0.0.1" not in url, without_libraries)
@@ -187,7 +187,7 @@ def test_a_task_is_made_edited_and_commented_on(it: Board) -> None:
     assert it.snapshot(task)["title"] == "Renamed in the page"
 
 
-def test_what_lattice_refuses_is_said_by_the_page(it: Board) -> None:
+def test_a_refusal_of_lattice_is_shown_by_the_page(it: Board) -> None:
     task = it.made("Assigned to nobody")
     with it.person() as person:
         page = it.open(person)
@@ -241,7 +241,7 @@ def test_another_tab_listens_when_the_one_that_did_is_closed(it: Board) -> None:
             expect(state(page)).to_have_text("Live")
 
 
-def test_whoever_writes_is_not_disturbed_and_sees_the_rest_afterwards(it: Board) -> None:
+def test_a_writing_user_is_not_disturbed_and_sees_the_rest_afterwards(it: Board) -> None:
     task = it.made("Written about")
     with it.person() as person:
         page = it.open(person)
@@ -270,7 +270,7 @@ def test_whoever_writes_is_not_disturbed_and_sees_the_rest_afterwards(it: Board)
         expect(page.locator("#app")).to_contain_text("Later")
 
 
-def test_an_open_panel_stays_open_and_shows_what_is_new(it: Board) -> None:
+def test_an_open_panel_stays_open_and_shows_new_content(it: Board) -> None:
     task = it.made("Open beside the board")
     with it.person() as person:
         page = it.open(person)
@@ -337,7 +337,7 @@ def test_a_server_that_restarts_is_found_again_and_what_was_missed_is_shown(it: 
         person.complaints.clear()  # the browser says of each request that it came to nothing
 
 
-def test_whose_token_is_taken_away_is_told_and_led_to_sign_in(it: Board) -> None:
+def test_a_user_whose_token_is_revoked_is_led_to_the_sign_in_page(it: Board) -> None:
     with Person(it.browser, it.server.url) as person:
         person.context.route(lambda url: "//127.0.0.1" not in url, without_libraries)
         token = it.server.token("human:gone")

@@ -144,7 +144,7 @@ def there(both: Both) -> Dashboard:
     return both.there.dashboard
 
 
-def test_nobody_writes_in_the_name_of_others(both: Both, there: Dashboard) -> None:
+def test_no_client_writes_as_another_actor(both: Both, there: Dashboard) -> None:
     before = tree_of(both.server.lattice_dir())
     status, text = there.post("/api/tasks", {"title": "x", "actor": "human:ben"})
     assert status == 403
@@ -249,7 +249,7 @@ def test_a_saved_plan_is_an_edit_like_any_other(shared_board: tuple[Server, Clie
 # --- when something is wrong ---
 
 
-def test_an_unreachable_server_is_said_in_the_dashboards_own_form_and_to_open_pages(sandbox: Any) -> None:
+def test_an_unreachable_server_is_reported_as_the_dashboard_does_and_to_open_pages(sandbox: Any) -> None:
     server = sandbox.started_server()
     ana = sandbox.client("ana")
     ana.add_remote(server, server.token("human:ana"))

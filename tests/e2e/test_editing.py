@@ -46,7 +46,7 @@ def status(client: Client) -> dict:
     return json.loads(client.ok("remote", "status", "--json"))["data"]
 
 
-def test_what_is_saved_in_one_copy_is_seen_in_the_other(shared_board: Board) -> None:
+def test_a_save_in_one_cache_reaches_the_other(shared_board: Board) -> None:
     _server, ana, ben = shared_board
     plan = text_files(ana, ben, new_task(ana, "Live"))
     for n, (mine, _theirs) in enumerate([plan, plan[::-1], plan, plan[::-1]]):
@@ -305,7 +305,7 @@ def test_a_task_that_is_archived_takes_no_unsent_edit_with_it(shared_board: Boar
     same(plan, "# Ben's\n")
 
 
-def test_what_lattice_appends_to_a_plan_is_merged_with_what_somebody_edits(shared_board: Board) -> None:
+def test_an_append_of_lattice_to_a_plan_is_merged_with_an_edit(shared_board: Board) -> None:
     _server, ana, ben = shared_board
     short_id = new_task(ana, "Sent back")
     plan = text_files(ana, ben, short_id)

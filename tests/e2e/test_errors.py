@@ -52,7 +52,7 @@ def test_a_token_for_another_project_is_forbidden(shared_board: Board) -> None:
     assert code == "REMOTE_FORBIDDEN"
 
 
-def test_another_actor_is_forbidden_and_the_error_names_what_is_allowed(shared_board: Board) -> None:
+def test_another_actor_is_forbidden_and_the_error_names_the_allowed_ones(shared_board: Board) -> None:
     code, line = failing(shared_board[1], "comment", "LAT-1", "x", "--actor", "human:ben")
     assert code == "REMOTE_FORBIDDEN"
     assert "human:ana" in line

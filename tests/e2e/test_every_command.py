@@ -175,7 +175,7 @@ def test_every_command_leaves_the_same_files(both_sides: BothSides) -> None:
     assert {path for path in local if local[path] != remote[path]} == set()
 
 
-def test_what_is_local_by_nature_leaves_the_same_files_beside_the_project(both_sides: BothSides) -> None:
+def test_local_commands_leave_the_same_files_beside_the_project(both_sides: BothSides) -> None:
     local, remote = both_sides.here.surroundings(), both_sides.there.surroundings()
     assert sorted(local) == sorted(remote)
     assert {path for path in local if local[path] != remote[path]} == set()

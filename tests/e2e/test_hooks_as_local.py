@@ -36,7 +36,7 @@ def told(file: Path, lattice_dir: Path) -> tuple[list[str], dict[str, object]]:
     return sorted(set(variables) - own), event
 
 
-def test_hooks_are_told_what_a_local_lattice_tells_them_and_nothing_runs_at_the_client(sandbox: Sandbox) -> None:
+def test_hooks_get_the_environment_of_a_local_lattice_and_run_only_on_the_server(sandbox: Sandbox) -> None:
     server, root = sandbox.server(), sandbox.root
     there = server.project()
     server.start()

@@ -204,7 +204,7 @@ def test_only_who_may_use_the_project_sees_anything_of_it(hosted: Hosted) -> Non
         assert stranger.post("/api/tasks", {"title": "x"})[0] == status
 
 
-def test_what_starts_a_program_is_refused_and_nobody_acts_for_others(hosted: Hosted, done: Done) -> None:
+def test_commands_that_start_programs_and_foreign_actors_are_refused(hosted: Hosted, done: Done) -> None:
     before = tree_of(hosted.server.lattice_dir())
     for what in ("notes", "plans"):
         status, text = hosted.post(f"/api/tasks/{done.tasks[0]}/open-{what}", {})

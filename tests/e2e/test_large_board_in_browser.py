@@ -99,7 +99,7 @@ def test_another_view_ends_the_drawing_and_the_way_back_draws_all(it: Board) -> 
         expect(state(page)).to_have_text(re.compile("Live|Waiting"))
 
 
-def test_the_list_has_every_row_in_order_and_what_is_filtered_has_no_others(it: Board) -> None:
+def test_the_list_has_every_row_in_order_and_a_filter_adds_none(it: Board) -> None:
     with it.person() as person:
         page = it.open(person, "list")
         rows = page.locator("#list-table tbody tr")

@@ -135,7 +135,7 @@ def test_an_upload_that_is_cut_again_and_again_goes_on(place: Place) -> None:
 
 
 @pytest.mark.parametrize("victim", ["agent", "server", "worker"])
-def test_whoever_is_killed_in_the_middle_of_an_upload_it_takes_effect_once(place: Place, victim: str) -> None:
+def test_an_upload_takes_effect_once_after_a_kill_of_either_side(place: Place, victim: str) -> None:
     """I6."""
     path, before = place.file(), place.to_ana.to_server
     known = set(artifacts(place.ana))
@@ -247,7 +247,7 @@ def test_without_the_background_process_it_is_the_same(place: Place) -> None:
     wait_for(lambda: not differences(place.server.lattice_dir(), place.ben.lattice_dir), "ben to have all of it")
 
 
-def test_a_broken_file_on_the_server_is_said_and_reaches_nobody(place: Place) -> None:
+def test_a_broken_file_on_the_server_is_reported_and_reaches_no_client(place: Place) -> None:
     artifact = attach(place, place.file())
     path = f"artifacts/payload/{artifact}.bin"
     truth = place.server.lattice_dir() / path

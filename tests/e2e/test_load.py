@@ -23,7 +23,7 @@ def test_stalled_clients_delay_no_write_and_catch_up(sandbox: Sandbox) -> None:
     assert done.mib_growth < 60
 
 
-def test_of_many_that_write_at_once_nobody_is_left_behind(sandbox: Sandbox) -> None:
+def test_of_many_concurrent_writers_none_starves(sandbox: Sandbox) -> None:
     assert writers_at_once(sandbox, clients=25, seconds=1.5).slowest_share > 0.6
 
 

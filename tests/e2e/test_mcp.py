@@ -243,7 +243,7 @@ def test_the_cache_equals_the_server_and_the_log_names_the_tools(both: Both) -> 
     assert {entry["actor"] for entry in log} == {"human:ana", "agent:bot"}
 
 
-async def test_calls_at_once_are_all_carried_out_and_in_nobody_elses_name(both: Both) -> None:
+async def test_concurrent_calls_all_run_each_under_its_own_actor(both: Both) -> None:
     texts = {f"at once {number}" for number in range(12)}
     async with session(both.there.client) as asked:
         arguments = [{"task_id": "LAT-1", "text": text, "actor": "agent:bot"} for text in texts]

@@ -188,7 +188,7 @@ def test_figures_are_for_a_token_of_their_own(watched: Watched) -> None:
     assert "(metrics)" in watched.server.admin("token", "list")
 
 
-def test_no_figure_has_a_label_that_anybody_is_free_to_choose(watched: Watched) -> None:
+def test_no_metric_has_a_label_that_a_client_can_choose(watched: Watched) -> None:
     labels = {
         name: {
             sample.labels.get(name)

@@ -59,7 +59,7 @@ def test_init_in_a_fresh_clone_says_what_it_is_and_leaves_it_as_it_is(clone: Cli
         works_in(clone)
 
 
-def test_init_below_a_copy_makes_a_project_of_its_own_and_says_so(clone: Client) -> None:
+def test_init_below_a_cache_creates_its_own_project_with_a_notice(clone: Client) -> None:
     works_in(clone)
     inner = clone.dir / "in" / "here"
     inner.mkdir(parents=True)

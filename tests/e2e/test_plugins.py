@@ -35,7 +35,7 @@ def cold() -> Sandbox:
     return Sandbox(Programs())
 
 
-def test_a_plugin_reads_here_is_told_what_to_do_where_it_writes_and_is_routed_where_both_sides_say_so(
+def test_a_plugin_reads_locally_is_refused_its_writes_with_advice_and_is_routed_if_both_sides_declare_it(
     cold: Sandbox,
 ) -> None:
     with cold as sandbox:

@@ -125,7 +125,7 @@ def test_an_attached_file_is_kept_with_its_description(shared_board: Board, tmp_
     assert (ana.lattice_dir / f".remote/rescued/{entry['number']}/files/{payload}").read_text() == "1,2,3\n"
 
 
-def test_what_the_server_refuses_is_said_and_stays(shared_board: Board, tmp_path: Path) -> None:
+def test_a_refusal_of_the_server_is_reported_and_keeps_the_text(shared_board: Board, tmp_path: Path) -> None:
     server, ana, _ben = shared_board
     task = new_task(ana, "Refused")
     write_into(
@@ -234,7 +234,7 @@ def test_a_server_that_was_copied_from_a_cache_can_write(sandbox: Sandbox, tmp_p
     assert locks.is_dir()
 
 
-def test_what_is_wrong_is_said_in_one_line(shared_board: Board) -> None:
+def test_each_error_is_one_line(shared_board: Board) -> None:
     _server, ana, _ben = shared_board
     for words, said in (
         (("show", "77"), "no rescued files 77"),

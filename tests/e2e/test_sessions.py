@@ -86,7 +86,7 @@ def test_it_survives_restart_rotation_a_copy_and_the_loss_of_the_journal(
     assert "belongs to another token" in comment(ben, session).stderr
 
 
-def test_what_plain_lattice_started_is_anybodys_who_may_act_as_it(
+def test_a_session_of_plain_lattice_belongs_to_every_token_that_may_act_as_its_actor(
     people: tuple[Server, Client, Client, Client],
 ) -> None:
     """I12."""
@@ -96,7 +96,7 @@ def test_what_plain_lattice_started_is_anybodys_who_may_act_as_it(
     assert comment(laptop, "Local-1").returncode == 0 and comment(ben, "Local-1").returncode == 0
 
 
-def test_without_knowing_whose_it_is_nobody_acts_as_a_session(people: tuple[Server, Client, Client, Client]) -> None:
+def test_a_session_without_a_known_owner_grants_no_actor(people: tuple[Server, Client, Client, Client]) -> None:
     server, laptop, _, _ = people
     session = start(laptop, "Mine")
     server.stop()

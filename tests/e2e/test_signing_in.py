@@ -86,7 +86,7 @@ def test_a_person_signs_in_sees_the_projects_and_signs_out(browser: Browser, ser
         assert person.complaints == []
 
 
-def test_a_wrong_token_is_said_and_one_can_try_again(browser: Browser, server: Server, token: str) -> None:
+def test_a_wrong_token_is_reported_and_the_user_can_try_again(browser: Browser, server: Server, token: str) -> None:
     with Person(browser, server.url) as person:
         page = person.open("/projects/board")
         page.get_by_label("Token").fill("ltr_wrong")
@@ -248,7 +248,7 @@ def test_another_site_reads_and_frames_nothing(server: Server, ana: Person, else
             assert {answer.status for answer in answers} == {403}
 
 
-def test_another_site_signs_nobody_in_with_its_own_token(
+def test_another_site_cannot_sign_a_user_in_with_its_own_token(
     browser: Browser, server: Server, theirs: str, elsewhere: OtherSite
 ) -> None:
     form = f"""<form method=post action="{server.url}/sign-in"><input name=token value="{theirs}"></form>
@@ -260,7 +260,7 @@ def test_another_site_signs_nobody_in_with_its_own_token(
         assert person.context.cookies() == []
 
 
-def test_another_site_signs_nobody_out(server: Server, ana: Person, elsewhere: OtherSite) -> None:
+def test_another_site_cannot_sign_a_user_out(server: Server, ana: Person, elsewhere: OtherSite) -> None:
     form = f"""<form method=post action="{server.url}/sign-out"></form><script>document.forms[0].submit()</script>"""
     page = ana.open(elsewhere.shows(form))
     page.wait_for_url(f"{server.url}/sign-out")

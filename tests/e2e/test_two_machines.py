@@ -90,7 +90,7 @@ def test_edits_of_two_people_in_different_places_are_merged(shared_board: Board)
     assert plan.read_bytes() == theirs.read_bytes()
 
 
-def test_a_real_conflict_keeps_both_texts_once_and_says_so(shared_board: Board) -> None:
+def test_a_real_conflict_keeps_both_texts_once_and_is_reported(shared_board: Board) -> None:
     server, ana, ben = shared_board
     task = new_task(ana, "Conflict")
     ben.ok("remote", "pull")
@@ -177,7 +177,7 @@ def test_agents_of_a_killed_machine_are_replaced_by_the_next_command(shared_boar
     assert plan_of(ana, task).is_file()
 
 
-def test_what_other_hands_do_to_the_files_is_put_right_without_being_asked(shared_board: Board) -> None:
+def test_changes_of_the_files_by_others_are_repaired_without_a_request(shared_board: Board) -> None:
     server, ana, _ben = shared_board
     task = plan_of(ana, new_task(ana, "Altered")).stem
     ana.ok("remote", "pull")
@@ -196,7 +196,7 @@ def test_what_other_hands_do_to_the_files_is_put_right_without_being_asked(share
     ana.ok("remote", "rescued", "drop", "--all")
 
 
-def test_without_the_agent_verify_tells_and_sync_mends(shared_board: Board) -> None:
+def test_without_the_agent_verify_reports_and_sync_repairs(shared_board: Board) -> None:
     server, ana, _ben = shared_board
     task = plan_of(ana, new_task(ana, "Altered")).stem
     ana.ok("remote", "agent", "stop")
@@ -213,7 +213,7 @@ def test_without_the_agent_verify_tells_and_sync_mends(shared_board: Board) -> N
     assert differences(ana.lattice_dir, server.lattice_dir()) == []
 
 
-def test_what_was_altered_while_no_agent_ran_is_put_right_once_one_runs(shared_board: Board) -> None:
+def test_files_altered_without_an_agent_are_repaired_by_the_next_one(shared_board: Board) -> None:
     server, ana, _ben = shared_board
     ana.ok("remote", "agent", "stop")
     (ana.lattice_dir / "ids.json").write_text("{}\n")

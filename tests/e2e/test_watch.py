@@ -42,7 +42,7 @@ def resume_point(stderr: str) -> str:
     return stderr.splitlines()[-1].rpartition("--since ")[2]
 
 
-def test_a_line_of_json_a_change_none_left_out_and_none_twice_whatever_is_cut(
+def test_each_change_is_one_line_of_json_across_lost_connections(
     people: tuple[Server, Client, Client],
 ) -> None:
     server, ana, ben = people
@@ -90,7 +90,7 @@ def test_a_line_of_json_a_change_none_left_out_and_none_twice_whatever_is_cut(
     assert [json.loads(line)["seq"] for line in of_task.stdout.splitlines()] == [n + 2, n + 4]
 
 
-def test_what_is_not_kept_is_an_exit_code_of_its_own(people: tuple[Server, Client, Client]) -> None:
+def test_a_position_before_the_retention_has_its_own_exit_code(people: tuple[Server, Client, Client]) -> None:
     _, ana, ben = people
     n = head(ana)
     ahead = ben.run("remote", "watch", "--since", str(n + 7))

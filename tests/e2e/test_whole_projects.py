@@ -301,9 +301,7 @@ def test_a_push_goes_on_where_it_was_cut_off(sandbox: Sandbox, server: Server, m
     assert "all is well" in server.admin("fsck")
 
 
-def test_what_is_kept_when_a_copy_is_given_up_is_a_plain_local_project(
-    sandbox: Sandbox, server: Server, master: Path
-) -> None:
+def test_a_removed_remote_leaves_a_plain_local_project(sandbox: Sandbox, server: Server, master: Path) -> None:
     server.admin("import", "--from", str(master.parent), "--project", "web")
     ana = sandbox.client("ana")
     ana.add_remote(server, server.token("human:ana", "agent:*", slug="web"), slug="web")

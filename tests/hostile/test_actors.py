@@ -117,7 +117,7 @@ def test_what_the_configuration_says_is_not_believed(worker: WorkerProcess) -> N
 
 
 @pytest.mark.parametrize("name", ["Ana-1", "X-2"])
-def test_a_session_file_that_somebody_has_changed_is_not_believed(worker: WorkerProcess, name: str) -> None:
+def test_a_session_file_that_was_changed_is_not_trusted(worker: WorkerProcess, name: str) -> None:
     path = worker.project / f".lattice/sessions/{name}.json"
     session, before = json.loads(path.read_text()), actors(worker.project)
     for forged in (

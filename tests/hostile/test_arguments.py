@@ -64,7 +64,7 @@ def test_a_file_attached_to_another_argument_does_not_tell_where_it_was_put(
 
 
 @pytest.mark.parametrize("bad", [b"\xed\xa0\x80", b"\xff", b"\xc0\xaf", b"\xf4\x90\x80\x80", b"\xe2\x82"])
-def test_what_is_no_utf_8_is_no_frame(bad: bytes) -> None:
+def test_invalid_utf_8_is_no_frame(bad: bytes) -> None:
     good = encode(Run("0" * 32, ["create", "?" * len(bad)]))
     with pytest.raises(ProtocolError):
         decode_client_frame(good.replace(b"?" * len(bad), bad))

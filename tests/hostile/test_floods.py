@@ -36,7 +36,7 @@ def wait_until_quiet(target: Target, files: int) -> None:
         time.sleep(0.01)
 
 
-def test_silent_connections_are_bounded_and_keep_nobody_out(target: Target, opened: list[socket.socket]) -> None:
+def test_silent_connections_are_bounded_and_keep_no_client_out(target: Target, opened: list[socket.socket]) -> None:
     files = target.open_files()
     for number in range(1_500):
         opened.append(target.open(address=f"127.2.{number % 120}.1"))
@@ -149,7 +149,7 @@ def test_heads_that_come_byte_by_byte_are_bounded(target: Target, opened: list[s
     target.check("400 heads that come byte by byte")
 
 
-def test_tls_handshakes_that_never_end_are_bounded_and_keep_nobody_out(opened: list[socket.socket]) -> None:
+def test_endless_tls_handshakes_are_bounded_and_keep_no_client_out(opened: list[socket.socket]) -> None:
     hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"  # the beginning of one
     with attackable(tls=True, waiting_connections=WAITING, waiting_connections_per_address=PER_ADDRESS) as target:
         files = target.open_files()

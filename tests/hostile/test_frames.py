@@ -147,7 +147,7 @@ FRAMES = st.builds(
 
 @fuzz
 @given(st.booleans(), st.lists(FRAMES, min_size=1, max_size=5), st.binary(max_size=10))
-def test_whatever_is_sent_ends_in_one_clear_word_at_the_most(
+def test_every_input_ends_in_at_most_one_clear_error(
     target: Target, greets: bool, frames: list[bytes], rest: bytes
 ) -> None:
     answers = attack(target, (frame(HELLO) if greets else b"") + b"".join(frames) + rest)
@@ -219,7 +219,7 @@ FLOODS = {
 
 
 @pytest.mark.parametrize("data", FLOODS.values(), ids=FLOODS.keys())
-def test_a_flood_of_frames_ends_and_slows_nobody_down(
+def test_a_flood_of_frames_ends_and_slows_no_other_client(
     target: Target, data: bytes, request: pytest.FixtureRequest
 ) -> None:
     with target.upgraded() as raw:
@@ -232,7 +232,7 @@ def test_a_flood_of_frames_ends_and_slows_nobody_down(
     target.check(request.node.callspec.id)
 
 
-def test_pongs_that_nobody_reads_are_not_kept_for_ever(target: Target) -> None:
+def test_unread_pongs_are_not_kept_for_ever(target: Target) -> None:
     with target.upgraded(buffer_bytes=4096) as raw:
         with contextlib.suppress(OSError):
             for _ in range(200):
@@ -240,7 +240,7 @@ def test_pongs_that_nobody_reads_are_not_kept_for_ever(target: Target) -> None:
         target.check("pongs that nobody reads")
 
 
-def test_a_client_that_never_greets_costs_nobody_anything(target: Target) -> None:
+def test_a_client_that_never_greets_costs_no_other_client_anything(target: Target) -> None:
     silent = [target.upgraded() for _ in range(200)]
     began = time.monotonic()
     target.check("200 connections that never greet")

@@ -91,7 +91,7 @@ def structured() -> st.SearchStrategy[bytes]:
 
 @fuzz
 @given(st.one_of(st.binary(max_size=300), mutations(), structured()))
-def test_whatever_is_sent_is_refused_or_is_a_question_of_health(target: Target, data: bytes) -> None:
+def test_every_request_but_a_health_check_is_refused(target: Target, data: bytes) -> None:
     for status in statuses(target.send(data)):
         assert status in REFUSALS | {100, 200}
         assert status != 200 or b"/healthz" in data or b"HEAD" in data
@@ -144,7 +144,7 @@ OVERSIZED = {
 
 
 @pytest.mark.parametrize("data", OVERSIZED.values(), ids=OVERSIZED.keys())
-def test_what_is_too_large_is_refused_before_it_is_held(
+def test_an_oversized_body_is_refused_before_it_is_read(
     target: Target, data: bytes, request: pytest.FixtureRequest
 ) -> None:
     answered = statuses(target.send(data))
@@ -166,7 +166,7 @@ def test_a_token_never_reaches_the_log(target: Target) -> None:
     assert not any("ltr_secret" in line or target.token in line for line in lines)
 
 
-def test_nobody_writes_lines_or_control_characters_into_the_log(target: Target) -> None:
+def test_no_client_writes_lines_or_control_characters_into_the_log(target: Target) -> None:
     target.new_log_lines()
     evil = "\x1b[2J\r\n2030-01-01 00:00:00,000 INFO root: all is well\x9b\u202e"
     target.send(b"GET /projects/\x1b[2J/ws HTTP/1.1\r\nHost: x\r\n\r\n")

@@ -145,7 +145,7 @@ def framed(body: bytes, how: str) -> tuple[list[tuple[str, str]], bytes]:
 
 @fuzz
 @given(requests_of_bad_will)
-def test_whatever_is_asked_is_answered_and_nothing_is_a_500(
+def test_every_request_is_answered_and_none_with_500(
     target: Target, asked: tuple[str, str, str, list[tuple[str, str]], bytes, str]
 ) -> None:
     method, path, query, headers, body, how = asked
@@ -183,7 +183,7 @@ def test_a_key_is_one_key_or_refused(target: Target) -> None:
     target.check("hostile keys")
 
 
-def test_a_flood_of_streams_is_bounded_and_delays_nobody(target: Target) -> None:
+def test_a_flood_of_streams_is_bounded_and_delays_no_other_client(target: Target) -> None:
     """They take nothing, while much is told: what each leaves is bounded, and so is their number."""
     request = f"GET {STREAM} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {target.token}\r\n\r\n".encode()
     streams: list[socket.socket] = []
@@ -210,7 +210,7 @@ def test_a_flood_of_streams_is_bounded_and_delays_nobody(target: Target) -> None
     target.check("more streams than a token may have")
 
 
-def test_bodies_that_never_come_hold_up_nobody(target: Target) -> None:
+def test_bodies_that_never_arrive_block_no_other_request(target: Target) -> None:
     slow = []
     for _ in range(60):
         raw = target.open()

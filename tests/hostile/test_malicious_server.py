@@ -199,7 +199,7 @@ async def test_a_path_outside_the_tree_ends_the_connection_and_writes_nothing(
 @pytest.mark.parametrize(
     "place", ["tasks", ".remote", ".remote/tmp", ".remote/base", ".remote/base/plans", "artifacts", "artifacts/payload"]
 )
-async def test_a_link_in_place_of_a_directory_is_said_and_not_followed(
+async def test_a_link_that_replaces_a_directory_is_reported_and_not_followed(
     server: FakeServer, directory: Path, tmp_path: Path, place: str
 ) -> None:
     victim = tmp_path / "victim"
@@ -233,7 +233,7 @@ def no_files(victim: Path) -> bool:
 
 
 @pytest.mark.parametrize("name", [".remote/lock", ".gitignore", "config.json", "cache_state.json"])
-async def test_a_link_in_place_of_a_file_never_reaches_its_target(
+async def test_a_link_that_replaces_a_file_never_reaches_its_target(
     server: FakeServer, directory: Path, tmp_path: Path, name: str
 ) -> None:
     victim = tmp_path / "authorized_keys"
@@ -244,7 +244,7 @@ async def test_a_link_in_place_of_a_file_never_reaches_its_target(
 
 
 @pytest.mark.parametrize("name", ["config.json", "tasks/task_1.json", PLAN, "cache_state.json"])
-async def test_a_pipe_in_the_way_hangs_nobody(server: FakeServer, directory: Path, name: str) -> None:
+async def test_a_pipe_among_the_files_blocks_no_command(server: FakeServer, directory: Path, name: str) -> None:
     server.files[PLAN] = b"# Plan\n"
     (directory / name).parent.mkdir(exist_ok=True)
     os.mkfifo(directory / name)
@@ -399,7 +399,7 @@ async def test_a_manifest_of_more_than_is_allowed_is_refused(
     assert tree(directory) == server.files
 
 
-async def test_files_without_end_stop_at_what_is_allowed(server: FakeServer, service: Service, directory: Path) -> None:
+async def test_endless_files_stop_at_the_limit(server: FakeServer, service: Service, directory: Path) -> None:
     allow_one_mib(server)
     await ask(service, "ready")
     for n in range(100):
@@ -419,7 +419,7 @@ async def test_files_without_end_stop_at_what_is_allowed(server: FakeServer, ser
         await run(service, "list")
 
 
-async def test_answers_that_nobody_asked_for_are_not_kept(server: FakeServer, service: Service) -> None:
+async def test_unrequested_answers_are_not_kept(server: FakeServer, service: Service) -> None:
     await ask(service, "ready")
     connection = next(iter(server.connections))
     for n in range(300):

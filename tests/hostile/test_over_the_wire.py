@@ -122,7 +122,7 @@ HOSTILE_PATHS = (
 )
 
 
-async def test_what_is_not_of_the_tree_is_neither_sent_nor_stored(running: Running) -> None:
+async def test_files_outside_the_tree_are_neither_sent_nor_stored(running: Running) -> None:
     for path in HOSTILE_PATHS:
         for frame in (Fetch([path]), Put("1" * 32, path, None, b"x")):
             async with running.connected() as client:

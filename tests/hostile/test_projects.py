@@ -180,7 +180,7 @@ def test_links_and_devices_in_a_directory_are_left_out_and_never_followed(tmp_pa
 
 @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_random_harm_is_refused_or_mended(tmp_path: Path, own: Files, data: st.DataObject) -> None:
+def test_random_damage_is_refused_or_repaired(tmp_path: Path, own: Files, data: st.DataObject) -> None:
     """Whatever is done to a project's bytes, it is refused, or what is taken is sound and stays as it is."""
     path = data.draw(st.sampled_from(sorted(own)))
     content = own[path]

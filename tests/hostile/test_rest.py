@@ -53,7 +53,7 @@ def config(port: int, token: str) -> schemathesis.Config:
     )
 
 
-def test_what_is_described_is_what_is_served(server: Process) -> None:
+def test_the_description_agrees_with_the_responses(server: Process) -> None:
     token = make_token(server.data)
     rest = Rest(server.port, token)
     with rest.session:

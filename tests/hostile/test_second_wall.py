@@ -161,7 +161,7 @@ def test_a_pipe_in_the_place_of_a_file_does_not_hold_the_worker(tmp_path: Path) 
         place.check()
 
 
-def test_a_name_that_is_no_unicode_is_told_without_harm(tmp_path: Path) -> None:
+def test_an_undecodable_name_is_reported_without_harm(tmp_path: Path) -> None:
     place = Place(tmp_path)
     with place.worker() as worker:
         link = place.lattice / "tasks/task_\udcff.json"

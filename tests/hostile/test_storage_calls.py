@@ -113,7 +113,7 @@ class Sender:
 
 
 @pytest.mark.parametrize("seed", ["1", "2"])
-def test_what_is_accepted_leaves_a_sound_project_and_nothing_escapes(seed: str, tmp_path: Path) -> None:
+def test_an_accepted_call_leaves_a_sound_project_and_writes_nothing_outside(seed: str, tmp_path: Path) -> None:
     """I9; each answer is one of those that the protocol names, and after each write lattice finds nothing wrong."""
     place, rng = Place(tmp_path / "place"), random.Random(seed)
     statuses: dict[int, int] = {}

@@ -96,7 +96,7 @@ def test_hostile_bytes_raise_nothing_but_a_violation(noise: bytes, at: int, begi
         ("a tar", b"config.json" + bytes(600)),
     ],
 )  # fmt: skip
-def test_what_is_no_pack_is_refused(why: str, data: bytes) -> None:
+def test_an_invalid_pack_is_refused(why: str, data: bytes) -> None:
     with pytest.raises(ProtocolError):
         unpacked(data)
 

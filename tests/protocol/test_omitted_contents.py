@@ -72,13 +72,13 @@ def test_a_deferred_content_that_becomes_small_is_fetched(replica: Replica) -> N
 
 
 @pytest.mark.parametrize("operation", [PutFile(BIG, b"x"), DeleteFile(BIG), MoveFile("ids.json", BIG, bytes(32))])
-def test_what_is_written_over_is_left_out_no_more(replica: Replica, operation: Operation) -> None:
+def test_an_overwritten_content_is_not_deferred_any_longer(replica: Replica, operation: Operation) -> None:
     change(replica, ANNOUNCED)
     assert applied(change(replica, operation)) == [operation]
     assert not replica.deferred
 
 
-def test_what_is_moved_is_left_out_where_it_went(replica: Replica) -> None:
+def test_a_moved_content_stays_deferred_at_its_new_path(replica: Replica) -> None:
     change(replica, ANNOUNCED)
     assert applied(change(replica, MoveFile(BIG, OTHER, ENTRY[1]))) == [DeleteFile(BIG)]
     assert replica.deferred == {OTHER: ENTRY}
@@ -140,7 +140,7 @@ STEPS = st.lists(
 
 @settings(max_examples=300)
 @given(STEPS)
-def test_what_is_not_left_out_is_the_servers_at_every_number(steps: list[tuple[str, str, bytes]]) -> None:
+def test_files_that_are_not_deferred_equal_the_servers_at_every_number(steps: list[tuple[str, str, bytes]]) -> None:
     """I3, I5: and what is left out is said rightly to be what the server has."""
     truth: dict[str, bytes] = {}
     tree = MemoryTree({})

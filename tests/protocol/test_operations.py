@@ -80,7 +80,7 @@ def test_operation_on_what_it_does_not_expect_names_the_file_to_fetch(
         assert tree.files == after
 
 
-def test_append_is_one_write_of_what_is_missing() -> None:
+def test_append_is_one_write_of_the_missing_bytes() -> None:
     writes: list[bytes] = []
 
     class Recording(MemoryTree):

@@ -132,7 +132,7 @@ def test_a_session_is_not_named_like_the_index_of_sessions() -> None:
 
 
 @given(st.text() | st.lists(st.sampled_from(["..", ".", "", "a", "/", "\\", "tasks"])).map("/".join))
-def test_whatever_is_accepted_stays_inside(path: str) -> None:
+def test_every_accepted_path_stays_inside(path: str) -> None:
     try:
         check_path(path)
     except HostilePath:

@@ -724,7 +724,7 @@ def test_a_file_that_is_announced_between_its_pieces_is_fetched_again() -> None:
     assert replica.is_current
 
 
-def test_file_that_somebody_begins_to_edit_while_it_is_on_its_way_is_left_alone() -> None:
+def test_a_file_edited_during_its_transfer_is_left_alone() -> None:
     replica = following(1, missing=("a",))
     replica.block("a")
     assert replica.receive(part("a", 1)) == []
@@ -744,7 +744,7 @@ def pieces(path: str, seq: int, *data: bytes) -> list[Part]:
     return [Part(path, seq, len(whole), digest_of(whole), at, d) for at, d in zip(offsets, data, strict=True)]
 
 
-def test_what_is_added_to_a_file_while_its_pieces_come_is_applied_after_the_last_one() -> None:
+def test_an_append_during_a_transfer_is_applied_after_the_last_part() -> None:
     replica = following(1, head=1, missing=("a",))
     first, last = pieces("a", 1, b"one\n", b"two\n")
     grown = append_to("a", b"one\ntwo\n", b"three\n")
@@ -766,7 +766,7 @@ def test_a_file_whose_pieces_begin_again_includes_what_was_added_before_them() -
     assert replica.receive(last)[:2] == [WritePart(last), ApplyChange(change(3, later), (later,))]
 
 
-def test_what_is_added_before_the_first_piece_is_in_it() -> None:
+def test_an_append_before_the_first_part_is_in_it() -> None:
     replica = following(1, missing=("a",))
     assert replica.receive(change(2, grown := append_to("a", b"x", b"y"))) == [
         ApplyChange(change(2, grown), ()),
@@ -843,7 +843,7 @@ def test_copy_that_another_process_brought_on_goes_on_from_there() -> None:
     assert replica.is_current
 
 
-def test_mending_fetches_what_differs_and_removes_what_is_not_listed() -> None:
+def test_repair_fetches_differing_and_removes_unlisted_files() -> None:
     replica = following()
     assert replica.compare(repair=True) == [Send(Manifest())]
     same, other = (1, digest_of(b"s")), (1, digest_of(b"o"))
@@ -869,7 +869,7 @@ def test_changes_during_a_comparison_follow_it() -> None:
     assert replica.verified() == [ApplyChange(change(2), ()), Save(), *[DeliverReply(reply(2))]]
 
 
-def test_nothing_is_saved_between_a_mending_and_the_changes_that_follow_it() -> None:
+def test_no_state_is_saved_between_a_repair_and_the_changes_that_follow_it() -> None:
     replica = told(resyncing(), Entries(5, b"m5", [LISTED], last=False), change(6, DeleteFile("a")), change(7))
     replica.receive(Entries(5, b"m5", [], last=True))
     effects = replica.compared({"a": (1, b""), "b": (1, b""), LISTED.path: (1, LISTED.digest)})
@@ -877,7 +877,7 @@ def test_nothing_is_saved_between_a_mending_and_the_changes_that_follow_it() -> 
     assert effects == [Remove(("a", "b")), six, ApplyChange(change(7), ()), Save()]
 
 
-def test_comparison_asked_for_twice_is_one_that_mends() -> None:
+def test_a_comparison_requested_twice_runs_once_with_repair() -> None:
     replica = following()
     replica.compare(repair=False)
     assert replica.compare(repair=True) == []
@@ -988,7 +988,7 @@ def test_a_manifest_that_never_ends_is_bounded() -> None:
     assert sent == MAX_ENTRIES
 
 
-def test_a_part_that_nobody_asked_for_says_nothing_of_the_head() -> None:
+def test_an_unrequested_part_does_not_prove_the_head() -> None:
     replica = following(1)
     assert replica.receive(Part("tasks/x", 1 << 60, 1, b"d" * 32, 0, b"x")) == []
     assert replica.is_current

@@ -105,7 +105,7 @@ def test_a_removed_file_revokes_everything(path: Path) -> None:
     assert store.find(text) is None
 
 
-def test_a_misspelt_field_is_noticed_and_lets_nobody_in(path: Path) -> None:
+def test_a_misspelt_field_is_reported_and_admits_no_client(path: Path) -> None:
     text = made(path)
     path.write_text(path.read_text().replace('"created"', '"expire": "2000-01-01T00:00:00Z", "created"'))
     store = Logins(path)
@@ -262,7 +262,7 @@ def refusal(found: Login | ApiError | None) -> tuple[int, str]:
     return found.status, found.message
 
 
-def test_failed_logins_are_counted_until_the_connection_is_told_to_wait(board: Board) -> None:
+def test_failed_logins_are_counted_until_the_connection_must_wait(board: Board) -> None:
     assert board.login().token.id == board.token.id and board.quota.failures == 0
     assert [refusal(board.identify(text))[0] for text in ("", "ltr_x", "ltr_x")] == [401, 401, 429]
 

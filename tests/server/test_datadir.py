@@ -39,7 +39,7 @@ def test_a_directory_that_was_never_made_names_the_command_that_makes_it(tmp_pat
         DataDir(tmp_path).config()
 
 
-def test_root_leaves_nothing_in_a_directory_of_somebody_else(data: DataDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_root_leaves_nothing_in_a_directory_of_another_user(data: DataDir, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.geteuid() == 0:
         assert administered(data.path).path == data.path, "root's own"
         os.chown(data.path, 54321, -1)
@@ -156,7 +156,7 @@ def test_one_server_holds_it_until_it_ends(data: DataDir) -> None:
     os.close(data.lock())
 
 
-def test_where_it_is_when_nobody_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_default_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LATTICE_REMOTE_DATA", str(tmp_path))
     assert default_location() == tmp_path
     monkeypatch.delenv("LATTICE_REMOTE_DATA")

@@ -36,7 +36,7 @@ def as_json(message: str, *args: object, **options: object) -> str:
 
 
 @given(st.text(max_size=3000))
-def test_whatever_a_client_says_is_one_short_line_of_plain_characters(text: str) -> None:
+def test_any_text_of_a_client_is_logged_as_one_short_line_of_plain_characters(text: str) -> None:
     line = logged("client said %s", text)
     assert line.startswith("INFO client said ")
     assert line.isprintable()
@@ -94,7 +94,7 @@ def test_the_environment_says_how_and_how_much() -> None:
     assert (found["msg"], found["level"], found["project"]) == ("loud", "warning", "web")
 
 
-def test_a_log_that_nobody_reads_holds_nobody_up() -> None:
+def test_a_log_that_is_not_read_blocks_no_request() -> None:
     code = CODE + "f('%(message)s')\nfor n in range(900): logging.warning('x' * 900)\n"
     code += "print('through', flush=True); input(); logging.warning('read again')"
     process = subprocess.Popen(
@@ -133,7 +133,7 @@ def test_a_line_that_the_disk_takes_in_part_spoils_no_other(tmp_path: Path) -> N
     assert json.loads(last)["msg"] == "room again"
 
 
-def test_a_long_traceback_in_a_full_pipe_holds_nobody_up() -> None:
+def test_a_long_traceback_in_a_full_pipe_blocks_no_request() -> None:
     code = CODE + "f('%(message)s')\nfor n in range(300):\n  try: raise ValueError('\\n'.join(['y' * 500] * 60))\n"
     code += "  except ValueError: logging.exception('long')\nprint('through', flush=True)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

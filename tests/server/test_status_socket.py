@@ -151,7 +151,7 @@ async def test_who_does_not_read_is_given_up(tmp_path: Path, monkeypatch: pytest
             assert await ask(tmp_path) == large
 
 
-def test_a_server_that_says_something_else_is_one_line(tmp_path: Path) -> None:
+def test_an_unexpected_answer_of_a_server_is_reported_in_one_line(tmp_path: Path) -> None:
     """It may be of an older version."""
     data = make_data(tmp_path / "data")
     with saying(data.path, [b'{"running": 1}']):

@@ -26,7 +26,7 @@ NOW = datetime(2030, 1, 1, tzinfo=UTC)
         ("never", None),
     ],
 )
-def test_what_is_understood(text: str, moment: datetime | None) -> None:
+def test_accepted_times(text: str, moment: datetime | None) -> None:
     assert expiry(text, NOW) == moment
 
 
@@ -37,7 +37,7 @@ TOO_FAR = ["9999-12-31T23:59:59-14:00"]
 
 
 @pytest.mark.parametrize("text", NO_DURATIONS + NO_DATES + PASSED + TOO_FAR)
-def test_what_is_not_understood_or_has_passed_is_one_clear_line(text: str) -> None:
+def test_an_unparsable_or_past_time_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(Misuse) as caught:
         expiry(text, NOW)
     assert "\n" not in caught.value.message.replace(repr(text), "")

@@ -23,7 +23,7 @@ def made(path: Path, actor: str = "human:ana") -> str:
     return TokenFile(path).create(projects=["web"], actor=actor, act_as=["agent:*"])[1]
 
 
-def test_only_a_digest_is_kept_and_nobody_else_can_read_it(path: Path) -> None:
+def test_only_a_digest_is_kept_readable_by_the_owner_alone(path: Path) -> None:
     text = made(path)
     assert len(text) >= 40
     assert text not in path.read_text()
@@ -31,7 +31,7 @@ def test_only_a_digest_is_kept_and_nobody_else_can_read_it(path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_revoking_what_is_not_there_says_so(path: Path) -> None:
+def test_revoking_a_missing_token_is_reported(path: Path) -> None:
     made(path)
     with pytest.raises(Misuse, match="token list"):
         TokenFile(path).revoke("tok_none")

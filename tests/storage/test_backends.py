@@ -92,7 +92,7 @@ def test_what_commands_write_is_read(place: Place, board: StorageBackend) -> Non
 
 
 @pytest.mark.parametrize("task", ["LAT-9999", "no task", "../config", "task_../../config", "", "task_" + "0" * 26])
-def test_what_is_not_there_is_none(forge_on: tuple[StorageBackend, Snapshot], task: str) -> None:
+def test_a_missing_entry_is_none(forge_on: tuple[StorageBackend, Snapshot], task: str) -> None:
     board, _ = forge_on
     assert board.get_task(task) is None
     assert board.get_task_events(task) == []

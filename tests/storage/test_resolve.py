@@ -37,7 +37,7 @@ def test_the_nearest_project_above_counts(tmp_path: Path, monkeypatch: pytest.Mo
     assert resolve_backend(deep).root_path == inner, "what is asked for goes before the environment"
 
 
-def test_what_is_no_project_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_without_a_project_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Misuse, match="lattice init"):
         resolve_backend(tmp_path)
     with pytest.raises(Misuse, match="lattice init"):

@@ -136,7 +136,7 @@ async def test_no_place_for_a_socket_means_no_agent(
     assert await status() is None
 
 
-async def test_a_place_of_somebody_else_is_told_nothing(
+async def test_a_directory_of_another_user_gets_no_request(
     server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = agent_runtime.locate()

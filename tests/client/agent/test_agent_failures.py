@@ -205,7 +205,7 @@ def test_a_directory_that_others_could_write_to_is_cleared_of_what_they_left(hom
     assert oct(os.stat(place.directory).st_mode)[-3:] == "700"
 
 
-def test_a_link_in_place_of_the_directory_is_refused(home: Path) -> None:
+def test_a_link_that_replaces_the_directory_is_refused(home: Path) -> None:
     place = agent_runtime.locate()
     (home / "elsewhere").mkdir()
     Path(place.directory).symlink_to(home / "elsewhere")
@@ -213,7 +213,7 @@ def test_a_link_in_place_of_the_directory_is_refused(home: Path) -> None:
         agent_runtime.prepare(place)
 
 
-def test_a_socket_of_somebody_else_is_told_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_socket_of_another_user_gets_no_request(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = agent_runtime.locate()
     agent_runtime.prepare(place)
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as planted:

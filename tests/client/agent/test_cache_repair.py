@@ -167,7 +167,7 @@ def remove_a_plan(directory: Path) -> None:
         create_a_task,
     ],
 )
-async def test_whatever_is_done_to_a_file_is_put_right_by_itself(
+async def test_every_kind_of_foreign_change_is_repaired(
     server: FakeServer, kept: Service, directory: Path, harm: Callable[[Path], None]
 ) -> None:
     harm(directory)
@@ -406,7 +406,7 @@ async def test_a_change_of_the_server_does_not_swallow_a_text_written_by_hand(
         ("context.md", b"# Ours, and a picture \0\n"),
     ],
 )
-async def test_whatever_a_person_put_there_is_kept(
+async def test_every_kind_of_foreign_content_is_kept(
     server: FakeServer,
     kept: Service,
     directory: Path,
@@ -420,7 +420,7 @@ async def test_whatever_a_person_put_there_is_kept(
     assert rescued(directory) == {path: [content]}
 
 
-async def test_what_is_too_large_to_copy_is_moved(
+async def test_a_file_too_large_to_copy_is_moved(
     server: FakeServer, kept: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rescued_files, "_MAX_READ_BYTES", 10)
@@ -430,7 +430,7 @@ async def test_what_is_too_large_to_copy_is_moved(
     assert rescued(directory) == {"context.md": [b"more than ten bytes"], "recording.wav": [b"more than that again"]}
 
 
-async def test_when_the_store_is_full_nothing_is_overwritten_and_that_is_said(
+async def test_a_full_store_is_reported_and_nothing_is_overwritten(
     server: FakeServer, kept: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "MAX_FILES", 2)
@@ -479,7 +479,7 @@ async def test_a_process_that_keeps_rewriting_a_file_is_backed_off_and_named(
     assert [n for n in notices if "another process keeps writing ids.json" in n]  # type: ignore[attr-defined]
 
 
-async def test_what_is_done_while_the_server_is_out_of_reach_is_put_right_later(
+async def test_changes_by_others_while_the_server_is_unreachable_are_repaired_later(
     server: FakeServer, kept: Service, directory: Path
 ) -> None:
     await server.stop()
@@ -596,7 +596,7 @@ def change_at_random(rng: random.Random, server: FakeServer) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_whatever_strikes_while_changes_stream_in_the_copy_ends_up_equal(
+async def test_the_cache_ends_equal_after_any_fault_during_a_stream_of_changes(
     server: FakeServer, kept: Service, directory: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     monkeypatch.setattr(verify, "_MAX_DELAY_S", 0.2)

@@ -173,7 +173,7 @@ async def test_a_save_is_sent_once_and_whole_and_nothing_beside_it(
     assert (await ask(live, "status"))["unsent_edits"] == []
 
 
-async def test_what_became_of_a_save_is_said_by_the_next_command(
+async def test_the_outcome_of_a_save_is_reported_by_the_next_command(
     server: FakeServer, live: Service, directory: Path
 ) -> None:
     (directory / PLAN).write_bytes(bytes(40))
@@ -199,7 +199,7 @@ async def test_a_copy_that_is_no_plan_is_rescued_when_it_has_long_been_left(
 
 
 @pytest.mark.parametrize("how", ["at rest", "a change comes"])
-async def test_a_link_in_place_of_a_plan_is_not_followed_and_said(
+async def test_a_link_that_replaces_a_plan_is_reported_and_not_followed(
     server: FakeServer, live: Service, directory: Path, tmp_path: Path, how: str
 ) -> None:
     secret = tmp_path / "secret"
@@ -227,7 +227,7 @@ async def test_a_plan_renamed_by_hand_is_restored_and_the_other_kept(
     assert rescued(directory) == {"plans/parser.md": [NEW]}
 
 
-async def test_a_text_is_not_put_under_the_hands_of_who_writes_it(
+async def test_a_text_is_not_replaced_while_its_author_writes(
     server: FakeServer, live: Service, directory: Path
 ) -> None:
     """What is written after a rename over the file would go into a file without a name."""
@@ -252,7 +252,7 @@ async def test_a_server_text_that_waited_for_a_writer_comes_when_it_is_done(
     assert not [frame for frame in server.frames if isinstance(frame, Put)]
 
 
-async def test_an_edit_that_is_refused_is_said_once_and_holds_nothing_up(
+async def test_a_refused_edit_is_reported_once_and_blocks_nothing(
     server: FakeServer, live: Service, directory: Path
 ) -> None:
     from websockets.asyncio.server import ServerConnection
@@ -285,7 +285,7 @@ async def test_an_edit_that_is_refused_is_said_once_and_holds_nothing_up(
 
 
 @pytest.mark.parametrize("then", [OLD, NEW + b"- and more\n"], ids=["taken back", "gone on with"])
-async def test_what_is_saved_after_an_edit_whose_answer_was_lost_builds_on_it(
+async def test_a_save_after_an_edit_whose_answer_was_lost_builds_on_it(
     server: FakeServer, live: Service, directory: Path, then: bytes
 ) -> None:
     """Also what is just the text before it: the server has the edit by then, and its text must not be put in place."""

@@ -290,7 +290,7 @@ async def test_what_a_crash_leaves_is_restored_and_said(
         assert rescued(service) == ([NO_EDITS[what]] if NO_EDITS[what].strip(b"\0") else [])
 
 
-async def test_a_text_from_before_the_reboot_that_nobody_saw_waits(
+async def test_an_unseen_text_from_before_the_reboot_waits(
     board: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may be a person's, or as of any earlier moment; a save after the reboot is an edit."""
@@ -611,7 +611,7 @@ async def test_the_first_read_shows_what_was_changed_while_nothing_ran_as_it_is(
             await service.close()
 
 
-def test_what_is_stored_of_the_files_counts_until_the_machine_is_restarted(directory: Path) -> None:
+def test_stored_fingerprints_are_valid_until_a_reboot(directory: Path) -> None:
     cache = Cache(str(directory), read_remote(str(directory)))
     cache.prepare()
     cache.replace("tasks/x.json", b"{}\n")

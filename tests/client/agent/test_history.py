@@ -195,7 +195,7 @@ async def test_a_server_that_is_away_is_reported_once_and_resumed(server: FakeSe
     ],
     ids=str,
 )
-async def test_what_is_not_kept_is_said_and_never_skipped_silently(
+async def test_changes_before_the_retention_are_reported_and_never_skipped_silently(
     server: FakeServer, watching: Watching, since: Position | int, why: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in range(4):
@@ -226,7 +226,7 @@ async def test_what_has_expired_while_it_was_away_ends_it(
     assert watching.notes[-1].startswith("watched up to change 1: resume with --since epoch1-1-")
 
 
-async def test_a_new_epoch_is_said_and_followed_from_its_beginning(server: FakeServer, watching: Watching) -> None:
+async def test_a_new_epoch_is_reported_and_followed_from_its_beginning(server: FakeServer, watching: Watching) -> None:
     """I7."""
     await begun(watching)
     server.put("a", b"1")

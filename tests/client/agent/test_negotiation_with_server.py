@@ -70,7 +70,7 @@ async def test_a_call_that_is_sent_again_says_how_old_it_is(server: FakeServer, 
     assert lost.value.code == "REMOTE_UNKNOWN_OUTCOME"
 
 
-async def test_a_request_that_an_agent_before_may_have_sent_says_so_at_once(
+async def test_a_request_that_an_earlier_agent_may_have_sent_is_reported_at_once(
     server: FakeServer, service: Service
 ) -> None:
     """I6."""

@@ -42,7 +42,9 @@ async def hold(connection: ServerConnection, frame: ClientFrame) -> bool:
     return isinstance(frame, Download)
 
 
-async def test_it_comes_by_itself_and_nobody_waits(server: FakeServer, service: Service, directory: Path) -> None:
+async def test_a_deferred_content_arrives_in_the_background(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
     await ready(service)
     server.misbehave = hold  # type: ignore[assignment]
     announce(server)
@@ -91,7 +93,7 @@ async def test_the_setting_counts_at_once(server: FakeServer, service: Service, 
             await ask(service, "configure", name=name, value=value)
 
 
-async def test_another_start_goes_on_from_what_is_here(server: FakeServer, directory: Path) -> None:
+async def test_another_start_continues_from_the_files_here(server: FakeServer, directory: Path) -> None:
     first = Service(str(directory))
     first.start(TOKEN)
     await ready(first)
@@ -158,7 +160,7 @@ async def test_a_content_that_is_no_longer_wanted_away_stays(
     assert (directory / BIG).read_bytes() == CONTENT
 
 
-async def test_what_is_there_already_is_not_fetched(server: FakeServer, service: Service, directory: Path) -> None:
+async def test_present_files_are_not_fetched(server: FakeServer, service: Service, directory: Path) -> None:
     await ready(service)
     (directory / BIG).write_bytes(CONTENT)
     announce(server)
@@ -208,7 +210,7 @@ async def test_one_that_can_not_be_had_holds_up_no_other(server: FakeServer, ser
     assert (await ask(service, "status"))["payloads"]["trouble"] is None  # type: ignore[index]
 
 
-async def test_a_server_that_is_gone_is_said_and_what_has_come_stays(
+async def test_a_lost_server_is_reported_and_received_files_stay(
     server: FakeServer, service: Service, directory: Path
 ) -> None:
     on_demand(service)
@@ -229,7 +231,7 @@ async def test_a_server_that_is_gone_is_said_and_what_has_come_stays(
 
 
 @pytest.mark.parametrize("spoil", ["", "[]", '{"../x": null}', '{"artifacts/payload/a": 5}', "gone"])
-async def test_a_spoilt_list_of_what_is_away_has_everything_compared(
+async def test_a_damaged_list_of_missing_files_leads_to_a_full_comparison(
     server: FakeServer, directory: Path, spoil: str
 ) -> None:
     """I5: a copy that doesn't know what it lacks knows nothing."""

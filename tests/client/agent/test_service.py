@@ -183,7 +183,7 @@ async def test_a_command_that_was_cut_off_runs_once(server: FakeServer, service:
     assert (directory / "events/x.jsonl").read_bytes() == b"once\n"
 
 
-async def test_a_command_that_was_never_sent_says_so(
+async def test_a_command_that_was_never_sent_reports_that(
     server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await ready(service)
@@ -429,7 +429,7 @@ async def test_a_conflict_keeps_both_texts(server: FakeServer, service: Service,
     assert tree(directory) == server.files
 
 
-async def test_what_is_edited_while_it_is_sent_is_the_next_edit(
+async def test_a_text_edited_while_it_is_sent_is_the_next_edit(
     server: FakeServer, service: Service, directory: Path
 ) -> None:
     plan = await edited(server, service, directory)
@@ -450,7 +450,7 @@ async def test_what_is_edited_while_it_is_sent_is_the_next_edit(
 
 
 @pytest.mark.parametrize("killed", [False, True])
-async def test_what_is_saved_after_an_edit_whose_answer_was_lost_builds_on_it(
+async def test_a_save_after_an_edit_whose_answer_was_lost_builds_on_it(
     server: FakeServer, service: Service, directory: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
 ) -> None:
     """I6: else both would be taken for edits of the same text, and the second be a conflict with the first."""
@@ -541,7 +541,7 @@ async def test_verify_lists_differences_and_changes_nothing(
     assert tree(directory) == before
 
 
-async def test_sync_mends(server: FakeServer, service: Service, directory: Path) -> None:
+async def test_sync_repairs(server: FakeServer, service: Service, directory: Path) -> None:
     await ready(service)
     (directory / "config.json").write_bytes(b"tampered")
     (directory / "tasks/task_1.json").unlink()
@@ -620,7 +620,7 @@ async def test_a_gap_in_the_numbers_is_a_violation(server: FakeServer, service: 
     assert tree(directory) == server.files
 
 
-async def test_parts_that_nobody_asked_for_are_ignored(server: FakeServer, service: Service, directory: Path) -> None:
+async def test_unrequested_parts_are_ignored(server: FakeServer, service: Service, directory: Path) -> None:
     await ready(service)
     server.broadcast(Part("tasks/x.json", 0, 4, digest_of(b"evil"), 0, b"evil"))
     server.put("tasks/y.json", b"y")
@@ -689,7 +689,7 @@ async def test_something_else_on_the_port_is_named(tmp_path: Path, answer: bytes
 # --- trouble on this side ---
 
 
-async def test_a_full_disk_is_said_and_nothing_is_corrupt(
+async def test_a_full_disk_is_reported_and_corrupts_nothing(
     server: FakeServer, service: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await ready(service)
@@ -878,7 +878,7 @@ async def test_an_edit_stays_in_place_until_what_it_was_merged_with_is_here(
 
 @pytest.mark.parametrize("grows", [True, False])
 @pytest.mark.parametrize("moment", ["before", "after"])
-async def test_what_is_saved_while_a_text_is_put_in_place_is_an_edit(
+async def test_a_save_while_a_text_is_replaced_is_an_edit(
     server: FakeServer, service: Service, directory: Path, monkeypatch: pytest.MonkeyPatch, moment: str, grows: bool
 ) -> None:
     await ready(service)

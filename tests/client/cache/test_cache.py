@@ -117,7 +117,7 @@ def test_a_file_that_is_begun_again_starts_anew(cache: Cache) -> None:
     assert cache.read("tasks/x.json") == data
 
 
-def test_the_manifest_lists_what_is_shared(cache: Cache) -> None:
+def test_the_manifest_lists_the_replicated_files(cache: Cache) -> None:
     for path in ("config.json", "tasks/a.json", "plans/x.md~", "locks", ".remote/base/plans/x.md", "notes/a.md.x"):
         cache.replace(path, b"x")
     found = {path: (reading.size, reading.digest) for path, reading in read_all(cache).items()}

@@ -46,7 +46,7 @@ def conflict_lines(answer: dict[str, object]) -> list[str]:
     return [notice for notice in answer["notices"] if "conflict" in notice]  # type: ignore[attr-defined]
 
 
-async def test_every_command_says_so_in_one_line_until_it_is_resolved(
+async def test_every_command_reports_it_in_one_line_until_it_is_resolved(
     server: FakeServer, service: Service, place: Path
 ) -> None:
     for _ in range(2):
@@ -62,7 +62,7 @@ async def test_every_command_says_so_in_one_line_until_it_is_resolved(
 
 
 @pytest.mark.parametrize("name", ["LAT-42", "lat-42", TASK, PLAN, MINE, f"/somewhere/.lattice/{PLAN}"])
-async def test_it_is_found_by_whatever_it_is_called(service: Service, place: Path, name: str) -> None:
+async def test_a_conflict_is_found_by_each_name_of_its_task(service: Service, place: Path, name: str) -> None:
     (found,) = (await resolve(service, None, name))["conflicts"]  # type: ignore[misc]
     assert found["path"] == PLAN
     assert (place / MINE).exists(), "only told of"
@@ -108,7 +108,7 @@ async def test_a_change_that_comes_meanwhile_ends_nothing(server: FakeServer, se
     assert server.files[PLAN] == b"mine\n"
 
 
-async def test_what_is_saved_in_the_copy_meanwhile_stays(server: FakeServer, service: Service, place: Path) -> None:
+async def test_a_save_in_the_cache_during_the_transfer_stays(server: FakeServer, service: Service, place: Path) -> None:
     async def somebody_saves(_: ServerConnection, frame: ClientFrame) -> bool:
         if isinstance(frame, Put):
             (place / MINE).write_bytes(b"mine, with one more thought\n")

@@ -49,7 +49,7 @@ def test_a_removed_file_and_an_unknown_one_are_written_by_others(cache: Cache) -
     assert seen(cache) == (False, True)
 
 
-def test_only_a_process_of_the_same_boot_believes_what_is_stored(cache: Cache) -> None:
+def test_only_a_process_of_the_same_boot_trusts_the_stored_state(cache: Cache) -> None:
     assert cache.known.stored("boot") is None, "not every file is known"
     cache.known.settle([(FILE, found)] if (found := cache.signature(FILE)) is not None else [])
     cache.known.share()

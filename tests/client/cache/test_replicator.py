@@ -112,7 +112,7 @@ async def test_a_new_cache_is_filled_and_its_state_stored(follower: Follower) ->
     assert replicator.received == len(FILES) and replicator.advanced.is_set()
 
 
-async def test_a_change_is_applied_and_told(follower: Follower) -> None:
+async def test_a_change_is_applied_and_reported(follower: Follower) -> None:
     seen: list[tuple[str, int]] = []
     follower.replicator.on_change = lambda epoch, change: seen.append((epoch, change.seq))
     follower.replicator.advanced.clear()
@@ -656,7 +656,7 @@ async def test_a_comparison_ends_when_another_process_writes(follower: Follower,
         await follower.replicator.receive([])
 
 
-async def test_a_comparison_that_nobody_awaits_any_longer_ends_quietly(follower: Follower) -> None:
+async def test_a_comparison_without_a_waiter_ends_quietly(follower: Follower) -> None:
     outcome, future = await follower.replicator.compare(repair=True)
     future.cancel()
     follower.write(SNAPSHOT, b"theirs")

@@ -114,7 +114,7 @@ def test_after_a_restore_everything_that_the_server_lacks_is_rescued(cache: Cach
     assert {each.reason for each in policy.rescued.entries()} == {rescued_files.LOST}
 
 
-def test_a_content_is_kept_once_and_never_in_place_of_another(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_content_is_kept_once_and_never_replaces_another(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rescued_files, "_SAME_ENTRY_S", 3600.0)
     files = RescuedFiles(cache)
     assert files.add(PLAN, b"one", "why") and files.add("a.txt", b"a", "why")
@@ -131,7 +131,7 @@ def test_a_content_is_kept_once_and_never_in_place_of_another(cache: Cache, monk
 
 
 @pytest.mark.parametrize(("bound", "value"), [("MAX_FILES", 2), ("MAX_BYTES", 2)])
-def test_a_full_store_keeps_what_it_has_and_says_so(
+def test_a_full_store_keeps_its_contents_and_reports_that(
     cache: Cache, monkeypatch: pytest.MonkeyPatch, bound: str, value: int
 ) -> None:
     monkeypatch.setattr(rescued_files, bound, value)

@@ -109,7 +109,7 @@ def cache(tmp_path: Path) -> Cache:
     return made
 
 
-def test_what_is_kept_is_bounded_in_number_size_and_time(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_entries_are_bounded_in_number_size_and_time(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     older = StaleEditDetector(cache)
     texts = [bytes([97 + n]) * 9 + b"\n" + BEFORE for n in range(7)]
     for text in texts[:-1]:

@@ -91,7 +91,7 @@ async def initialise(root: Path) -> None:
 # --- add and remove ---
 
 
-async def test_adding_fills_an_empty_directory_and_says_so(server: FakeServer, root: Path) -> None:
+async def test_adding_fills_an_empty_directory_and_reports_it(server: FakeServer, root: Path) -> None:
     done = await add(server, root)
     assert done.code == 0, done.err
     assert "1 task, 2 files, at change 0" in done.out
@@ -120,7 +120,7 @@ async def test_a_project_with_tasks_of_its_own_is_not_touched(server: FakeServer
     assert everything(root) == before
 
 
-async def test_a_context_that_somebody_wrote_is_not_replaced(server: FakeServer, root: Path) -> None:
+async def test_a_context_that_a_user_wrote_is_not_replaced(server: FakeServer, root: Path) -> None:
     await initialise(root)
     context = root / ".lattice/context.md"
     context.write_text(context.read_text() + "\nWe ship on Fridays.\n")
@@ -234,7 +234,7 @@ async def test_a_directory_whose_name_is_no_text_is_shown(server: FakeServer, ro
         assert process.returncode == 0 and expected in out, err
 
 
-async def test_what_is_saved_while_the_copy_is_taken_away_brings_it_back(
+async def test_a_save_while_the_cache_is_removed_restores_it(
     server: FakeServer, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await add(server, root)
@@ -270,7 +270,7 @@ async def test_closed_streams_are_no_trouble(server: FakeServer, root: Path, clo
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
-async def test_a_notice_that_nobody_can_see_is_no_trouble(server: FakeServer, root: Path, closed: str) -> None:
+async def test_a_notice_without_a_terminal_is_dropped(server: FakeServer, root: Path, closed: str) -> None:
     await add(server, root)
     await server.stop()
     line = shlex.join(LATTICE) + f" list {closed}"

@@ -102,7 +102,7 @@ def test_bash_completes_commands_and_options_below_lattice_remote(environment: d
     assert {"add", "status", "watch", "agent"} <= set(all_.split()) and not done.stderr
 
 
-def test_zsh_and_fish_are_told_kind_value_and_help(environment: dict[str, str]) -> None:
+def test_zsh_and_fish_get_kind_value_and_help(environment: dict[str, str]) -> None:
     assert complete("zsh", "remote wa", environment) == ["plain", "watch", "Show changes as they arrive."]
     assert complete("fish", "remote wa", environment) == ["plain,watch\tShow changes as they arrive."]
 

@@ -62,7 +62,7 @@ def test_a_pack_is_of_one_moment_and_always_the_same(directory: Path) -> None:
     assert push._changed(str(directory), found) == PLAN
 
 
-def test_what_no_server_takes_is_said_before_anything_is_sent(directory: Path) -> None:
+def test_a_file_that_no_server_accepts_is_reported_before_the_upload(directory: Path) -> None:
     (directory / "tasks" / "old.json").write_text("{}")
     with pytest.raises(Misuse, match=r"tasks/old\.json is not a file name of lattice"):
         survey(str(directory))

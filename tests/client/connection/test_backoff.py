@@ -45,7 +45,7 @@ def test_a_server_that_asks_to_be_left_alone_is_within_bounds(asked: float, expe
     assert pace.barred_s(100.0) == expected and pace.barred_s(100.0 + expected) == 0.0
 
 
-def test_a_guess_when_it_is_back_bars_nobody() -> None:
+def test_a_guessed_retry_time_bars_no_client() -> None:
     pace = Backoff(longest)
     assert pace.ended(0.0, lasted=True, retry_after_s=1.0, binds=False) == pytest.approx(1.2)
     assert pace.barred_s(0.0) == 0.0

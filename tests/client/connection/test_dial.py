@@ -143,7 +143,7 @@ async def test_authorities_that_are_none_are_named(site: Site) -> None:
     assert site.server.requests == []
 
 
-async def test_a_mended_authority_is_used_without_another_command(site: Site) -> None:
+async def test_a_repaired_authority_is_used_without_another_command(site: Site) -> None:
     await site.start()
     service = site.service(ca_file=False)
     await until(lambda: service._connection.error is not None)
@@ -152,7 +152,7 @@ async def test_a_mended_authority_is_used_without_another_command(site: Site) ->
     await service.close()
 
 
-async def test_plain_http_on_a_port_that_speaks_tls_says_so(site: Site) -> None:
+async def test_plain_http_on_a_tls_port_is_reported(site: Site) -> None:
     await site.start()
     await fails(
         site.service(url=f"http://127.0.0.1:{site.server.port}"),
@@ -163,7 +163,7 @@ async def test_plain_http_on_a_port_that_speaks_tls_says_so(site: Site) -> None:
     assert site.server.requests == []
 
 
-async def test_tls_on_a_port_that_speaks_plain_http_says_so(server: FakeServer, site: Site) -> None:
+async def test_tls_on_a_plain_http_port_is_reported(server: FakeServer, site: Site) -> None:
     service = site.service(url=f"https://127.0.0.1:{server.port}")
     await fails(service, "no TLS there", "begins with http://")
     assert server.requests == []
@@ -480,7 +480,7 @@ async def test_a_proxy_that_can_not_be_used_is_named(
     assert "secret" not in error.message
 
 
-async def test_a_proxy_without_its_library_is_said(behind: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_proxy_without_its_library_is_reported(behind: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def connect_socks_proxy(*_args: object, **_options: object) -> None:
         raise ImportError("connecting through a SOCKS proxy requires python-socks")
 
@@ -506,7 +506,7 @@ async def test_a_host_of_no_proxy_is_asked_directly(
 
 
 @pytest.mark.parametrize("status", [429, 503])
-async def test_retry_after_is_honoured_whoever_asks(server: FakeServer, service: Service, status: int) -> None:
+async def test_retry_after_is_honoured_for_every_caller(server: FakeServer, service: Service, status: int) -> None:
     await ready(service)
     server.status, server.error_headers = HTTPStatus(status), {"Retry-After": "120"}
     server.cut()

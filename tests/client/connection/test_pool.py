@@ -267,7 +267,7 @@ async def test_each_further_token_writes_over_a_connection_of_its_own(pool: Conn
     assert writer.done == ["start", "close"] and "close" in stub(pool.following).done
 
 
-async def test_without_a_token_a_command_is_told_to_log_in(pool: ConnectionPool) -> None:
+async def test_without_a_token_a_command_suggests_login(pool: ConnectionPool) -> None:
     pool.start(None)
     with pytest.raises(Rejected, match="log in with: lattice remote login") as refused:
         pool.writing(None)

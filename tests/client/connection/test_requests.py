@@ -179,7 +179,7 @@ async def test_a_connection_that_was_current_resets_the_delay(
     ],
     ids=["a frame with reserved bits", "no close frame"],
 )
-async def test_why_a_connection_ended_is_said(
+async def test_the_reason_of_a_closed_connection_is_reported(
     server: FakeServer, service: Service, ends: Callable[[asyncio.Transport], None], says: str
 ) -> None:
     await ask(service, "ready")

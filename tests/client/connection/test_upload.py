@@ -130,7 +130,7 @@ async def test_an_answer_that_makes_no_sense_ends_it(source: Source, answer: Res
     assert error.value.message == ("full" if isinstance(answer, Refused) else "unexpected response from the server")
 
 
-async def test_a_file_that_is_cut_short_or_can_not_be_read_is_said(source: Source, tmp_path: Path) -> None:
+async def test_a_truncated_or_unreadable_file_is_reported(source: Source, tmp_path: Path) -> None:
     os.truncate(source.descriptor, 33)
     with pytest.raises(StorageError, match="was cut short"):
         await upload(Store(), source)

@@ -216,7 +216,7 @@ def test_the_last_event_is_the_change_itself() -> None:
         max_size=6,
     )
 )
-def test_whatever_a_change_holds_its_events_are_the_same_each_time_and_lines(ops: list[tuple[str, str, bytes]]) -> None:
+def test_events_of_any_change_are_reproducible_lines(ops: list[tuple[str, str, bytes]]) -> None:
     makers = {
         "put": PutFile,
         "append": append,
@@ -252,7 +252,7 @@ def test_a_position_is_what_its_text_says() -> None:
         "|a-1-00\n|a-1-00.1\n|a-1-00.|-1-00|" + "a" * 65 + "-1-00|a-1-" + "0" * 66
     ).split("|"),
 )
-def test_what_is_no_position_is_none(text: str) -> None:
+def test_an_invalid_position_is_none(text: str) -> None:
     assert EventId.parse(text) is None
 
 

@@ -35,7 +35,7 @@ def test_an_address_can_not_add_to_the_policy() -> None:
     assert directives(page)["script-src"] == ["'self'"]
 
 
-def test_what_is_not_needed_is_forbidden() -> None:
+def test_the_policy_forbids_unneeded_sources() -> None:
     policy = directives(b"<p>")
     assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == ["'none'"]
     assert "'unsafe-inline'" not in policy["script-src"]

@@ -86,7 +86,7 @@ def test_a_token_is_taken_once_and_the_cookie_does_from_then_on(visitor: Visitor
     assert visitor.get("/").status_code == 303
 
 
-def test_whoever_is_signed_in_is_not_asked_again(visitor: Visitor, token: str) -> None:
+def test_a_signed_in_user_is_not_asked_again(visitor: Visitor, token: str) -> None:
     visitor.sign_in(token)
     assert leads_to(visitor.get("/sign-in?next=/projects/web")) == "/projects/web"
 
@@ -123,7 +123,7 @@ def test_one_gets_where_one_wanted_to(visitor: Visitor, token: str) -> None:
         "/a\x85b",
     ],
 )
-def test_nobody_is_sent_to_another_server(visitor: Visitor, token: str, wanted: str) -> None:
+def test_sign_in_redirects_to_no_other_server(visitor: Visitor, token: str, wanted: str) -> None:
     assert local_path(wanted) == "/"
     assert leads_to(visitor.sign_in(token, wanted)) == "/"
     again = visitor.session.get(f"{visitor.base}/sign-in", params={"next": wanted}, allow_redirects=False, timeout=30)
@@ -140,11 +140,11 @@ def test_nobody_is_sent_to_another_server(visitor: Visitor, token: str, wanted: 
         ('/"><b>', "/%22%3E%3Cb%3E"),
     ],
 )
-def test_what_is_a_path_here_stays_one(wanted: str, path: str) -> None:
+def test_a_local_path_stays_a_path(wanted: str, path: str) -> None:
     assert local_path(wanted) == path
 
 
-def test_a_wrong_token_is_said_and_counted_and_a_good_one_gets_in_all_the_same(
+def test_a_wrong_token_is_reported_and_counted_and_a_valid_one_still_accepted(
     server: Process,
 ) -> None:
     visitor = Visitor(server)
@@ -183,13 +183,13 @@ def test_only_the_form_of_the_page_is_taken(visitor: Visitor, body: str, kind: s
 
 @pytest.mark.parametrize("path", ["/sign-in", "/sign-out"])
 @pytest.mark.parametrize("site", ["cross-site", "same-site", "none"])
-def test_no_other_site_signs_anybody_in_or_out(visitor: Visitor, token: str, path: str, site: str) -> None:
+def test_no_other_site_signs_a_user_in_or_out(visitor: Visitor, token: str, path: str, site: str) -> None:
     answer = visitor.post(path, {"token": token}, Sec_Fetch_Site=site)
     assert answer.status_code == 403
     assert "Set-Cookie" not in answer.headers
 
 
-def test_what_has_ended_is_said_on_the_sign_in_page(server: Process, visitor: Visitor) -> None:
+def test_an_ended_session_is_reported_on_the_sign_in_page(server: Process, visitor: Visitor) -> None:
     tokens = TokenFile(server.data.tokens)
     made, text = tokens.create(projects=["web"], actor="human:ana", act_as=[])
     visitor.sign_in(text)
@@ -200,7 +200,7 @@ def test_what_has_ended_is_said_on_the_sign_in_page(server: Process, visitor: Vi
     assert "was revoked" not in visitor.get("/sign-in").text  # the cookie is gone
 
 
-def test_whoever_follows_a_link_from_elsewhere_comes_again_with_the_cookie(visitor: Visitor, token: str) -> None:
+def test_a_link_from_another_site_is_reloaded_with_the_cookie(visitor: Visitor, token: str) -> None:
     first = visitor.get("/projects/web?a=1", Sec_Fetch_Site="cross-site")  # the browser holds a strict cookie back
     assert first.status_code == 200
     assert '<meta http-equiv="refresh" content="0; url=../projects/web?a=1">' in first.text
@@ -209,7 +209,7 @@ def test_whoever_follows_a_link_from_elsewhere_comes_again_with_the_cookie(visit
     assert visitor.get("/projects/web?a=1").status_code == 200
 
 
-def test_programs_are_told_in_json_and_people_on_a_page(server: Process) -> None:
+def test_programs_get_errors_as_json_and_people_as_a_page(server: Process) -> None:
     base = f"http://127.0.0.1:{server.port}"
     for path, status in (("/nothing", 404), ("/pages/0/pages.css", 404), ("/sign-out", 405)):
         page = requests.get(base + path, headers=PAGE, timeout=10)

@@ -61,7 +61,7 @@ def test_the_dashboard_of_the_only_project_or_the_list(server: Process, session:
     assert requests.get(at(server, "/dashboard/"), timeout=10).status_code == 401
 
 
-def test_counts_and_last_activity_follow_what_is_done(server: Process, session: requests.Session) -> None:
+def test_counts_and_last_activity_follow_the_changes(server: Process, session: requests.Session) -> None:
     before = listed(server, session)["other"]
     assert (before["tasks"], before["archived"], before["last"]) == (0, 0, None)
     for title in ("one", "two"):
@@ -75,7 +75,7 @@ def test_counts_and_last_activity_follow_what_is_done(server: Process, session: 
     assert project["last"]["command"].startswith("create")
 
 
-def test_what_is_no_plain_file_hides_no_project(server: Process, session: requests.Session) -> None:
+def test_a_special_file_hides_no_project(server: Process, session: requests.Session) -> None:
     tasks = server.data.project("web").lattice / "tasks"
     odd = [tasks / f"task_{number:026}.json" for number in range(3)]
     odd[0].symlink_to("/etc/passwd")

@@ -48,7 +48,7 @@ async def refused(url: str, **headers: str) -> tuple[int, str]:
     return response.status_code, json.loads(response.body)["error"]["code"]
 
 
-async def test_who_may_not_in_is_told_why_before_the_upgrade(running: Running) -> None:
+async def test_a_refused_client_gets_the_reason_before_the_upgrade(running: Running) -> None:
     good = f"Bearer {running.token}"
     assert await refused(running.url()) == (401, "REMOTE_UNAUTHORIZED")
     assert await refused(running.url(), Authorization="Bearer nope") == (401, "REMOTE_UNAUTHORIZED")
@@ -61,7 +61,7 @@ async def test_who_may_not_in_is_told_why_before_the_upgrade(running: Running) -
     assert await refused(running.url("else"), Authorization=f"Bearer {text}") == (404, "REMOTE_NOT_FOUND")
 
 
-async def test_a_client_without_the_subprotocol_is_told_to_upgrade(running: Running) -> None:
+async def test_a_client_without_the_subprotocol_is_asked_to_upgrade(running: Running) -> None:
     with pytest.raises(InvalidStatus) as caught:
         async with running.connected(subprotocols=["lattice.v9"]):
             pass

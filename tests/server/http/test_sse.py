@@ -52,7 +52,7 @@ def create(session: requests.Session, url: str, title: str = "a task") -> str:
     return made.json()["data"]["id"]
 
 
-def test_a_new_task_is_told(server: Process, token: str, session: requests.Session, url: str) -> None:
+def test_a_new_task_is_reported(server: Process, token: str, session: requests.Session, url: str) -> None:
     with Listening(server.port, token) as listening:
         assert listening.status == 200
         assert listening.response.headers["Content-Type"] == "text/event-stream"
@@ -150,7 +150,7 @@ def test_only_who_may_use_the_project_listens(server: Process, token: str) -> No
             assert listening.status == status
 
 
-def test_a_large_snapshot_is_told_whole_and_an_older_one_is_null(
+def test_a_large_snapshot_is_sent_whole_and_an_older_one_is_null(
     server: Process, token: str, session: requests.Session, url: str
 ) -> None:
     """Of a large snapshot the change holds a patch only."""

@@ -112,7 +112,7 @@ async def test_another_history_ends_the_stream_and_begins_with_a_reset(running: 
         assert (await take(opened, 1))[0].data["snapshot"] == {"n": 2}
 
 
-async def test_what_is_not_kept_any_more_is_reset(running: Running) -> None:
+async def test_a_position_before_the_retention_gets_a_reset(running: Running) -> None:
     async with writing(running) as client:
         for n in range(4):
             await put(client, f'{{"n": {n}}}')
@@ -141,7 +141,9 @@ async def test_many_that_come_back_together_have_their_events_made_once(
     assert made == list(range(1, 21))
 
 
-async def test_who_takes_nothing_is_cut_and_delays_nobody(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_that_reads_nothing_is_disconnected_and_delays_no_other(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """I10: bounded in bytes. The other listeners and clients are told at once meanwhile."""
     monkeypatch.setattr(sse, "_MAX_PENDING_BYTES", 1_000_000)
     loop, large = asyncio.get_running_loop(), '{"x": "' + "x" * 200_000 + '"}'

@@ -64,7 +64,7 @@ def test_a_batch_costs_one_fsync_and_is_sent_in_order(place: Place, syncs: list[
     assert [done.synced_s is not None for done in received] == [True, False, False, False, False]
 
 
-def test_what_is_done_is_committed_though_the_next_command_takes_long(place: Place, syncs: list[int]) -> None:
+def test_a_finished_command_is_committed_beside_a_long_one(place: Place, syncs: list[int]) -> None:
     for seq in (1, 2):
         place.submit(seq)
         place.committer.flush_soon()

@@ -59,7 +59,7 @@ def test_a_torn_copy_becomes_the_project_at_one_number(tmp_path: Path, seed: int
         assert "No issues found" in worker.ok("doctor")
 
 
-def test_a_list_of_files_that_is_newer_than_the_copied_journal_misleads_nobody(tmp_path: Path) -> None:
+def test_a_list_of_files_that_is_newer_than_the_copied_journal_is_not_trusted(tmp_path: Path) -> None:
     rng = random.Random(25)
     project = make_project(tmp_path / "web")
     lattice, copied = project / ".lattice", tmp_path / "copied" / "web"

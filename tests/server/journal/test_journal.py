@@ -232,7 +232,7 @@ def test_a_segment_that_is_old_is_closed_though_it_is_small(tmp_path: Path) -> N
     assert (journal.head, journal.oldest) == (1, 2)
 
 
-def test_what_is_cut_is_kept_aside(tmp_path: Path) -> None:
+def test_a_torn_record_is_set_aside(tmp_path: Path) -> None:
     fill(Journal.create(tmp_path / "journal", "e"), 3)
     (segment,) = (tmp_path / "journal").glob("*.log")
     with segment.open("ab") as file:
@@ -241,9 +241,7 @@ def test_what_is_cut_is_kept_aside(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in (tmp_path / "set-aside").iterdir()] == [b"torn"]
 
 
-def test_what_a_killed_writer_left_in_the_cache_is_made_durable_before_it_is_told(
-    tmp_path: Path, synced: list[str]
-) -> None:
+def test_files_of_a_killed_writer_are_made_durable_before_they_are_reported(tmp_path: Path, synced: list[str]) -> None:
     fill(Journal.create(tmp_path, "e", SMALL_SEGMENTS), 20)
     synced.clear()
     reopen(tmp_path)

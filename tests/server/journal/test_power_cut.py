@@ -242,7 +242,7 @@ def put_back(lattice: Path, tree: dict[str, bytes]) -> None:
 
 
 @pytest.mark.parametrize("damage", ["earlier", "empty", "zeros", "missing", "cut short"])
-def test_what_a_power_cut_took_comes_back_whatever_touched_it_since(project: Path, damage: str) -> None:
+def test_files_lost_in_a_power_cut_return_although_touched_since(project: Path, damage: str) -> None:
     lattice = project / ".lattice"
     with in_boot(project, "one") as worker:
         worker.ok("create", "x", *ANA)

@@ -112,7 +112,7 @@ def test_more_differences_than_fit_become_several_changes(tmp_path: Path, monkey
     assert sum("differed from change" in note for note in opened.notes) == 3
 
 
-def test_files_that_nobody_knows_are_moved_to_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_files_are_moved_to_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = make_project(tmp_path / "web")
     with WorkerProcess(project) as worker:
         worker.ok("create", "x", *ANA)
@@ -153,7 +153,7 @@ def test_patches_are_applied_to_whichever_version_is_there(tmp_path: Path) -> No
         assert (tmp_path / "ids.json").read_bytes() == texts[3]
 
 
-def test_what_can_not_be_brought_back_is_left_and_told(tmp_path: Path) -> None:
+def test_an_irrecoverable_file_is_left_and_reported(tmp_path: Path) -> None:
     (tmp_path / "sessions").mkdir()
     (tmp_path / "sessions/a.json").write_bytes(b"")
     notes = check_repair(tmp_path, {"sessions/a.json": b"gone"}, PutFile("other", b""))

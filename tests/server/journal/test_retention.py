@@ -391,7 +391,7 @@ def rot_record_of(project: Path, request: str) -> None:
         file.write(content)
 
 
-async def test_a_client_that_slept_through_the_retention_is_told_to_look(tmp_path: Path) -> None:
+async def test_a_client_that_slept_through_the_retention_gets_a_reset(tmp_path: Path) -> None:
     """I6, over the wire: the age that a client says is what counts."""
     data, token = make_server_data(tmp_path / "data", "{}")
     async with serving(data, token, worker=WORKER_COMMAND) as running, running.connected() as socket:

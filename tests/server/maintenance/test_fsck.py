@@ -258,7 +258,7 @@ def test_what_a_running_worker_does_is_no_damage(data: DataDir, monkeypatch: pyt
         os.close(held)
 
 
-def test_what_is_damaged_comes_back_from_a_part_of_the_journal_that_is_set_aside(data: DataDir) -> None:
+def test_damaged_files_are_restored_from_a_journal_segment_set_aside(data: DataDir) -> None:
     plan = next((web(data) / ".lattice/plans").iterdir())
     before = plan.read_bytes()
     rotten_segment(data)
@@ -278,7 +278,7 @@ def test_a_damaged_segment_of_a_former_epoch_is_set_aside(data: DataDir) -> None
     assert check(data).findings == []
 
 
-def test_the_log_of_what_can_be_read_stays_after_mending(data: DataDir) -> None:
+def test_the_readable_log_stays_after_a_repair(data: DataDir) -> None:
     rotten_segment(data)
     check(data, repair=True)
     assert [entry.seq for entry in read_page(web(data) / "journal", limit=1).entries] == [13]
@@ -300,7 +300,7 @@ def test_tokens_are_checked_and_left_to_a_person(data: DataDir) -> None:
     assert "it can't be read" in check(data).findings[0].what
 
 
-def test_a_broken_setting_and_what_lattice_finds_are_told(data: DataDir) -> None:
+def test_a_broken_setting_and_lattices_findings_are_reported(data: DataDir) -> None:
     (data.path / "config.json").write_text('{"hoks": true}')
     (web(data) / ".lattice/tasks/x.json").write_text("junk\n")
     found = {(finding.project, finding.where) for finding in check(data).findings}
@@ -355,7 +355,7 @@ def test_a_file_name_can_not_take_the_terminal_over() -> None:
     assert all(line.isprintable() for line in as_lines(report))
 
 
-def test_modes_are_right_after_mending(data: DataDir) -> None:
+def test_modes_are_right_after_a_repair(data: DataDir) -> None:
     open_tokens(data)
     open_project(data)
     check(data, repair=True)

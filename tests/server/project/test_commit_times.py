@@ -80,7 +80,7 @@ def test_what_can_not_be_true_is_not_believed(said: Applied) -> None:
 
 
 @pytest.mark.parametrize("held_s", [-1e300, 1e300, float("inf"), float("-inf"), float("nan")])
-def test_whatever_it_says_of_its_time_a_lag_is_between_nothing_and_the_age(
+def test_a_lag_is_between_zero_and_the_age_for_every_reported_time(
     held_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pace, metrics = CommitTimes(), Metrics()

@@ -126,7 +126,7 @@ async def test_small_files_are_sent_together_and_one_that_changes_meanwhile_by_i
     }
 
 
-async def test_a_file_that_cannot_be_read_is_no_trouble_for_whoever_publishes(
+async def test_an_unreadable_file_does_not_disturb_the_publisher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unreadable(*_: Any) -> bytes:

@@ -62,7 +62,7 @@ def test_a_task_is_found_by_either_id_also_when_it_is_archived(tmp_path: Path) -
         entries(project, "LAT-9")
 
 
-def test_pages_lead_to_the_beginning_whatever_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_of_any_size_lead_to_the_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = make_project(tmp_path / "web")
     with WorkerProcess(project) as worker:
         for number in range(7):
@@ -98,7 +98,7 @@ def test_there_is_more_exactly_when_another_entry_exists(
         }
 
 
-def test_what_is_not_durable_yet_is_not_told(tmp_path: Path) -> None:
+def test_a_change_is_not_announced_before_it_is_durable(tmp_path: Path) -> None:
     project = make_project(tmp_path / "web")
     with WorkerProcess(project) as worker:
         worker.run("create", "One", *ANA)

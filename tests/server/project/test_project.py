@@ -283,7 +283,7 @@ async def test_one_token_leaves_room_for_the_files_of_others(paths: ProjectPaths
     await project.stop(1.0)
 
 
-async def test_a_failed_project_answers_nobody_and_says_why(opened: Opened) -> None:
+async def test_a_failed_project_answers_no_request_but_gives_the_reason(opened: Opened) -> None:
     requester = Watcher()
     opened.project.submit(command("sleep", "0.2"), requester)
     opened.project.submit(command("fail"), opened.watcher)
@@ -347,7 +347,7 @@ async def test_a_waiter_whose_connection_is_gone_takes_nothing(opened: Opened) -
     assert "resources/gpu/free" in opened.project.history.files
 
 
-async def test_what_is_withdrawn_is_not_run_and_what_the_worker_has_is_not_withdrawn(paths: ProjectPaths) -> None:
+async def test_a_withdrawn_request_does_not_run_and_a_running_one_is_not_withdrawn(paths: ProjectPaths) -> None:
     bounds = QueueLimits(window_bytes=1000)
     project = Project("web", paths, hooks=None, bounds=bounds, worker_command=FAKE_WORKER)
     project.start()
@@ -518,7 +518,7 @@ async def test_stopping_finishes_what_runs(paths: ProjectPaths) -> None:
     await project.stop(1.0)
 
 
-async def test_who_waits_for_a_project_to_open_is_told_that_it_is_stopped(paths: ProjectPaths) -> None:
+async def test_a_request_that_waits_for_a_project_to_open_is_answered_at_the_stop(paths: ProjectPaths) -> None:
     project = Project("web", paths, hooks=None, worker_command=("/bin/sh", "-c", "exec sleep 60"))
     project.start()
     waiting = asyncio.create_task(project.opened())

@@ -52,7 +52,7 @@ def test_connections_take_turns_and_each_keeps_its_order() -> None:
     assert names(turns) == "a1 b1 c1 server a2 b2 a3"
 
 
-def test_whoever_comes_late_waits_for_one_of_each_only() -> None:
+def test_a_late_requester_waits_for_one_request_of_each_other_only() -> None:
     turns: FairQueue[QueuedRequest] = FairQueue()
     for number in range(100):
         add(turns, job(ANA, f"a{number}"))
@@ -82,7 +82,7 @@ def test_what_was_with_a_worker_goes_before_all() -> None:
     assert not turns
 
 
-async def test_lanes_take_a_lock_in_turn_and_who_gives_up_takes_nobodys() -> None:
+async def test_lanes_take_a_lock_in_turn_and_a_cancelled_waiter_takes_none() -> None:
     lock, took = FairLock(), list[str]()
 
     async def take(fairness_key: str, name: str) -> None:

@@ -106,7 +106,7 @@ async def stopped(reader: ReaderProcess) -> int:
 
 
 @shares_a_reader
-async def test_killed_in_the_middle_it_says_so_and_the_next_read_has_another(reader: ReaderProcess) -> None:
+async def test_a_killed_reader_is_reported_and_replaced_for_the_next_read(reader: ReaderProcess) -> None:
     pid = await stopped(reader)
     reading = asyncio.create_task(reader.read(TASKS))
     behind = asyncio.create_task(reader.read(LIST))
@@ -143,7 +143,7 @@ async def test_one_who_leaves_takes_the_half_read_answer_with_him(reader: Reader
 
 
 @shares_a_reader
-async def test_what_is_no_plain_file_is_not_waited_for(reader: ReaderProcess, data: DataDir) -> None:
+async def test_a_special_file_blocks_no_read(reader: ReaderProcess, data: DataDir) -> None:
     """A pipe would hold up every read behind it."""
     pipe = data.project("web").lattice / "tasks/task_00000000000000000000000000.json"
     os.mkfifo(pipe)
@@ -249,7 +249,7 @@ async def test_answers_are_kept_until_the_next_change_only(
     assert len(exchanged) == 6
 
 
-async def test_what_is_kept_is_bounded_however_little_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_kept_answers_are_bounded_however_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader_process, "_MAX_BYTES", 100_000)
     answers, found = reader_process.ReadCache(), ReadResult(404, b"")
     for n in range(1000):
@@ -278,7 +278,7 @@ async def test_many_who_ask_the_same_wait_for_one_read(reader: ReaderProcess, mo
 
 
 @shares_a_reader
-async def test_what_is_read_together_is_of_one_state_or_says_that_it_is_not(
+async def test_a_read_of_several_files_is_of_one_state_or_reports_that_it_is_not(
     reader: ReaderProcess, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, is_exact = await reader.read_together([CONFIG, TASKS])
@@ -408,7 +408,7 @@ async def has_read(reader: ReaderProcess) -> None:
 
 
 @shares_a_reader
-async def test_it_leaves_when_nobody_asks(reader: ReaderProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_idle_reader_exits(reader: ReaderProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "_idle_s", 0.1)
     await reader.read(CONFIG)
     pid = pid_of(reader)

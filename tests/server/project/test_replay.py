@@ -173,7 +173,7 @@ async def test_a_number_alone_proves_nothing_and_a_mark_does(running: Running) -
     assert bye is not None and bye.code == "REMOTE_BUSY" and history.epoch != epoch
 
 
-async def test_what_is_not_kept_is_said(running: Running) -> None:
+async def test_versions_before_the_retention_are_reported(running: Running) -> None:
     await write(running, 4)
     history = running.registry.project("web").history
     history.oldest = 3

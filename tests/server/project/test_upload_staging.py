@@ -226,7 +226,7 @@ def test_links_are_not_followed(paths: ProjectPaths, tmp_path: Path) -> None:
     assert outside.read_bytes() == b"mine"
 
 
-def test_a_link_in_place_of_the_directory_leads_nowhere(paths: ProjectPaths, tmp_path: Path) -> None:
+def test_a_link_that_replaces_the_directory_is_not_followed(paths: ProjectPaths, tmp_path: Path) -> None:
     """I9."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

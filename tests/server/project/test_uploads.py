@@ -131,7 +131,7 @@ async def test_it_goes_on_where_the_connection_was_cut(running: Running, tmp_pat
     assert sum(len(frame.data) for frame in sent) == 300_000
 
 
-async def test_nobody_uses_what_another_has_uploaded(running: Running, tmp_path: Path) -> None:
+async def test_no_client_uses_the_upload_of_another(running: Running, tmp_path: Path) -> None:
     _, text = TokenFile(running.data.tokens).create(projects=["web"], actor="human:ana", act_as=[])
     copy, other = Asking(), Asking()
     async with running.connected() as socket, running.connected(text) as another:

@@ -70,6 +70,6 @@ def test_a_proxy_that_is_no_address_is_named(text: str) -> None:
         Proxies([text])
 
 
-def test_loopback_is_told_from_the_rest() -> None:
+def test_loopback_is_distinguished_from_other_addresses() -> None:
     assert is_loopback("127.0.0.1") and is_loopback("::1") and is_loopback("127.8.9.1")
     assert not any(map(is_loopback, ("::", "10.0.0.1", "localhost.example")))

@@ -98,7 +98,7 @@ def test_requests_with_a_token_are_counted_for_the_token_wherever_they_come_from
     assert refusal(theirs) == (429, 1)
 
 
-def test_behind_a_proxy_nobody_asks_at_the_cost_of_who_asked_before_him_on_the_same_connection() -> None:
+def test_behind_a_proxy_the_limit_counts_each_address_of_one_connection() -> None:
     admission = AdmissionControl(
         LimitSettings(new_connections_per_second=1, messages_per_second=20), ["10.0.0.1"], clock=Clock()
     )
@@ -250,13 +250,13 @@ def test_behind_a_trusted_proxy_each_client_has_its_own_account() -> None:
     three.leave()
 
 
-def test_from_anybody_else_that_header_counts_for_nothing() -> None:
+def test_the_header_is_ignored_from_an_untrusted_address() -> None:
     admission = AdmissionControl(LimitSettings(connections_per_address=1), ["10.0.0.0/8"])
     assert admitted(arrived(admission), "198.51.100.1") is None
     assert admitted(arrived(admission), "198.51.100.2") == (429, 10)
 
 
-def test_what_is_remembered_of_a_flood_of_addresses_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_for_a_flood_of_addresses_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     most = 500
     assert most < MAX_ADDRESSES
     monkeypatch.setattr("lattice_remote.server.transport.admission.MAX_ADDRESSES", most)
@@ -300,7 +300,7 @@ EVENTS = st.lists(
 
 
 @given(EVENTS)
-def test_whatever_happens_in_whatever_order_the_counts_come_back_to_nothing(events: list[tuple[str, int, str]]) -> None:
+def test_the_counts_return_to_zero_in_any_order_of_events(events: list[tuple[str, int, str]]) -> None:
     limits = LimitSettings(connections_per_token=2, connections_per_address=3, waiting_connections=3)
     admission = AdmissionControl(limits, ["10.0.0.0/8"], clock=Clock())
     visits: list[ConnectionQuota] = []

@@ -71,7 +71,7 @@ def test_a_body_in_memory_is_shared_and_another_is_made_only_if_there_is_room() 
     assert second.hold_if_room(body())
 
 
-def test_small_bodies_and_those_of_nobody_known_are_not_counted() -> None:
+def test_small_and_unauthenticated_bodies_are_not_counted() -> None:
     budget = made()
     share(budget).hold(bytes(COUNTED_BYTES))
     share(budget, "").hold(BODY)

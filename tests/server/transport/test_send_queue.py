@@ -121,7 +121,7 @@ async def test_a_client_that_takes_a_little_now_and_then_is_kept(pipe: tuple[Pip
     assert not end.lost
 
 
-async def test_finishing_hands_over_all_and_takes_no_more(pipe: tuple[Pipe, socket.socket]) -> None:
+async def test_finish_delivers_everything_and_accepts_nothing_further(pipe: tuple[Pipe, socket.socket]) -> None:
     end, theirs = pipe
     for _ in range(5):
         end.outbox.push(b"x" * 100_000)

@@ -20,7 +20,7 @@ def manager(tmp_path: Path) -> Iterator[socket.socket]:
         yield listening
 
 
-def test_it_is_told_of_the_beginning_and_the_end(
+def test_the_service_manager_is_notified_of_start_and_end(
     manager: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", manager.getsockname())
@@ -53,6 +53,6 @@ def test_one_that_is_gone_is_logged_and_no_failure(tmp_path: Path, caplog: pytes
     assert "cannot report READY=1 to" in caplog.text and "No such file" in caplog.text
 
 
-def test_without_one_nobody_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_service_manager_nothing_is_sent(caplog: pytest.LogCaptureFixture) -> None:
     notify("", "READY=1")
     assert caplog.text == ""

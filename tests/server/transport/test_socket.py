@@ -271,7 +271,7 @@ async def test_answers_that_wait_for_a_client_to_catch_up_are_bounded(
         raw.close()
 
 
-async def test_a_client_that_greets_while_its_project_fails_is_told(
+async def test_a_client_that_greets_while_its_project_fails_gets_the_reason(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running.connected() as other, running.connected() as client:
@@ -291,7 +291,9 @@ async def test_a_client_that_greets_while_its_project_fails_is_told(
         assert bye.code == "REMOTE_STORAGE"
 
 
-async def test_a_stalled_client_delays_nobody_and_is_cut(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stalled_client_delays_no_other_client_and_is_disconnected(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     raw = await stalled(running)
     try:
         [peer] = running.registry._peers

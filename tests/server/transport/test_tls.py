@@ -180,7 +180,7 @@ def broken(pair: Pair, how: str) -> tuple[Path, Path]:
         ("encrypted", "has a password"),
     ],
 )
-def test_what_is_wrong_with_a_certificate_is_one_line_that_helps(pair: Pair, how: str, says: str) -> None:
+def test_a_certificate_error_is_one_line_with_advice(pair: Pair, how: str, says: str) -> None:
     with pytest.raises(Misuse, match=says) as caught:
         Certificate(*broken(pair, how))
     assert "\n" not in caught.value.message
@@ -198,7 +198,7 @@ async def test_the_command_speaks_tls(tmp_path: Path, pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("options", [["--tls-cert", "cert.pem"], ["--tls-key", "a.key", "--tls-cert", "none.pem"]])
-def test_half_of_it_or_what_is_not_there_ends_the_start_with_one_line(tmp_path: Path, options: list[str]) -> None:
+def test_incomplete_or_missing_tls_files_end_the_start_with_one_line(tmp_path: Path, options: list[str]) -> None:
     data, _ = make_data(tmp_path / "data")
     done = subprocess.run(
         [*COMMAND, "start", "--data", data.path, "--port", "0", *options],

@@ -50,7 +50,7 @@ def test_uvicorn_tells_of_each_request_and_response() -> None:
     assert "on_response=self.on_response_complete" in source
 
 
-def test_uvicorn_asks_what_is_left_to_shut_down() -> None:
+def test_uvicorn_asks_for_the_remaining_connections_at_shutdown() -> None:
     assert "connection.shutdown()" in inspect.getsource(uvicorn.Server.shutdown)
     assert "capture_signals" in inspect.getsource(uvicorn.Server.serve)
 

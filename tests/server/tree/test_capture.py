@@ -139,7 +139,7 @@ def test_an_append_after_a_rename_is_no_append_to_a_known_file(place: Place) -> 
     assert touched.steps == [Move("tasks/a.json", "tasks/b.json"), "tasks/b.json"] and touched.appended == {}
 
 
-def test_names_that_no_copy_would_accept_are_told(place: Place) -> None:
+def test_names_that_no_cache_would_accept_are_reported(place: Place) -> None:
     touched = place.watch(lambda: (place.tree / "tasks/x:y").write_text(""))
     assert touched.unshared == ["tasks/x:y"]
 
@@ -254,7 +254,7 @@ def test_every_audit_event_of_this_python_is_decided_once() -> None:
     assert not WATCHED & HARMLESS | WATCHED & REFUSED | HARMLESS & REFUSED
 
 
-def test_the_first_refusal_is_the_one_that_is_said(place: Place) -> None:
+def test_the_first_refusal_is_reported(place: Place) -> None:
     def deed() -> None:
         for act in (os.fork, place.outside.rmdir):
             with contextlib.suppress(AccessDenied):

@@ -213,7 +213,7 @@ def test_a_log_that_grows_after_it_was_replaced_has_the_digest_of_its_new_conten
     assert tree.files[LOG].digest == digest_of(b"y" * size + b"2\n")
 
 
-def test_a_log_that_somebody_changed_before_it_grew_is_replaced(tree: ProjectTree) -> None:
+def test_a_log_that_was_changed_before_it_grew_is_replaced(tree: ProjectTree) -> None:
     path = tree.root / "events/a.jsonl"
     path.write_bytes(b"9\n9\n")
     os.utime(path, ns=(1, 1))
@@ -467,7 +467,7 @@ def test_a_file_that_the_server_may_not_read_counts_as_none(tree: ProjectTree, m
     assert tree.reconcile().operations == [PutFile("plans/a.md", b"# Secret\n")]
 
 
-def test_a_log_that_somebody_cuts_while_it_is_read_is_not_an_empty_append(
+def test_a_log_truncated_while_it_is_read_is_not_an_empty_append(
     tree: ProjectTree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     what = touched("events/a.jsonl", tree=tree, appended="events/a.jsonl")

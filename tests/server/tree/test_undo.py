@@ -297,7 +297,7 @@ def test_what_others_put_in_place_after_the_death_of_the_process_stays(
     assert path.read_bytes() == (theirs or b"o" * size)
 
 
-def test_what_is_announced_holds_for_one_change(tmp_path: Path, log: UndoLog) -> None:
+def test_an_announcement_holds_for_one_change(tmp_path: Path, log: UndoLog) -> None:
     """A later change of the same file that nobody announced is taken back, whatever it is."""
     path = tmp_path / ".lattice/ids.json"
     path.parent.mkdir(exist_ok=True)
@@ -486,7 +486,7 @@ def test_what_a_killed_restore_left_is_no_obstacle(tmp_path: Path, log: UndoLog)
     assert not (tmp_path / ".tmp.undo.file").exists()
 
 
-def test_a_directory_in_place_of_a_removed_file_hides_no_content(tmp_path: Path, log: UndoLog) -> None:
+def test_a_directory_that_replaces_a_removed_file_hides_no_content(tmp_path: Path, log: UndoLog) -> None:
     path = tmp_path / "file"
     path.write_bytes(SMALL)
     remove(log, path)

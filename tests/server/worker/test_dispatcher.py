@@ -569,7 +569,7 @@ def test_a_digest_stands_for_the_present_text(
     assert edited(place, request) == expected
 
 
-def test_what_is_no_text_of_a_task_is_refused(place: Place) -> None:
+def test_a_file_that_is_no_plan_or_notes_is_refused(place: Place) -> None:
     (place.lattice / PATH).mkdir(parents=True)
     assert edited(place, edit()) == "REMOTE_UNSUPPORTED", "a directory"
     (place.lattice / PATH).rmdir()
@@ -606,7 +606,7 @@ def test_an_edit_that_cannot_be_written_is_undone(
 # --- replies ---
 
 
-def test_output_over_8_mib_is_cut_and_says_so() -> None:
+def test_output_over_8_mib_is_truncated_with_a_notice() -> None:
     most = 8 * 1024 * 1024
     whole, longer = b"o" * most, b"o" * (most + 1)
     assert dispatcher_module._truncated(whole, whole) == (whole, whole)
@@ -626,7 +626,7 @@ def test_a_reply_of_an_operation_over_8_mib_fails() -> None:
 
 
 @pytest.mark.parametrize("is_json", [True, False])
-def test_a_breakdown_is_told_in_the_commands_format(is_json: bool) -> None:
+def test_a_crash_is_reported_in_the_commands_format(is_json: bool) -> None:
     outcome = dispatcher_module._crash_output("boom \udcff", is_json=is_json)
     message = "the command failed on the server and was undone: boom"
     assert outcome.exit_code == 1

@@ -95,7 +95,7 @@ def worker(tmp_path: Path) -> Iterator[WorkerProcess]:
         yield started
 
 
-def test_a_command_that_breaks_down_is_undone_and_says_so(worker: WorkerProcess) -> None:
+def test_a_command_that_crashes_is_undone_and_reported(worker: WorkerProcess) -> None:
     worker.ok("create", "x", *ANA)
     before = tree_of(worker.project / ".lattice")
     binary = [Attachment(3, "x.bin", b"\xff\xfe")]
@@ -149,7 +149,7 @@ def test_waiting_for_a_resource_does_not_hold_the_writer(worker: WorkerProcess) 
     assert worker.reply(*wait[:3], "--actor", "agent:c").exit_code == 1
 
 
-def test_what_is_evicted_while_waiting_is_a_change_without_an_answer(worker: WorkerProcess) -> None:
+def test_an_eviction_while_waiting_is_a_change_without_an_answer(worker: WorkerProcess) -> None:
     worker.ok("resource", "create", "gpu", "--ttl", "300", "--max-holders", "2", *ANA)
     for holder in ("agent:a", "agent:b"):
         worker.ok("resource", "acquire", "gpu", "--actor", holder)

@@ -30,7 +30,7 @@ def index(tasks: int) -> dict[str, Any]:
 @example({"a": 2**64, "b": -(2**70)})
 @example({"a": "\x7f", "b": "\x08", "c": "é", "d": "\ud800"})
 @example({"a": {"b": 1.0, "c": 1e22}, "d": {}})
-def test_what_is_written_is_what_json_writes(value: object) -> None:
+def test_the_encoder_agrees_with_json(value: object) -> None:
     expected = json.dumps(value, sort_keys=True, indent=2)
     assert canonical_json(value) == (expected + "\n").encode()
     assert FlatJson().dumps(value, sort_keys=True, indent=2) == expected
@@ -67,14 +67,14 @@ def test_a_sorted_index_with_a_new_id_is_written_like_any_other() -> None:
         '{"a": 123456789012345678901234567890, "b": "' + "x" * 5000 + '"}',
     ],
 )
-def test_what_is_read_is_what_json_reads(text: str) -> None:
+def test_the_parser_agrees_with_json(text: str) -> None:
     for _ in range(2):
         read = FlatJson().loads(text)
         assert repr(read) == repr(json.loads(text))
 
 
 @pytest.mark.parametrize("text", ["", "{", "x" * 5000, '{"a": ' + "1" * 5000])
-def test_what_is_no_json_raises_what_json_raises(text: str) -> None:
+def test_invalid_json_raises_the_error_of_json(text: str) -> None:
     with pytest.raises(ValueError) as expected:
         json.loads(text)
     with pytest.raises(ValueError) as raised:

@@ -448,7 +448,7 @@ def no_directory_to_write_to(place: Path, publish: Callable[[], None]) -> list[o
         no_directory_to_write_to,
     ],
 )
-def test_what_is_written_and_read_is_that_of_the_original(
+def test_writes_and_reads_agree_with_the_original(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: Steps, lazy: bool
 ) -> None:
     original = tmp_path / "original"
@@ -471,7 +471,7 @@ def content_of(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def test_nobody_else_sees_what_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pending_writes_are_invisible_to_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patched = Patched(tmp_path / "place", patch)
         prepare(patched.directory)

@@ -235,7 +235,7 @@ def test_help_and_errors_of_usage_are_left_to_click(tmp_path: Path, argv: list[s
     assert check(tmp_path, *argv) == Command("", {})
 
 
-def test_an_actor_that_the_token_may_not_use_is_refused_by_naming_what_is_allowed(tmp_path: Path) -> None:
+def test_a_forbidden_actor_is_refused_with_the_allowed_ones(tmp_path: Path) -> None:
     error = refused(tmp_path, "comment", "LAT-1", "x", "--actor", "human:bob")
     assert error.code == "REMOTE_FORBIDDEN"
     assert error.message == "token may act as human:ana, agent:*, team:web-*-x; not as human:bob"
@@ -273,7 +273,7 @@ def test_the_actor_behind_a_session_counts(tmp_path: Path) -> None:
     assert refused(tmp_path, "comment", "LAT-1", "x", "--name", "Ana-1", "--actor", "human:bob")
 
 
-def test_a_session_starts_only_as_somebody_whom_the_token_may_be(tmp_path: Path) -> None:
+def test_a_session_starts_only_as_an_actor_that_the_token_allows(tmp_path: Path) -> None:
     start = ["session", "start", "--model"]
     assert check(tmp_path, *start, "human", "--name", "Ana").actor == "human:Ana"
     assert refused(tmp_path, *start, "human", "--name", "Bob").code == "REMOTE_FORBIDDEN"
@@ -296,7 +296,7 @@ def test_a_session_starts_only_as_somebody_whom_the_token_may_be(tmp_path: Path)
         b'{"name": {}, "base_name": "Ana", "serial": 1, "session": "s", "model": "human"}',
     ],
 )
-def test_a_session_file_that_says_something_else_than_its_name_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_session_file_whose_content_contradicts_its_name_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "sessions").mkdir()
     (tmp_path / "sessions/Ana-1.json").write_bytes(content)
     assert refused(tmp_path, "comment", "LAT-1", "x", "--name", "Ana-1").code == "REMOTE_UNSUPPORTED"

@@ -173,7 +173,7 @@ def test_a_changed_page_that_is_no_list_is_sent_whole(place: Place) -> None:
     assert second.status == 200 and b"Other" in second.body
 
 
-def test_what_is_not_found_has_no_tag(place: Place) -> None:
+def test_a_missing_resource_has_no_entity_tag(place: Place) -> None:
     found = place.page("/api/tasks/task_00000000000000000000000009")
     assert (found.status, found.etag) == (404, "") and found.body
     assert place.page("/api/tasks/task_00000000000000000000000009", base=found.etag).body == found.body

@@ -30,7 +30,7 @@ def test_it_is_known_after_a_restart_by_the_sessions_own_id(project: Path) -> No
     assert SessionOwners(project).of("B-1", "sess_1") is None and SessionOwners().of("A-1", "sess_1") is None
 
 
-def test_what_is_ended_is_forgotten_with_the_next_that_starts(project: Path) -> None:
+def test_ended_sessions_are_removed_when_the_next_starts(project: Path) -> None:
     owners = SessionOwners(project)
     owners.note(begin(project, "A-1", "sess_1"), "tok_1", "human:ana")
     (project / ".lattice/sessions/A-1.json").unlink()
@@ -39,7 +39,7 @@ def test_what_is_ended_is_forgotten_with_the_next_that_starts(project: Path) -> 
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"A-1": {"session": 3}}', b"\xff", b"null"])
-def test_a_damaged_file_is_said_and_gives_nobody_anything(project: Path, content: bytes) -> None:
+def test_a_damaged_file_is_reported_and_grants_nothing(project: Path, content: bytes) -> None:
     (project / OWNERS_FILE).write_bytes(content)
     with pytest.raises(Rejected, match="cannot read the owners of sessions") as refused:
         SessionOwners(project).of("A-1", "sess_1")

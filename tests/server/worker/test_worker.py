@@ -334,7 +334,7 @@ def test_hostile_command_lines_leave_the_project_whole(shared: WorkerProcess) ->
     shared.ok("comment", short_id, "goes on", *ANA)
 
 
-def test_what_is_too_long_for_a_frame_is_shortened(shared: WorkerProcess) -> None:
+def test_a_text_over_the_frame_limit_is_shortened(shared: WorkerProcess) -> None:
     long = "human:" + "x" * 10_000
     assert len(shared.refused("create", "x", "--actor", "human:bob", act_as=[long]).message) <= 4096
     assert "at most 256" in shared.refused("create", "x", "--actor", long, act_as=["human:*"]).message
@@ -366,7 +366,7 @@ def test_an_answer_outlives_its_epoch(worker: WorkerProcess) -> None:
         assert len(list((worker.project / ".lattice/tasks").iterdir())) == 1
 
 
-def test_a_request_that_is_undone_has_one_outcome_whatever_others_did_meanwhile(worker: WorkerProcess) -> None:
+def test_an_undone_request_has_one_outcome_beside_other_requests(worker: WorkerProcess) -> None:
     worker.ok("create", "x", *ANA)
     events = worker.project / ".lattice/events"
     (events / "_lifecycle.jsonl").unlink()
@@ -441,7 +441,7 @@ def test_when_the_journal_has_no_room_the_command_is_refused_undone_and_can_be_s
         assert restarted.run("comment", "LAT-1", "word-" * 200, *ANA, id=f"{answered:032x}").seq == answered + 2
 
 
-def test_an_answer_that_no_frame_can_carry_is_cut_and_says_so(worker: WorkerProcess) -> None:
+def test_an_answer_over_the_frame_limit_is_truncated_with_a_notice(worker: WorkerProcess) -> None:
     worker.ok("create", "x", *ANA)
     task = next((worker.project / ".lattice/tasks").iterdir())
     snapshot = json.loads(task.read_text())

@@ -58,7 +58,7 @@ def test_every_endpoint_is_listed() -> None:
         assert f"`{name}" in PAGE, name
 
 
-def test_what_is_described_is_there(server: Process) -> None:
+def test_each_described_path_exists(server: Process) -> None:
     """Of what is served elsewhere too: whoever moves it is to notice."""
     token = make_token(server.data)
     with requests.Session() as session:

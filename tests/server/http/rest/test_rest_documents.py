@@ -75,7 +75,7 @@ def test_versions_are_listed_page_by_page_and_read(rest: Rest, kind: str) -> Non
     assert rest.refused("GET", f"{path}/versions?cursor=x")[0] == 422
 
 
-def test_what_is_newer_is_not_overwritten(rest: Rest) -> None:
+def test_a_newer_file_is_not_overwritten(rest: Rest) -> None:
     path = f"/notes/{rest.task()}"
     assert rest.ask("GET", path).status_code == 404
     rest.ok("PUT", path, data=b"one", headers={"If-None-Match": "*"})
@@ -247,7 +247,7 @@ def waiting(server: Process, token: str) -> int:
     return int(found[1])
 
 
-def test_whoever_waits_for_a_resource_gets_it_and_whoever_left_does_not(served: tuple[Process, Rest]) -> None:
+def test_a_waiter_for_a_resource_gets_it_and_a_disconnected_one_does_not(served: tuple[Process, Rest]) -> None:
     server, rest = served
     metrics = TokenFile(server.data.tokens).create_for_metrics()[1]
     rest.ok("POST", "/resources/lock", status=201)

@@ -52,6 +52,6 @@ def test_where_nothing_is_left_a_part_is_empty() -> None:
 
 
 @pytest.mark.parametrize("printed", [b"", b"{", b"[]", b'{"ok": true}', b'{"data": {}}', b'{"data": [7]}', b"\xff"])
-def test_what_is_no_list_is_said_to_be_none(printed: bytes) -> None:
+def test_output_without_a_list_is_an_error(printed: bytes) -> None:
     with pytest.raises(ValueError, match="no list at data"):
         laid_out(printed, ("data",))

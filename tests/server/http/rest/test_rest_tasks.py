@@ -42,7 +42,7 @@ def lattice(server: Process, *lines: tuple[str, ...]) -> Any:
 # --- reading and writing ---
 
 
-def test_what_is_read_is_what_lattice_prints(served: tuple[Process, Rest]) -> None:
+def test_responses_equal_the_output_of_lattice(served: tuple[Process, Rest]) -> None:
     server, rest = served
     made = rest.ok("POST", "/tasks", status=201, json={"title": "--help me", "tags": ["a", "b"], "priority": "high"})
     assert (made["title"], made["tags"], made["created_by"]) == ("--help me", ["a", "b"], "human:ana")
@@ -365,7 +365,7 @@ def test_a_token_that_ends_while_its_request_is_sent_writes_nothing(served: tupl
     assert rest.head == before
 
 
-def test_nobody_gets_further_than_the_token_goes(served: tuple[Process, Rest]) -> None:
+def test_no_request_exceeds_the_rights_of_its_token(served: tuple[Process, Rest]) -> None:
     server, rest = served
     for headers in ({}, {"Authorization": "Bearer x"}, {"Authorization": "Basic x"}):
         answer = requests.get(f"{rest.url}/tasks", headers=headers, timeout=10)

@@ -140,14 +140,14 @@ def test_what_the_table_does_not_list_is_refused_or_undone(worker: WorkerProcess
 
 
 @pytest.mark.parametrize("actor", ["human:bob", "human:ana\n"])
-def test_nobody_acts_in_the_name_of_others(worker: WorkerProcess, task: str, actor: str) -> None:
+def test_no_client_acts_as_another_actor(worker: WorkerProcess, task: str, actor: str) -> None:
     codes = {"REMOTE_FORBIDDEN", "REMOTE_UNSUPPORTED"}
     assert refused(worker, "dashboard", "/api/tasks", {"title": "t", "actor": actor}) in codes
     assert refused(worker, "mcp", "lattice_create", {"title": "t", "actor": actor}) in codes
 
 
 @pytest.mark.parametrize("actor", [{"name": "Argus", "base_name": "human:bob"}, ["human:bob"], 7, None, "agents:x", ""])
-def test_what_is_no_actor_lattice_refuses(worker: WorkerProcess, actor: object) -> None:
+def test_lattice_refuses_an_invalid_actor(worker: WorkerProcess, actor: object) -> None:
     status, answer = returned(worker, "dashboard", "/api/tasks", {"title": "t", "actor": actor})
     assert (status, answer["error"]["code"]) == (400, "VALIDATION_ERROR")
     status, _ = returned(worker, "mcp", "lattice_create", {"title": "t", "actor": actor})
@@ -260,7 +260,7 @@ def test_what_half_succeeds_is_undone_as_a_whole(worker: WorkerProcess, task: st
     assert tree_of(lattice) == before
 
 
-def test_nobody_pays_for_mcp_before_its_first_call(tmp_path: Path) -> None:
+def test_mcp_is_loaded_at_its_first_call(tmp_path: Path) -> None:
     with WorkerProcess(make_project(tmp_path / "web"), command=WORKER_COMMAND) as worker:
         maps = Path(f"/proc/{worker.pid}/maps")
         worker.ok("create", "x", *ANA)
