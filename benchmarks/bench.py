@@ -1,7 +1,7 @@
 """Every figure that we claim, measured side by side in one run: medians and ratios, with their goals.
 
 ``make bench`` runs all; name groups to run some: ``python benchmarks/bench.py commands throughput latency memory``.
-Machines are shared and noisy, so what is compared alternates, and only ratios are worth quoting.
+Machines are shared and noisy, so compared runs alternate, and only ratios are worth quoting.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ MIB = 1024 * 1024
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the report: what was measured, its value, and the goal as text and as a test."""
+    """One line of the report: name, value, and the goal as text and as a test."""
 
     name: str
     value: float
@@ -537,7 +537,7 @@ def waiting(runs: int) -> Iterator[Figure]:
 
 
 def large(runs: int) -> Iterator[Figure]:
-    """Somebody else's comments, alone and while a file is attached here and fetched by all."""
+    """Comments of another client, alone and while a file is attached here and fetched by all."""
     with board("ana", "ben", "cem") as (server, (ana, _ben, _cem)):
         ana.ok("create", "One", *ACTOR)
         token, path = server.token("human:bench"), ana.dir / "large.bin"

@@ -1,7 +1,7 @@
 """One server with many clients, slow ones, many writers, many tasks, and after a restart, within stated bounds.
 
 ``make load`` runs all groups in some ten minutes and ends by itself; name groups to run some: ``python
-benchmarks/load.py stalled restart``. Exits 1 when a bound is broken. What is compared is measured in one run.
+benchmarks/load.py stalled restart``. Exits 1 when a bound is broken. Compared figures are of one run.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from sandbox import BIN, Client, Sandbox, Server, differences, wait_for  # noqa:
 
 @dataclass(frozen=True)
 class Figure:
-    """One line: what was measured, and for some the bound and whether it was kept."""
+    """One line: name, value, and for some the bound and whether it was kept."""
 
     name: str
     value: float

@@ -56,7 +56,7 @@ class Busy:
 
 
 class ManyProjects:
-    """A started server with so many projects that were never opened, and a token for all of them."""
+    """A started server with ``count`` projects that were never opened, and a token for all of them."""
 
     def __init__(self, sandbox: Sandbox, count: int) -> None:
         self.server: Server = sandbox.server()

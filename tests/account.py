@@ -1,7 +1,7 @@
-"""The account of a mix: what was acknowledged, refused, or left unknown, and what is in the files in the end.
+"""The account of a mix: acknowledged, refused and unknown commands, compared with the files at the end.
 
 - acknowledged (exit 0): its effect is there, exactly once;
-- an error that says that the command may have taken effect, or a command that was killed: once at the most;
+- an error that leaves the outcome unknown, or a killed command: at most once;
 - any other error: there is no effect.
 """
 
@@ -24,9 +24,9 @@ _SETTLE_S = 60.0
 
 @dataclass(frozen=True)
 class Effect:
-    """What a command leaves behind: an event of ``kind`` by ``agent:WHO``, or a session's file.
+    """Effect of a command: an event of ``kind`` by ``agent:WHO``, or a session's file.
 
-    There is none when the command printed ``none_if``: it found that there was nothing to do.
+    A command that printed ``none_if`` had nothing to do and has no effect.
     """
 
     who: str
@@ -41,12 +41,12 @@ class Effect:
 
 
 def owner_of(client: Client) -> str:
-    """Return the actor of the token with which a client's commands are run."""
+    """Return the actor of a client's token."""
     return f"human:{client.dir.name}"
 
 
 class Account:
-    """Thread-safe. ``check()`` raises AssertionError when something is not as it must be."""
+    """Thread-safe. ``check()`` raises AssertionError."""
 
     def __init__(self, server: Server, clients: list[Client]) -> None:
         self._server, self._clients = server, clients
@@ -82,7 +82,7 @@ class Account:
         *,
         owner: str | None = None,
     ) -> None:
-        """Take in how a command ended. ``owner`` is whose token it had, by default the client's."""
+        """Record the end of a command. ``owner`` is the actor of its token, by default the client's."""
         shown = f"{client.dir.name}: {' '.join(argv)[:100]}"
         said = (done.stderr or done.stdout).strip()
         with self._lock:
@@ -108,19 +108,19 @@ class Account:
                 self.refused[effect.key] = f"{shown}: {said[:300]}"
 
     def acknowledge(self, effect: Effect, owner: str) -> None:
-        """Take in what was done under the token of ``owner``, "" for plain lattice in the server's directory."""
+        """Record effects under the token of ``owner``, "" for plain lattice in the server's directory."""
         with self._lock:
             self._mean(effect.key, owner)
             self.acknowledged.add(effect.key)
 
     def leave_unknown(self, effect: Effect, owner: str) -> None:
-        """Take in what may have been done."""
+        """Record effects that may have happened."""
         with self._lock:
             self._mean(effect.key, owner)
             self.unknown.add(effect.key)
 
     def share(self, client: Client, guest: str) -> None:
-        """Take in that another person works in a client's directory: of a saved file nobody can say whose it is."""
+        """Record that another person works in a client's directory, so that saved files have an unknown author."""
         with self._lock:
             self._guests.setdefault(owner_of(client), set()).add(guest)
 
@@ -128,13 +128,13 @@ class Account:
         self._meant.setdefault(what, set()).add(owner)
 
     def edited(self, client: Client, word: str, *, kept: bool) -> None:
-        """A line with this word was written into a plan or notes of a cache; ``kept``: surely into the file itself."""
+        """Record a word written into a plan or notes of a cache; ``kept``: surely into the file itself."""
         with self._lock:
             self._mean(word, owner_of(client))
             (self.edits if kept else self.lost_edits).add(word)
 
     def conflicted(self, words: Conflict, clients: tuple[Client, Client]) -> None:
-        """Two clients have written these words into the same line of the same text."""
+        """Record words that two clients wrote into the same line of one text."""
         with self._lock:
             for word, client in zip(words, clients, strict=True):
                 self._mean(word, owner_of(client))
@@ -142,7 +142,7 @@ class Account:
             self.conflicts.append(words)
 
     def may_lose_edits(self, words: Iterable[str]) -> None:
-        """Take in that a fault has overwritten these words in a cache: each that is not on the server may be gone."""
+        """Record words that a fault has overwritten in a cache: those not on the server may be lost."""
         on_server = words_in_texts(self._server.lattice_dir())
         with self._lock:
             lost = {word for word in words if word in self.edits and not on_server[word]}
@@ -150,7 +150,7 @@ class Account:
             self.lost_edits |= lost
 
     def forget_what_is_not_in(self, lattice_dir: Path, events: set[str]) -> None:
-        """The server's files were put back to these: what they don't hold is nobody's promise any more.
+        """Record that the server's files were restored to these: effects that they lack are not expected any longer.
 
         ``events`` are the ids that there were before.
         """
@@ -168,7 +168,7 @@ class Account:
     # --- afterwards ---
 
     def check(self) -> dict[str, int]:
-        """Insist on everything that must be true once all are back (I1, I3, I6, I7), and return the figures."""
+        """Check the invariants after the faults (I1, I3, I6, I7), and return the figures."""
         assert not self.defects, self.defects
         self._send_edits()
         self._drop_withheld()
@@ -191,7 +191,7 @@ class Account:
         }
 
     def check_who(self, seen: Mapping[tuple[str, str] | str, set[str]]) -> int:
-        """Insist that what was seen was done under the token of the person who asked for it; return how much it was.
+        """Check that each seen effect has its requester's token; return their number.
 
         ``seen`` are the owners of the tokens of all changes that have an effect, or bring a word (I13).
         """
@@ -205,7 +205,7 @@ class Account:
         return meant.union(*(self._guests.get(owner, ()) for owner in meant)) if isinstance(what, str) else meant
 
     def _send_edits(self) -> None:
-        """Ask each client once for something: that sends what was edited. Nothing is compared or fetched for it."""
+        """Run one request at each client, which sends its edits. Nothing is compared or fetched for it."""
         for client in self._clients:
             wait_for(lambda: client.run("remote", "push").returncode == 0, f"{client.dir.name} to send edits", 60)  # noqa: B023
 
@@ -224,7 +224,7 @@ class Account:
         return {project.name: effects_in(project / ".lattice") for project in projects}
 
     def _check_boards(self, found: Mapping[str, Counter[tuple[str, str]]]) -> None:
-        """Insist that each effect is on the board that its command meant (I13)."""
+        """Check that each effect is on the board that its command meant (I13)."""
         wrong = [
             (key, board)
             for board, effects in found.items()
@@ -234,7 +234,7 @@ class Account:
         assert not wrong, f"on another board than meant: {wrong}"
 
     def _wait_until_equal(self) -> None:
-        """The caches become equal to the server by themselves (I3)."""
+        """Wait until the caches equal the server (I3)."""
         for client in self._clients:
             here, there = client.lattice_dir, self._server.lattice_dir()
             try:
@@ -249,7 +249,7 @@ class Account:
         lost = sorted(key for key in self.acknowledged if found[key] == 0)
         asked = self.acknowledged | self.unknown
         doubled = sorted(key for key in asked if found[key] > 1)
-        # Several people may try to end one session: who is refused has not done what another has.
+        # Several users may try to end one session: the effect is that of the accepted one.
         untrue = sorted(text for key, text in self.refused.items() if found[key] and key not in asked)
         assert not lost, f"acknowledged and lost: {lost}"
         assert not doubled, f"done twice: {doubled}"
@@ -291,13 +291,13 @@ class Account:
         return [copy for client in self._clients for copy in conflict_copies_in(client)]
 
     def _where(self, words: list[str]) -> list[str]:
-        """Return the files that hold these words, with what they hold."""
+        """Return the files that have these words, with their contents."""
         root = self._server.lattice_dir()
         texts = {path.relative_to(root): path.read_text() for path in root.rglob("*.md")}
         return [f"{path}: {text!r}" for path, text in texts.items() if any(word in text for word in words)]
 
     def _check_project(self) -> None:
-        """Doctor finds nothing, and rebuilding every snapshot from the events changes nothing."""
+        """Check that doctor finds nothing, and that a rebuild of every snapshot changes nothing."""
         client = self._clients[0]
         doctor = client.run("doctor", "--json")
         assert doctor.returncode == 0, doctor.stdout + doctor.stderr
@@ -316,7 +316,7 @@ def _without_order(tree: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def check_numbers(server: Server, slug: str = "board") -> int:
-    """Insist that the journal's changes are numbered without a gap (I1); return how many it has."""
+    """Check that the journal's changes are numbered without a gap (I1); return their number."""
     numbers = [
         record.seq
         for record in JournalReader(server.data / "projects" / slug / "journal").records()
@@ -360,7 +360,7 @@ def events_in(lattice_dir: Path) -> Iterator[dict]:
 
 
 def words_in(text: bytes) -> Counter[str]:
-    """Count the words of a text, whatever a fault made of it."""
+    """Count the words of a text, which a fault may have damaged."""
     return Counter(text.decode(errors="replace").split())
 
 
@@ -371,7 +371,7 @@ def _rescued_in(client: Client) -> Iterator[Counter[str]]:
 
 
 def words_in_texts(lattice_dir: Path) -> Counter[str]:
-    """Count the words in plans and notes, each file's words once for each time they stand there."""
+    """Count the words in plans and notes."""
     count: Counter[str] = Counter()
     for folder in ("plans", "notes", "archive/plans", "archive/notes"):
         for text in (lattice_dir / folder).glob("*.md"):

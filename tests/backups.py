@@ -1,4 +1,4 @@
-"""Copies of a live data directory, taken with ``rsync -a`` while clients write: what each must be able to do.
+"""Copies of a live data directory, taken with ``rsync -a`` while clients write: each must be whole.
 
 A copy is taken file by file, so its files are of different moments. Started as a server it must be a valid
 project again, with everything in it that was acknowledged before the copy began (I2, I7, I12).
@@ -52,7 +52,7 @@ def copy_in_order(source: Path, target: Path) -> None:
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
             copy_in_order(Path(entry.path), target / entry.name)
-        elif not Path(entry.path).is_socket():  # of the running server: nobody listens to a copy of it
+        elif not Path(entry.path).is_socket():  # of the running server: a copy of its socket is useless
             with contextlib.suppress(FileNotFoundError):
                 shutil.copy2(entry.path, target / entry.name, follow_symlinks=False)
 
@@ -168,7 +168,7 @@ class Copy(Server):
 
 
 def check_copy(copy: Copy, token: str, acknowledged: list[str]) -> None:
-    """Start the copy and insist that it is whole; leaves it running.
+    """Start the copy and check that it is whole; leave it running.
 
     Raises:
         AssertionError: it is no valid project, or something that was acknowledged before it was taken is missing.
@@ -224,9 +224,9 @@ async def _open_project(copy: Copy, token: str) -> None:
 
 
 def resync(original: Server, copy: Copy, token: str) -> int:
-    """Have a client that is current with the original go to the copy, and insist that it gets there by itself.
+    """Connect a client that is current with the original to the copy, and wait until it equals the copy.
 
-    Returns how often it had to compare its whole copy.
+    Returns the number of comparisons of its whole cache.
     """
 
     async def go() -> int:

@@ -1,7 +1,7 @@
 """A real browser for the tests: Debian's Chromium, driven by Playwright. It starts once a module; tabs are cheap.
 
-A test asks for a ``Person``: somebody with a browser of his own (cookies, storage), who may open several tabs. What a
-page complains about in its console is kept: ``complaints`` is to be empty in normal use.
+A test asks for a ``Person``: a browser context with its own cookies and storage, and any number of tabs.
+``complaints`` has the errors of the pages' consoles; in normal use it is empty.
 """
 
 import contextlib
@@ -44,12 +44,12 @@ def chromium() -> Iterator[Browser]:
 
 
 class Person:
-    """Somebody with a browser of his own. ``close()`` it, or use it as a context manager.
+    """A user with a browser context. ``close()`` it, or use it as a context manager.
 
     Args:
-        browser: what ``chromium()`` gives.
+        browser: from ``chromium()``.
         base_url: the server, so that ``open("/path")`` is enough.
-        options: those of Playwright's ``new_context``, as ``viewport``, ``color_scheme`` or ``ignore_https_errors``.
+        options: those of Playwright's ``new_context``, such as ``viewport`` or ``ignore_https_errors``.
     """
 
     def __init__(self, browser: Browser, base_url: str, **options: Any) -> None:
@@ -68,7 +68,7 @@ class Person:
         return page
 
     def sign_in(self, token: str, path: str = "/") -> Page:
-        """Open a path in a new tab as somebody who is not signed in, and sign in on the way."""
+        """Open a path in a new tab, and sign in on the way."""
         page = self.open(path)
         page.get_by_label("Token").fill(token)
         page.get_by_role("button", name="Sign in").click()
@@ -76,13 +76,13 @@ class Person:
         return page
 
     def enter(self, token: str) -> None:
-        """Sign in by the one request that the page makes, without a page."""
+        """Sign in without a page, by the page's request."""
         headers = {"Origin": self._base_url}
         answer = self.context.request.post("/sign-in", form={"token": token}, headers=headers, max_redirects=0)
         assert answer.status == 303
 
     def close(self) -> None:
-        """Close all tabs, and forget what the browser has kept."""
+        """Close all tabs, and clear cookies and storage."""
         self.context.close()
 
     def _said(self, message: ConsoleMessage) -> None:
@@ -97,9 +97,9 @@ class Person:
 
 
 def screenshot(page: Page, name: str, *, whole: bool = True) -> Path:
-    """Keep a picture for people to look at, of the whole page or of what is in view.
+    """Store a screenshot for a person to look at, of the whole page or its visible part.
 
-    It goes to ``build/screenshots/``, or where ``SCREENSHOTS`` says.
+    Its directory is ``build/screenshots/``, or ``SCREENSHOTS``.
     """
     directory = Path(os.environ.get("SCREENSHOTS", _ROOT / "build/screenshots"))
     directory.mkdir(parents=True, exist_ok=True)

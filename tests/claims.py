@@ -1,8 +1,8 @@
 """Round after round, many processes on several caches race for one thing: ``make claims ROUNDS=200``.
 
-Of those that claim one task, or acquire one resource, exactly one wins; everybody else is told what lattice tells the
-loser of two local commands, and finds the winner's name in the files of its own cache as soon as its command has
-returned. Those that assign one task all succeed, one after the other: no assignment is lost.
+Exactly one process claims a task, or acquires a resource. Each loser gets the message of the loser of two local
+commands, and finds the winner's name in its own cache as soon as its command has returned. Assignments of one task
+all succeed, one after the other: none is lost.
 """
 
 import argparse
@@ -29,7 +29,7 @@ ANA = ("--actor", "human:ana")
 
 @dataclass
 class Racers:
-    """Caches, some of which share a machine, and a local project that says what lattice says."""
+    """Caches, two on each machine, and a local project for comparison."""
 
     server: Server
     caches: list[Client]
@@ -37,7 +37,7 @@ class Racers:
     count: int
 
     def race(self, *argv: str) -> list[tuple[str, Client, CompletedProcess[str]]]:
-        """Run one command line as so many actors at once, in turn on each cache."""
+        """Run one command line as several actors at once, in turn on each cache."""
         actors = [f"agent:r{number}" for number in range(self.count)]
         caches = [self.caches[number % len(self.caches)] for number in range(self.count)]
         with ThreadPoolExecutor(self.count) as pool:
@@ -51,13 +51,13 @@ class Racers:
             self.local.ok(*line, *ANA)
 
     def local_loser(self, *argv: str) -> CompletedProcess[str]:
-        """Return what the second of two local commands says."""
+        """Return the message of the second of two local commands."""
         self.local.ok(*argv, "--actor", "agent:r0")
         return self.local.run(*argv, "--actor", "agent:r1", "--json")
 
 
 def claim(racers: Racers, number: int) -> None:
-    """All ask for the next task, of which there is one."""
+    """Let all claim the next task; there is one."""
     name = f"LAT-{number}"
     racers.prepare(("create", f"Prize {number}"), ("status", name, "in_planning"))
     plan = f"plans/{_task(racers.caches[0], name)['id']}.md"
@@ -77,7 +77,7 @@ def claim(racers: Racers, number: int) -> None:
 
 
 def acquire(racers: Racers, number: int) -> None:
-    """All want one resource."""
+    """Let all acquire one resource."""
     name = f"resource-{number}"
     racers.prepare(("create", f"Unused {number}"), ("status", f"LAT-{number}", "cancelled"))
     racers.prepare(("resource", "create", name))
@@ -95,7 +95,7 @@ def acquire(racers: Racers, number: int) -> None:
 
 
 def assign(racers: Racers, number: int) -> None:
-    """All take over one task: each of them from the one before."""
+    """Let all take over one task, each from the one before."""
     name = f"LAT-{number}"
     racers.prepare(("create", f"Taken over {number}"))
     actors = [f"agent:r{n}" for n in range(racers.count)]

@@ -37,7 +37,7 @@ SLUG, EPOCH = "p", "e1"
 
 @dataclass
 class Account:
-    """What the nodes of one run have been promised, and what happened to them."""
+    """Acknowledgements and faults of the nodes of one run."""
 
     acked: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
     times: list[float] = field(default_factory=list)
@@ -120,7 +120,7 @@ async def observe(order: JetStreamOrder, history: list[Batch]) -> None:
 
 
 async def wait_for_acks(account: Account, count: int) -> None:
-    """Wait for so many more acknowledgements."""
+    """Wait for a number of further acknowledgements."""
     wanted = len(account.acked) + count
     async with asyncio.timeout(PATIENCE_S):
         while len(account.acked) < wanted:  # noqa: ASYNC110 - of whichever node
@@ -128,7 +128,7 @@ async def wait_for_acks(account: Account, count: int) -> None:
 
 
 def verdict(account: Account, stream: list[Batch], history: list[Batch]) -> list[str]:
-    """Return what is lost, doubled or different."""
+    """Return the lost, doubled and different records."""
     wrong = list(account.wrong)
     at = {batch.seq: batch.records for batch in stream}
     wrong += [f"lost or different: {seq}" for seq, records in account.acked.items() if at.get(seq) != records]
@@ -145,7 +145,7 @@ def verdict(account: Account, stream: list[Batch], history: list[Batch]) -> list
 
 
 async def _strike(choose: random.Random, cluster: NatsCluster, proxies: list[FaultProxy], leader: str) -> str:
-    """Do one fault, wait, and heal it; returns its name."""
+    """Inject one fault, wait, and heal it; return its name."""
     kind = choose.choice(("kill", "kill", "stop", "pause", "stall", "stall", "refuse", "swallow_answers"))
     length_s = choose.choice((0.2, 1.5 * LEASE_S, 2.0 * LEASE_S, 3.0 * LEASE_S))
     if kind in ("stall", "refuse", "swallow_answers"):
@@ -171,7 +171,7 @@ def _restart(servers: list[NatsServer]) -> None:
 
 
 async def run_seed(seed: int, cluster: NatsCluster) -> tuple[Account, list[str], list[str]]:
-    """Return the account of a run, its faults, and what is wrong."""
+    """Return the account of a run, its faults and its failures."""
     choose = random.Random(seed)
     slug, account, history, faults = f"{SLUG}-{seed}", Account(), [], []
     async with AsyncExitStack() as stack:

@@ -1,7 +1,7 @@
 """A seeded mix of commands of every family from several people at once.
 
-Each command acts under a name of its own, ``agent:w7x0x12x``, so that every event it wrote can be told from all others:
-that is how ``account.py`` finds afterwards whether it took effect, and how often.
+Each command has an actor of its own, ``agent:w7x0x12x``, by which ``account.py`` finds afterwards whether and how often
+it took effect.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ _COLD_EVERY = 8
 
 @dataclass(frozen=True)
 class Command:
-    """A command line, and what it must leave behind when it succeeds (None: nothing to be found)."""
+    """A command line, and its effect if it succeeds (None: nothing to be found)."""
 
     argv: tuple[str, ...]
     effect: Effect | None
@@ -46,7 +46,7 @@ class Command:
 
 
 class Gate:
-    """Commands pass it together; who ``shuts`` it waits for those on their way, and lets no other in meanwhile."""
+    """A shared and exclusive lock: commands pass together; ``shut`` waits for those under way and keeps out others."""
 
     def __init__(self) -> None:
         self._passing, self._shut = 0, False
@@ -54,7 +54,7 @@ class Gate:
 
     @contextlib.contextmanager
     def passing(self) -> Iterator[None]:
-        """Go through; waits while it is shut."""
+        """Pass; waits while it is shut."""
         with self._changed:
             self._changed.wait_for(lambda: not self._shut)
             self._passing += 1
@@ -67,7 +67,7 @@ class Gate:
 
     @contextlib.contextmanager
     def shut(self) -> Iterator[None]:
-        """Keep everybody out."""
+        """Keep all commands out."""
         with self._changed:
             self._shut = True
             self._changed.wait_for(lambda: self._passing == 0)
@@ -80,7 +80,7 @@ class Gate:
 
 
 class Mix:
-    """Runs ``commands`` random commands on each client, all clients at once, and keeps the account of them."""
+    """Run of ``commands`` random commands on each client, all clients at once, with an account."""
 
     def __init__(self, server: Server, clients: list[Client], *, seed: int, commands: int) -> None:
         self.server, self.clients = server, clients
@@ -121,7 +121,7 @@ class Mix:
         self._families = [*often, *of_tasks, *of_links, *others, self._event]
 
     def run(self) -> Account:
-        """Run everything and return what came of it."""
+        """Run everything and return the account."""
         with ThreadPoolExecutor(len(self.clients)) as pool:
             list(pool.map(self._one_person, range(len(self.clients))))
         return self.account
@@ -146,7 +146,7 @@ class Mix:
             self.done += 1
 
     def _programs(self, number: int) -> Programs | None:
-        """Return how to start one command: as a person does, by the launcher, or forked."""
+        """Return the programs for one command: installed, by the launcher, or forked."""
         return {0: self._cold, 1: self._launcher, 2: self._launcher}.get(number)
 
     def _run(self, client: Client, command: Command, programs: Programs | None) -> subprocess.CompletedProcess[str]:
@@ -317,7 +317,7 @@ class Mix:
         return Command(argv, Effect(word, "resource_acquired"), lambda _out: self._held.append((resource, word)))
 
     def _session(self, rng: random.Random, word: str) -> Command:
-        """Start one, act as one or end it: one's own mostly, or somebody else's, which is refused."""
+        """Start a session, act as one or end it: mostly an own one, else another's, which is refused."""
         person = word.split("x")[1]
         own = [name for name in self._sessions if name.startswith(f"Sw{self.seed}x{person}x")]
         name = rng.choice(own if own and rng.random() < 0.8 else self._sessions) if self._sessions else None
@@ -337,7 +337,7 @@ class Mix:
     # --- files that people edit ---
 
     def _edit(self, rng: random.Random, client: Client, word: str) -> None:
-        """Edit a plan or notes on the disk, or begin new notes, as an editor would."""
+        """Edit a plan or notes, or begin new notes, as an editor does."""
         plans = sorted((client.lattice_dir / "plans").glob("task_*.md"))
         if not plans:
             return
@@ -360,7 +360,7 @@ class Mix:
 
 
 def append_in_pieces(client: Client, path: Path, line: str) -> bool:
-    """Like ``append_in_place``, with pauses in which others may take what is there for the whole."""
+    """Like ``append_in_place``, with pauses in which a reader may take the part for the whole."""
     return append_in_place(client, path, line, pause_s=0.2)
 
 
@@ -377,7 +377,7 @@ def append_in_place(_client: Client, path: Path, line: str, *, pause_s: float = 
 
 
 def save_by_rename(client: Client, path: Path, line: str) -> bool:
-    """Save as editors do, in no time: what is stored meanwhile by others is not overwritten."""
+    """Save as editors do, at once: a file that was stored by others since is not overwritten."""
     with (client.lattice_dir / ".remote/lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         text = path.read_text() if path.exists() else ""

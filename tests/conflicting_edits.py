@@ -1,4 +1,4 @@
-"""Two people edit the same line of one plan at once: both texts must be somewhere afterwards, each once."""
+"""Concurrent edits of one line of a plan: both texts must exist afterwards, each once."""
 
 import contextlib
 import fcntl
@@ -15,7 +15,7 @@ Conflict = tuple[str, str]
 
 
 def edit_at_once(one: Client, other: Client, words: Conflict, *, but: set[str]) -> str | None:
-    """Have both replace the first line of a plan, on the same text; return the plan's name.
+    """Let both replace the first line of a plan, from the same text; return the plan's name.
 
     None when there is none in which this is sure: not in ``but``, equal for both, and edited by neither.
     """
@@ -42,13 +42,13 @@ def _is_one_text(copies: list[Path]) -> bool:
 
 @contextlib.contextmanager
 def _locked(client: Client) -> Iterator[None]:
-    """Keep everybody else from storing into a cache."""
+    """Keep other processes from storing into a cache."""
     with (client.lattice_dir / ".remote/lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def conflict_copies_in(client: Client) -> list[Counter[str]]:
-    """Return the words of each of a client's conflict copies, with how often they stand there."""
+    """Count the words of each conflict copy of a client."""
     copies = (client.lattice_dir / ".remote/conflicts").glob("*/*.md")
     return [Counter(copy.read_text().split()) for copy in copies]

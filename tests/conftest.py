@@ -1,4 +1,4 @@
-"""What all tests share: a started server with two connected clients, made once a module."""
+"""Fixtures of all tests: a started server with two connected clients, made once a module."""
 
 import gc
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from preloaded_programs import warm
 from programs import heed_signals, skipped_line
 from sandbox import Client, Sandbox, Server, board
 
-# How long an example takes says how busy the machine is, nothing of what is tested.
+# The duration of an example depends on the machine's load.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
@@ -58,13 +58,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Collect again, but not what was loaded."""
+    """Collect garbage, but freeze the loaded modules."""
     gc.freeze()
     gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say which tests were skipped, and how to run them."""
+    """Report the skipped tests, and how to run them."""
     skipped = terminalreporter.stats.get("skipped", [])
     if line := skipped_line(report.longrepr[-1] for report in skipped):
         terminalreporter.write_line(line, yellow=True)
@@ -72,7 +72,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep what commands remember in this process out of the user's home."""
+    """Keep the state of commands in this process out of the user's home."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield

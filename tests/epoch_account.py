@@ -1,7 +1,7 @@
-"""When the epoch must change, and when it must not (I7): told from what the journal has lost of what was seen.
+"""Expected changes of the epoch (I7), from the changes that the observer has seen and the journal has lost.
 
-What the observer was told of was acknowledged: a history that no longer holds it must not go on under its name. A
-torn record that nobody was told of, a killed process, a full disk take nothing away: the epoch stays.
+A change that the observer has seen was acknowledged: a history without it must begin a new epoch. A torn record that
+was not sent to any client, a killed process and a full disk lose nothing: the epoch stays.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ __all__ = ["Epochs"]
 
 
 class Epochs:
-    """Follows the epoch of a server through its faults; used by one thread."""
+    """Epoch of a server across its faults; used by one thread."""
 
     def __init__(self, server: Server, observer: Observer) -> None:
         self._server, self._observer = server, observer
@@ -32,7 +32,7 @@ class Epochs:
 
     @contextlib.contextmanager
     def history_may_be_lost(self) -> Iterator[None]:
-        """While the server is down, do something to its journal: what that must lead to is told from the result."""
+        """Within the block, change the journal of a stopped server; the expected epoch follows from the result."""
         saw = self._observer.position
         before, place = self._on_disk(), place_of(self._journal)
         yield
@@ -43,7 +43,7 @@ class Epochs:
             self._observer.forget(*now[:2])
 
     def settle(self) -> None:
-        """Wait until the observer knows the present epoch, and insist that it is the right one."""
+        """Wait until the observer knows the present epoch, and check it."""
         self._observer.current(not_in=self._epoch if self._must_change else None)
         epoch = self._observer.position[0]
         if epoch != self._epoch:

@@ -1,4 +1,4 @@
-"""Somebody who listens to ``events/stream`` while everything breaks, and must be told what the journal holds, once."""
+"""Listener to ``events/stream`` during faults: it must get each change of the journal once."""
 
 import http.client
 import itertools
@@ -22,7 +22,7 @@ _AGAIN_S = 0.1
 
 
 class EventsWatcher:
-    """Listens in a thread through ``port``, coming back as browsers do; ``with`` it."""
+    """Listener in a thread, through ``port``; it reconnects as browsers do. A context manager."""
 
     def __init__(self, server: Server, port: int, token: str, *, position: Callable[[], tuple[str, int]]) -> None:
         self._server, self._port, self._token, self._position = server, port, token, position
@@ -46,7 +46,7 @@ class EventsWatcher:
         assert not self._thread.is_alive(), "the listener has left"
 
     def check(self) -> int:
-        """Insist on every change up to where the others are, whole, once and in order; return how many events came."""
+        """Check that all changes up to the others' position came whole, once and in order; count the events."""
         epoch, seq = self._position()
         here = f"{epoch}-{seq}-"
         wait_for(lambda: seq == 0 or f"{self._last}-".startswith(here), f"the listener to be at {here}", _PATIENCE_S)
@@ -63,7 +63,7 @@ class EventsWatcher:
         return sum(map(len, runs))
 
     def _compare_with_journal(self, run: list[Event], epoch: str) -> None:
-        """What was told since the last reset is what the journal says of these changes."""
+        """Check that the events since the last reset are those of the journal."""
         told: dict[int, list[str]] = {}
         for event in run:
             if event.kind in ("task_event", "resource_event"):

@@ -1,4 +1,4 @@
-"""A TCP proxy that misbehaves on command: cuts, delays, stalls, swallows and refuses what clients and a server say."""
+"""A TCP proxy that cuts, delays, stalls, swallows and refuses traffic between clients and a server."""
 
 import asyncio
 import socket
@@ -14,7 +14,7 @@ _CHUNK = 16 * 1024
 
 
 class FaultProxy:
-    """Listens on a loopback port of its own and forwards to ``port``, in a thread, until ``close()``."""
+    """Proxy on a loopback port of its own to ``port``, in a thread, until ``close()``."""
 
     def __init__(self, port: int) -> None:
         self.target = port
@@ -39,11 +39,11 @@ class FaultProxy:
 
     @property
     def url(self) -> str:
-        """Where clients connect."""
+        """Address for clients."""
         return f"http://127.0.0.1:{self.port}"
 
     def cut(self) -> None:
-        """Reset every connection, in the middle of whatever is under way."""
+        """Reset every connection, also in the middle of a frame."""
         self._call(self._reset)
 
     def stall(self) -> None:
@@ -51,7 +51,7 @@ class FaultProxy:
         self._call(self._flowing.clear)
 
     def delay(self, seconds: float) -> None:
-        """Hold back each piece for so long."""
+        """Delay each piece by ``seconds``."""
         self._delay_s = seconds
 
     def cut_after(self, count: int) -> None:
@@ -67,21 +67,21 @@ class FaultProxy:
         return not self._flowing.is_set()
 
     def swallow(self) -> None:
-        """Half open: what is connected now stays connected, and nothing that is said on it arrives any more."""
+        """Keep the present connections open, and drop all that is sent on them."""
         self._call(lambda: self._swallowed.update(self._writers))
 
     def swallow_answers(self) -> None:
-        """What is said on the connections of now arrives; what is answered does not."""
+        """Drop the answers on the present connections; requests arrive."""
         self._call(lambda: self._swallowed.update(each for each in self._writers if not self._is_to_server(each)))
 
     def flow(self) -> None:
-        """Forward again, and accept again; what was swallowed stays so."""
+        """Forward and accept again; dropped data stays lost."""
         self._refusing = False
         self._delay_s, self._cut_after, self._stall_after = 0.0, None, None
         self._call(self._flowing.set)
 
     def refuse(self) -> None:
-        """Reset what is open and what comes."""
+        """Reset open and new connections."""
         self._refusing = True
         self.cut()
 
@@ -117,12 +117,12 @@ class FaultProxy:
             if writer.is_closing():
                 continue
             sock: socket.socket = writer.get_extra_info("socket")
-            # With a linger of 0 seconds, closing sends RST and drops what was not yet sent.
+            # With a linger of 0 seconds, closing sends RST and drops unsent data.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
 
     def _reset_soon(self) -> None:
-        """Reset once what was written has left."""
+        """Reset once the written data has left."""
         self._loop.call_later(0.01, self._reset)
 
     async def _serve(self, started: threading.Event) -> None:

@@ -1,4 +1,4 @@
-"""Faults that strike while a mix of commands runs, and the people whom they strike."""
+"""Faults during a mix of commands, and the clients that they affect."""
 
 import contextlib
 import json
@@ -88,7 +88,7 @@ def start_agent(sandbox: Sandbox, client: Client) -> None:
 
 
 def write_over(backup: Path, data: Path) -> None:
-    """Restore as a snapshot of the file system does: every file and directory is the one that it was."""
+    """Restore as a snapshot of the file system does: every file and directory keeps its inode."""
     for directory, names, files in os.walk(data, topdown=False):
         there = backup / Path(directory).relative_to(data)
         for name in files:
@@ -115,11 +115,11 @@ def inject(server: Server) -> Path:
 
 
 class Strikes:
-    """Faults that strike while a mix runs, one after every few commands.
+    """Faults during a mix, one after every few commands.
 
     Args:
-        faults: what may strike, by name.
-        every: how many commands lie between two of them.
+        faults: possible faults, by name.
+        every: number of commands between two of them.
     """
 
     def __init__(self, mix: Mix, faults: dict[str, Callable[[], object]], *, seed: int, every: int) -> None:
@@ -146,7 +146,7 @@ class Strikes:
             while not self._over.wait(0.01):
                 if self._mix.done >= last + self._every:
                     last = self._mix.done
-                    # Not always at the end of a command: somewhere within the next ones.
+                    # Not at the end of a command, but within the next ones.
                     self._over.wait(self._rng.random() * 0.3)
                     names = sorted(self._faults)
                     weights = [1 if name in _RARE else 3 for name in names]
@@ -158,7 +158,7 @@ class Strikes:
 
 
 class Faults:
-    """Everything that can go wrong, each as a method that does it once and leaves a running server behind."""
+    """Faults; each method injects one and leaves a running server behind."""
 
     def __init__(self, mix: Mix, sandbox: Sandbox, proxy: FaultProxy, epochs: Epochs, *, seed: int) -> None:
         self._mix, self._sandbox, self._proxy, self._epochs = mix, sandbox, proxy, epochs
@@ -245,7 +245,7 @@ class Faults:
             self._account.leave_unknown(Effect(who, "comment_added"), owner_of(client))
 
     def command_of_another_configuration(self) -> None:
-        """Dora, with a home and a token of her own, works in a client's directory and its runtime directory (I13)."""
+        """Let Dora, with her own home and token, work in a client's directory and its runtime directory (I13)."""
         client, who = self._rng.choice(self._clients), self._who("d")
         home = self._sandbox.root / "home" / "dora"
         env = {name: value for name, value in client.env.items() if name != "LATTICE_TOKEN"}
@@ -271,7 +271,7 @@ class Faults:
     # --- the disk ---
 
     def fill_disk(self) -> None:
-        """No file of the worker can grow beyond a few KiB, for a moment."""
+        """Limit the worker's files to a few KiB, for a moment."""
         for pid in self._server.worker_pids():
             with contextlib.suppress(ProcessLookupError):
                 resource.prlimit(pid, resource.RLIMIT_FSIZE, (self._rng.choice([200, 2000, 20_000]), -1))
@@ -281,7 +281,7 @@ class Faults:
                 resource.prlimit(pid, resource.RLIMIT_FSIZE, (-1, -1))
 
     def fill_disk_of_all(self) -> None:
-        """The same for the server, and with it for every worker that it starts meanwhile."""
+        """The same for the server, and every worker that it starts during that time."""
         assert self._server.process is not None, "every fault leaves a running server behind"
         pids = [self._server.process.pid, *self._server.worker_pids()]
         for pid in pids:
@@ -293,7 +293,7 @@ class Faults:
                 resource.prlimit(pid, resource.RLIMIT_FSIZE, (-1, -1))
 
     def fail_fsync(self) -> None:
-        """fsync fails for a moment. The project closes, until the server is restarted: that is done, too."""
+        """Let fsync fail for a moment, then restart the server: the project is closed until then."""
         flag = Path(self._server.env["LATTICE_TEST_FAULTS"], "fsync-fails")
         flag.touch()
         time.sleep(0.3)
@@ -308,7 +308,7 @@ class Faults:
         return self._server.data / "projects" / "board" / "journal"
 
     def tear_journal(self) -> None:
-        """The server is killed, and a record that was being written is half there: nobody was told of it."""
+        """Kill the server, and append half a record, which was never acknowledged."""
         wait_for(lambda: list(self._journal.glob("*.log")), "a journal: the last fault may have removed it")
         self._end_server()
         last = self._last_segment()
@@ -318,7 +318,7 @@ class Faults:
         self._server.start()
 
     def damage_journal(self) -> None:
-        """The last bytes of the journal, which were answered for, are cut off or changed. The files are whole."""
+        """Cut off or change the last, acknowledged bytes of the journal. The files are whole."""
         with self._down():
             last = self._last_segment()
             data = bytearray(last.read_bytes())
@@ -334,7 +334,7 @@ class Faults:
             shutil.rmtree(self._journal)
 
     def roll_back(self) -> None:
-        """The data directory is put back to a copy that is some commands old."""
+        """Restore the data directory from a copy that is some commands old."""
         copy = self._sandbox.root / "copy"
         if not copy.exists():
             self._server.stop()
@@ -347,7 +347,7 @@ class Faults:
             if self._rng.random() < 0.5:
                 shutil.rmtree(self._server.data)
                 copy.rename(self._server.data)
-            else:  # as a snapshot of the file system is put back: nothing but a client's position tells
+            else:  # as a snapshot of the file system is restored: only a client's position reveals it
                 write_over(copy, self._server.data)
                 shutil.rmtree(copy)
             (self._server.data / "tokens.json").write_bytes(tokens)
@@ -355,7 +355,7 @@ class Faults:
 
     @contextlib.contextmanager
     def _down(self) -> Iterator[None]:
-        """The server is down and nobody is at a command, so that all that was answered is known; then it starts."""
+        """Within the block the server is down and no command runs, so that all acknowledgements are known."""
         with self._mix.gate.shut():
             self._epochs.settle()
             self._end_server()
@@ -364,7 +364,7 @@ class Faults:
             self._server.start()
 
     def _end_server(self) -> None:
-        """End it one way or the other, and wait for its workers: they may be at a last command."""
+        """Kill or stop it, and wait for its workers, which may run a last command."""
         workers = self._server.worker_pids()
         if self._rng.random() < 0.5:
             self._server.kill()
@@ -378,7 +378,7 @@ class Faults:
     # --- caches ---
 
     def alter_cached_file(self) -> None:
-        """A process that knows nothing of us writes into a file of a cache: that is put right by itself (I4)."""
+        """Append to a file of a cache as a foreign process: the agent repairs it (I4)."""
         path = self._cached_file()
         if path is not None:
             with path.open("ab") as file:
@@ -394,7 +394,7 @@ class Faults:
         (cache / "tasks" / f"{self._who('strange')}.json").write_text("{}")
 
     def _cached_file(self) -> Path | None:
-        """Return a file of a cache that nobody edits by right."""
+        """Return a file of a cache that is not editable."""
         cache = self._rng.choice(self._clients).lattice_dir
         files = [
             path for folder in ("tasks", "events", "resources") for path in sorted(cache.glob(f"{folder}/**/*.json*"))
@@ -404,7 +404,7 @@ class Faults:
     # --- people on the server's machine ---
 
     def lattice_on_the_server(self) -> None:
-        """Somebody runs plain ``lattice`` in the server's directory (I12)."""
+        """Run plain ``lattice`` in the server's directory (I12)."""
         who = self._who("h")
         argv = self._rng.choice([("create", "By hand"), ("comment", "LAT-1", "by hand")])
         done = self._sandbox.programs.run(
@@ -414,7 +414,7 @@ class Faults:
             self._account.acknowledge(Effect(who, {"create": "task_created"}.get(argv[0], "comment_added")), "")
 
     def lattice_beside_refused_requests(self) -> None:
-        """Plain ``lattice`` while the server refuses requests that have changed the same task half way (I12)."""
+        """Run plain ``lattice`` while the server undoes requests that changed the same task (I12)."""
         over = threading.Event()
 
         def ask() -> None:
@@ -431,7 +431,7 @@ class Faults:
             asking.join()
 
     def editor_on_the_server(self) -> None:
-        """Somebody edits a plan in the server's directory: saved by rename, in place, or in two halves."""
+        """Edit a plan in the server's directory: saved by rename, in place, or in two halves."""
         plans = sorted((self._server.lattice_dir() / "plans").glob("*.md"))
         if not plans:
             return

@@ -1,6 +1,6 @@
-"""A WebSocket client that follows and does next to nothing: hundreds of them leave the machine to the server.
+"""A WebSocket client that follows at almost no cost, so that hundreds of them leave the machine to the server.
 
-It answers pings, counts frames, and keeps the last change, of which it decodes the number when it is asked.
+It answers pings, counts frames, and keeps the last change, whose number it decodes on request.
 """
 
 import asyncio
@@ -107,7 +107,7 @@ def _end_of_frame(data: bytearray, start: int) -> int | None:
 
 
 def _masked(kind: int, payload: bytes) -> bytes:
-    """Return a frame from a client, masked with zeros: nobody is between us and the server."""
+    """Return a frame from a client, masked with zeros, which loopback allows."""
     size = len(payload)
     assert size < 1 << 16, "a listener says little"
     length = bytes((0x80 | size,)) if size < 126 else b"\xfe" + size.to_bytes(2)
@@ -116,7 +116,7 @@ def _masked(kind: int, payload: bytes) -> bytes:
 
 @asynccontextmanager
 async def listeners(count: int, url: str, token: str, *, slug: str = "board") -> AsyncIterator[list[Listener]]:
-    """So many of them, each with its Welcome; they end with the block."""
+    """Yield ``count`` listeners, each with its Welcome; they end with the block."""
     parts = urlsplit(url)
     head = (
         f"GET /projects/{slug}/ws HTTP/1.1\r\nHost: {parts.netloc}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"

@@ -1,4 +1,4 @@
-"""What many clients do to one server, measured: behind ``make load``, and in small behind the tests of load."""
+"""Measurements of one server with many clients, for ``make load`` and, in small, for the tests of load."""
 
 import asyncio
 import contextlib
@@ -65,7 +65,7 @@ def agent_mib(client: Client) -> float:
 
 @dataclass
 class Pace:
-    """How writes went for a while: their times in seconds."""
+    """Times of writes, in seconds."""
 
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
@@ -77,17 +77,17 @@ class Pace:
 
     @property
     def p50_ms(self) -> float:
-        """The middle of the times that a write took."""
+        """Median time of a write."""
         return statistics.median(self.latencies) * 1000
 
     @property
     def p99_ms(self) -> float:
-        """The time that one write in a hundred took longer than."""
+        """Time that one write in a hundred exceeds."""
         return statistics.quantiles(self.latencies, n=100)[98] * 1000
 
 
 async def write_for(clients: list[Light], until: Callable[[], bool], text: str) -> Pace:
-    """Have each client send one comment after the other until ``until()``."""
+    """Let each client send one comment after the other until ``until()``."""
     pace, began = Pace(), time.monotonic()
 
     async def write(client: Light) -> None:
@@ -102,7 +102,7 @@ async def write_for(clients: list[Light], until: Callable[[], bool], text: str) 
 
 
 def over(seconds: float) -> Callable[[], bool]:
-    """Return what becomes true after this time."""
+    """Return a condition that becomes true after this time."""
     end = time.monotonic() + seconds
     return lambda: time.monotonic() > end
 
@@ -112,7 +112,7 @@ def over(seconds: float) -> Callable[[], bool]:
 
 @dataclass
 class Stalled:
-    """What came of stalled clients among many."""
+    """Result of stalled clients among many."""
 
     clients: int
     before: Pace
@@ -132,7 +132,7 @@ def stalled_clients(sandbox: Sandbox, *, clients: int, stalled: int, seconds: fl
     With ``until_cut`` the second part lasts until the server has ended the stalled connections.
 
     Raises:
-        AssertionError: somebody was lost, or a stalled client does not get what the others have.
+        AssertionError: a client was lost, or a stalled one does not come to equal the others.
     """
     server, token, agents = _board(sandbox, [f"stalled-{number}" for number in range(stalled)])
     return asyncio.run(_stall(server, token, agents, clients - stalled, seconds, until_cut))
@@ -179,7 +179,7 @@ async def _stall(
 
 
 def _cuts(server: Server) -> int:
-    """Return how many connections the server says to have ended."""
+    """Return the server's count of ended connections."""
     return server.log.read_text().count(": disconnected\n")
 
 
@@ -192,19 +192,19 @@ def _agent_pid(client: Client) -> int:
 
 @dataclass
 class Turn:
-    """How many writes each of several clients got done."""
+    """Number of writes of each client."""
 
     counts: list[int]
     pace: Pace
 
     @property
     def slowest_share(self) -> float:
-        """Of the mean; 1 when all are equal."""
+        """Of the mean; 1 if all are equal."""
         return min(self.counts) / statistics.mean(self.counts)
 
 
 def writers_at_once(sandbox: Sandbox, *, clients: int, seconds: float) -> Turn:
-    """Have clients write at once, each its next when the last is answered; every answer must be a success."""
+    """Let clients write at once, each its next when the last is answered; every answer must be a success."""
     server, token, _ = _board(sandbox, [])
 
     async def run() -> Turn:
@@ -218,7 +218,7 @@ def writers_at_once(sandbox: Sandbox, *, clients: int, seconds: float) -> Turn:
 
 
 def greed(sandbox: Sandbox, *, in_flight: int, seconds: float) -> tuple[Pace, Pace]:
-    """Return a client's pace alone, and beside one that keeps so many requests under way."""
+    """Return a client's pace alone, and beside one that keeps ``outstanding`` requests under way."""
     server, token, _ = _board(sandbox, [])
 
     async def run() -> tuple[Pace, Pace]:
@@ -238,7 +238,7 @@ def greed(sandbox: Sandbox, *, in_flight: int, seconds: float) -> tuple[Pace, Pa
 
 @dataclass
 class Storm:
-    """How clients came back after the server's restart, in seconds from when it listened again."""
+    """Times of the clients' return after a restart, in seconds since the server listens."""
 
     first_s: float
     median_s: float
@@ -248,7 +248,7 @@ class Storm:
 
 
 def storm(sandbox: Sandbox, *, clients: int, kill: bool) -> Storm:
-    """Restart a server that has so many clients, while one writes; each must come back, and equal the server."""
+    """Restart a server with ``clients`` clients, while one writes; each must return, and equal the server."""
     server, token, _ = _board(sandbox, [])
 
     async def run() -> Storm:
@@ -294,7 +294,7 @@ async def _back_after(client: MemoryClient, began: float) -> float:
 
 
 def fill(lattice_dir: Path, tasks: int) -> None:
-    """Write so many tasks into a project of which no server runs, as lattice would; it has one task, LAT-1."""
+    """Write tasks into a stopped server's project, as lattice does; it has one task, LAT-1."""
     from lattice.core.events import serialize_event
     from lattice.core.ids import generate_event_id, generate_task_id
     from lattice.core.tasks import apply_event_to_snapshot, serialize_snapshot
@@ -318,7 +318,7 @@ def fill(lattice_dir: Path, tasks: int) -> None:
 
 
 def grow_log(lattice_dir: Path, megabytes: float) -> None:
-    """Make the log of LAT-1 so large, with events of a kind of its own; no server runs."""
+    """Make the log of LAT-1 large, with events of a kind of its own; no server runs."""
     task = json.loads((lattice_dir / "ids.json").read_text())["map"]["LAT-1"]
     log = lattice_dir / "events" / f"{task}.jsonl"
     from lattice.core.events import serialize_event
@@ -331,7 +331,7 @@ def grow_log(lattice_dir: Path, megabytes: float) -> None:
 
 @contextlib.asynccontextmanager
 async def a_busy_log(server: Server, token: str) -> AsyncIterator[list[float]]:
-    """Have four clients write into the log of LAT-1 all the time; gives the times that their writes take."""
+    """Let four clients write into the log of LAT-1 within the block; yield the times of their writes."""
     ended, pace = asyncio.Event(), []
 
     async def write(client: Light) -> None:
@@ -350,7 +350,7 @@ async def a_busy_log(server: Server, token: str) -> AsyncIterator[list[float]]:
             await asyncio.gather(*writing)
 
 
-# --- what they share ---
+# --- shared parts ---
 
 
 def _board(sandbox: Sandbox, names: list[str]) -> tuple[Server, str, list[Client]]:

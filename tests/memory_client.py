@@ -1,4 +1,4 @@
-"""A client that keeps its copy in memory: the link and the replica of a real one, without its files.
+"""A client with its cache in memory: the connection and the replica of a real one, without files.
 
 A process holds hundreds of them, and each can be compared with the server's directory byte for byte.
 """
@@ -20,7 +20,7 @@ __all__ = ["MemoryClient", "close_all"]
 
 
 class MemoryClient:
-    """One copy, and the link that keeps it current. ``start()`` it inside a loop, ``close()`` it in the end."""
+    """One cache in memory with its connection. ``start()`` it inside a loop, ``close()`` it in the end."""
 
     def __init__(self, url: str, token: str, *, slug: str = "board", after: "MemoryClient | None" = None) -> None:
         self.files: dict[str, bytes] = dict(after.files) if after is not None else {}
@@ -41,16 +41,16 @@ class MemoryClient:
         await self.link.close()
 
     async def current(self, seq: int = 0, *, timeout_s: float = 60.0) -> None:
-        """Wait until the copy holds everything that the server has told of, up to ``seq`` at least."""
+        """Wait until the cache has all that the server has announced, up to ``seq`` at least."""
         ok = await self.link.changed.until(lambda: self.has(seq), timeout_s)
         assert ok, f"at {self.replica.position.seq} of {self.replica.head} after {timeout_s} s: {self.link.error}"
 
     def has(self, seq: int) -> bool:
-        """Tell whether the copy holds everything that the server has told of, up to ``seq`` at least."""
+        """Return whether the cache has all that the server has announced, up to ``seq`` at least."""
         return self.is_current and self.replica.position.seq >= seq
 
     def received_bytes(self, prefix: str) -> int:
-        """Return how much has come in pieces of files below this folder."""
+        """Return the received bytes of files below this directory."""
         return sum(size for path, size in self._received.items() if path.startswith(prefix))
 
     def digest(self) -> bytes:

@@ -170,7 +170,7 @@ def _places(node: ast.AST, scope: str, statement: int) -> Iterator[tuple[ast.AST
 
 
 def _not_worth_it(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield what is not changed below a node: annotations, defaults, messages, and what only runs for type checkers."""
+    """Yield the nodes that are not changed: annotations, defaults, messages, and code for type checkers only."""
     if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
         yield from ast.walk(node.annotation)
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

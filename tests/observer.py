@@ -1,4 +1,4 @@
-"""An independent witness: follows the server directly, not through the proxy, and remembers every change it saw."""
+"""An independent observer: follows the server directly, not through the proxy, and keeps every change."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ _PATIENCE_S = 60.0
 
 
 class _Witness(MemoryClient):
-    """A copy in memory that also writes down what it is told, whatever its replica makes of it."""
+    """A cache in memory that records each received change, also those that its replica ignores."""
 
     def __init__(self, url: str, token: str) -> None:
         super().__init__(url, token)
@@ -62,7 +62,7 @@ class _Witness(MemoryClient):
             self._attribute(change)
 
     def _attribute(self, change: Change) -> None:
-        """Note whose token brought each event, and each word that a text has never held before."""
+        """Record the token of each event, and of each word that is new in a text."""
         owner = change.token_actor or (change.actor if change.token_id else "")
         texts = {path for path, _, _ in texts_of(change)}
         for operation in change.ops:
@@ -90,7 +90,7 @@ def _event_in(line: bytes) -> tuple[str, str] | None:
 
 
 class Observer:
-    """A witness in a thread of its own; ``with`` it. Wait for ``current()`` before asking where it stands."""
+    """An observer in a thread; a context manager. Wait for ``current()`` before asking for its position."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -112,22 +112,22 @@ class Observer:
 
     @property
     def position(self) -> tuple[str, int]:
-        """Epoch and number up to which its copy is."""
+        """Epoch and number of its cache."""
         position = self._witness.replica.position
         return position.epoch, position.seq
 
     @property
     def changes(self) -> int:
-        """How many different changes it was told of."""
+        """Number of different changes that it received."""
         return len(self._witness.marks)
 
     @property
     def owners(self) -> dict[tuple[str, str] | str, set[str]]:
-        """Under whose tokens each effect and each word of a text came, as far as it saw changes; "" is by hand."""
+        """Owners of the tokens of each seen effect and word; "" for an edit in the server's directory."""
         return dict(self._witness.owners)
 
     def current(self, *, not_in: str | None = None) -> None:
-        """Wait until it has everything that the server has told it of, in another epoch than ``not_in`` if given."""
+        """Wait until it has all that the server has announced, in another epoch than ``not_in`` if given."""
         self._loop.call_soon_threadsafe(self._witness.link.try_again)
 
         def is_there() -> bool:
@@ -136,7 +136,7 @@ class Observer:
         wait_for(is_there, f"the observer to be current, at {self.position}, not in epoch {not_in}", _PATIENCE_S)
 
     def forget(self, epoch: str, after: int) -> None:
-        """The server was put back into a former epoch: what followed there happens anew, to whoever begins anew."""
+        """Forget an epoch into which the server was restored: its later changes happen again."""
 
         def forget() -> None:
             for key in [key for key in self._witness.marks if key[0] == epoch and key[1] > after]:
@@ -145,7 +145,7 @@ class Observer:
         self._loop.call_soon_threadsafe(forget)
 
     def check(self) -> None:
-        """Insist on what it was told (I1, I7), and that its copy equals the server's files (I3)."""
+        """Check the received changes (I1, I7), and that its cache equals the server's files (I3)."""
         assert not self._witness.defects, f"the observer was told: {self._witness.defects}"
         self.current()
 

@@ -5,12 +5,12 @@ knows for each file below a project which content and which name were durable, a
 may be found after a power cut:
 
 - a durable file under a durable name is as it was;
-- a file that was appended to keeps what was durable of it; what follows is there, is not, or is filled with NULs;
+- a file that was appended to keeps its durable part; the rest is there, is missing, or is filled with NULs;
 - any other file is as at an observed moment since its last durable one: also with an old name, or with none; or it has
   the right name and is empty, cut short, or filled with NULs;
-- the journal's end may be torn behind what was durable.
+- the journal's end may be torn behind its durable part.
 
-``touch`` does to the files what people do before they start a server again: nothing of it is an edit.
+``touch`` changes the files' times and modes, as people do before they start a server again: none is an edit.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ def traced_worker(trace: Path, boot: str) -> Sequence[str]:
 
 
 def trace_fsyncs(directory: Path) -> None:
-    """Record what is durable after each fsync of this process."""
+    """Record the durable state after each fsync of this process."""
     fsync = os.fsync
     recorder = ThreadPoolExecutor(1)  # a command's own thread may open nothing outside its project
 
@@ -71,7 +71,7 @@ def _save(path: Path, data: bytes) -> None:
 
 @dataclass
 class _File:
-    """What may be found under one path after a power cut: contents since the last durable one, None for no file."""
+    """Possible contents of one path after a power cut: those since the last durable one, None for no file."""
 
     versions: list[bytes | None] = field(default_factory=list)
     appendable: bytes = b""
@@ -79,7 +79,7 @@ class _File:
 
 
 class Disk:
-    """What is durable of a project. Everything that is there when it is made is.
+    """Durable state of a project. All files that exist at its creation are durable.
 
     Args:
         project: its directory.
@@ -128,7 +128,7 @@ class Disk:
                 damaged.append(path)
         return damaged
 
-    # --- what there is ---
+    # --- the present state ---
 
     def _folders(self) -> Iterator[tuple[str, list[str]]]:
         """Yield the directories that count, and the names of the files in each."""
@@ -171,7 +171,7 @@ class Disk:
         except FileNotFoundError:
             return self._contents.get(inode)
 
-    # --- what is left of it ---
+    # --- the state after the cut ---
 
     def _choose(self, rng: random.Random, file: _File) -> bytes | None:
         last, durable = file.versions[-1], file.appendable
@@ -244,7 +244,7 @@ def make_image(path: Path) -> None:
 
 
 def touch(rng: random.Random, lattice: Path) -> str:
-    """Do to all files what people do before they start a server again; return its name."""
+    """Change times or modes of all files, as people do before a restart; return the name of the change."""
     name = rng.choice(["nothing", "chmod", "touch", "setxattr", "rsync"])
     for folder, _, names in os.walk(lattice):
         for path in [Path(folder, name_) for name_ in names]:

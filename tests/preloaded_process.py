@@ -1,8 +1,8 @@
 """Fork server for ``preloaded_programs.py``: a process with everything imported that forks for each program.
 
 A request is one message on the control socket, a JSON object (``program``, ``argv``, ``cwd``, ``env``,
-``new_session``), with four descriptors: standard input, output and error, and a socket on which the process id is
-told and, when it has ended, how. The fork goes through the program's own entry point. Nothing that reads the
+``new_session``), with four descriptors: standard input, output and error, and a socket for the process id and, at its
+end, the exit status. The fork goes through the program's own entry point. Nothing that reads the
 environment has run by then: lattice's plugins, which do so when they are loaded, are loaded in the fork.
 """
 
@@ -43,7 +43,7 @@ def preload() -> None:
     from lattice_remote.client.cli.app import app_with
 
     app_with()
-    lattice.plugins.discover_cli_plugins()  # what it found on the disk is kept
+    lattice.plugins.discover_cli_plugins()  # its findings on the disk are cached
     gc.freeze()
 
 
@@ -115,7 +115,7 @@ OF_TESTS = ("board_writer", "surface_caller")
 
 
 class Forks:
-    """Takes requests and tells of ends, until the control socket is closed."""
+    """Server of requests and exit statuses, until the control socket is closed."""
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control
@@ -123,7 +123,7 @@ class Forks:
         self._selector.register(control, selectors.EVENT_READ)
 
     def serve(self) -> Callable[[], object] | None:
-        """Return None when nobody asks any more; in each fork, what it is to run."""
+        """Return the program to run in each fork; None at the end of the requests."""
         while True:
             for key, _ in self._selector.select():
                 if key.data is not None:
@@ -169,13 +169,13 @@ class Forks:
         self._selector.unregister(ended)
         os.close(ended)
         _, code = os.waitpid(pid, 0)
-        with contextlib.suppress(OSError):  # nobody may be waiting for it
+        with contextlib.suppress(OSError):  # its parent may not wait for it
             status.send(struct.pack("i", os.waitstatus_to_exitcode(code)))
         status.close()
 
 
 def _become(request: dict, stdio: list[int]) -> None:
-    """Make this fork what a process is that has just been started."""
+    """Make this fork equal to a process that has just been started."""
     for number, fd in enumerate(stdio):
         os.dup2(fd, number)
         os.close(fd)

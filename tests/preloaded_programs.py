@@ -72,7 +72,7 @@ class WarmProcess:
                 os.kill(self.pid, number)
 
     def leave(self) -> None:
-        """Nobody will wait for it: a process that goes on by itself."""
+        """Detach a process that continues by itself."""
         self._status.close()
 
     def kill(self) -> None:
@@ -139,7 +139,7 @@ class Warm(Programs):
         stdin: str = "",
         timeout_s: float = COMMAND_TIMEOUT_S,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a program to its end and return what it did; one that reads its input is started anew."""
+        """Run a program to its end and return its result; one that reads its input is not forked."""
         if stdin:
             return super().run(program, argv, cwd=cwd, env=env, stdin=stdin, timeout_s=timeout_s)
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -156,7 +156,7 @@ class Warm(Programs):
         return subprocess.CompletedProcess([program, *argv], code, *texts)
 
     def close(self) -> None:
-        """End the process that forks; what it has forked goes on."""
+        """End the forking process; its forks continue."""
         self._control.close()
         self._process.wait(10)
 

@@ -70,7 +70,7 @@ def skipped_line(reasons: Iterable[str]) -> str | None:
 
 
 def heed_signals() -> None:
-    """Stop ignoring the signals with which programs are ended: what this process starts inherits what it ignores.
+    """Stop ignoring the signals that end programs: children inherit ignored signals.
 
     It may have been started with nohup, or in the background of a script.
     """

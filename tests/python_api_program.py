@@ -1,6 +1,6 @@
-"""A program that comments on a task through ``resolve_backend``: ``board_writer TASK TEXT ACTOR``. Ends as commands do.
+"""A program that comments on a task through ``resolve_backend``: TASK TEXT ACTOR. Its exit codes are those of commands.
 
-It reads, builds on what it has read, and begins anew when somebody else was faster.
+It reads, builds on the result, and starts over if another writer was faster.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""A real WebSocket client that keeps no files: what load, races and backups are made of.
+"""A real WebSocket client without files, for load, races and backups.
 
 A command costs it one frame each way instead of a process, so that one machine can play a whole team.
 """
@@ -36,7 +36,7 @@ Answer = Reply | Stored | Refused | LogPage
 
 
 class Light:
-    """One connection; ``async with`` it. Requests may be under way at once, from several tasks."""
+    """One connection; an async context manager. Several tasks may send requests at once."""
 
     def __init__(self, url: str, token: str, *, slug: str = "board", follow: bool = False) -> None:
         self._url = f"{url.replace('http', 'ws', 1)}/projects/{slug}/ws"
@@ -96,12 +96,12 @@ class Light:
         return await self._ask(id_, Put(id_, path, base, text))
 
     async def reached(self) -> None:
-        """Wait until the server has taken everything that was sent before; the worker need not have."""
+        """Wait until the server, not necessarily the worker, has read all that was sent."""
         id_ = secrets.token_hex(16)
         await self._ask(id_, Log(id_, limit=1))
 
     async def ok(self, *argv: str) -> str:
-        """Run a command line, insist on success, and return what it prints."""
+        """Run a command line, which must succeed, and return its output."""
         answer = await self.run(*argv)
         assert isinstance(answer, Reply), answer
         assert answer.exit_code == 0, answer
@@ -116,7 +116,7 @@ class Light:
             del self._answers[id_]
 
     async def _read(self) -> None:
-        """Take frames; when there are no more, whoever still waits is told why."""
+        """Read frames; at the end of the connection, fail the waiting requests."""
         try:
             while True:
                 frame = decode_server_frame(bytes(await self.socket.recv(decode=False)))
@@ -133,6 +133,6 @@ class Light:
 
 @contextlib.asynccontextmanager
 async def several(count: int, url: str, token: str, *, follow: bool = False) -> AsyncIterator[list[Light]]:
-    """So many connections at once, all open."""
+    """Open ``count`` connections at once."""
     async with contextlib.AsyncExitStack() as stack:
         yield [await stack.enter_async_context(Light(url, token, follow=follow)) for _ in range(count)]

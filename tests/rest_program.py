@@ -1,6 +1,6 @@
-"""A program that writes over HTTP as a careful one does: with a key, and again with it until it knows the outcome.
+"""A program that writes over HTTP with a key, and repeats the request until it knows the outcome.
 
-Unlike a client it has no copy and no agent: what it does not know it can only ask again.
+Unlike a client it has no cache and no agent.
 """
 
 import json
@@ -36,7 +36,7 @@ def _remote_of(lattice_dir: Path) -> dict[str, str]:
 def call(
     client: Client, method: str, path: str, body: dict[str, Any], *, key: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Ask for a write in a client's project; return what came of it as if it were a command's end."""
+    """Write to a client's project; return the outcome as that of a command."""
     remote = _remote_of(client.lattice_dir)
     url = f"{remote['url']}/projects/{remote['project']}{path}"
     headers = {"Authorization": f"Bearer {client.env['LATTICE_TOKEN']}", "Idempotency-Key": key or secrets.token_hex(8)}

@@ -18,7 +18,7 @@ HOOKS = {"on": {"task_created": "touch /nowhere/at/all"}}
 
 
 def lattice(root: Path, *argv: str, env: Mapping[str, str] | None = None) -> str:
-    """Run ``lattice`` in a directory, insist on success, and return what it prints."""
+    """Run ``lattice`` in a directory, which must succeed, and return its output."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LATTICE", "PYTHON"))}
     done = warm().run("lattice", argv, cwd=root, env={**kept, **(env or {})})
     assert done.returncode == 0, (argv, done.stdout, done.stderr)
@@ -62,6 +62,6 @@ def entry_of(path: str, data: bytes) -> Entry:
 
 
 def pack_of(files: Mapping[str, bytes]) -> bytes:
-    """Return the pack of these files, whatever they are."""
+    """Return the pack of these files, which may be invalid."""
     body = b"".join(head_of(entry_of(path, files[path])) + files[path] for path in sorted(files))
     return MAGIC + body + END

@@ -1,8 +1,7 @@
 """Seed after seed of random commands with everything breaking: ``make soak SEEDS=1000 JOBS=2``.
 
-Each seed prints what was asked, what struck, and that nothing was lost, doubled or different; a seed that fails
-prints the command that repeats it. Seeds choose commands and faults; the moments at which processes meet are
-the machine's own.
+Each seed prints its commands, its faults, and that nothing was lost, doubled or different; a failed seed prints the
+command that repeats it. Seeds determine commands and faults, not the timing of processes.
 """
 
 import argparse
@@ -36,7 +35,7 @@ __all__ = ["Result", "one"]
 
 @dataclass
 class Result:
-    """What came of one seed; ``failure`` is None when everything was as it must be."""
+    """Result of one seed; ``failure`` is None if it passed."""
 
     seed: int
     seconds: float = 0.0
@@ -46,7 +45,7 @@ class Result:
 
 
 def one(seed: int, commands: int, *, only: str | None = None, every: int = 6) -> Result:
-    """Run one seed. When it fails its directory stays, to be looked at, except where nobody could (``CI``)."""
+    """Run one seed. The directory of a failed one stays, except in ``CI``."""
     began = time.monotonic()
     sandbox = Sandbox(warm())
     try:
@@ -66,9 +65,9 @@ def one(seed: int, commands: int, *, only: str | None = None, every: int = 6) ->
 def break_everything(
     sandbox: Sandbox, *, seed: int, commands: int, every: int, only: str | None
 ) -> tuple[dict[str, int], list[str]]:
-    """Run a mix with every fault striking, insist on what must be true afterwards.
+    """Run a mix with faults, and check the invariants afterwards.
 
-    Returns the figures, and what struck.
+    Returns the figures and the faults.
 
     Raises:
         AssertionError: something acknowledged is lost, done twice, or different; or an epoch is not as it must be.
@@ -101,7 +100,7 @@ def break_everything(
 
 
 def _check(server: Server, account: Account, epochs: Epochs, observer: Observer, watcher: Watcher) -> dict[str, int]:
-    """Insist on everything that must be true of a server that runs undisturbed again, and return the figures."""
+    """Check the invariants of a server without further faults, and return the figures."""
     epochs.settle()
     figures = account.check()
     observer.check()

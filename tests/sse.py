@@ -1,4 +1,4 @@
-"""Somebody who listens to ``events/stream`` with nothing but a socket, and takes it apart as browsers do."""
+"""Client of ``events/stream`` on a plain socket; it parses the stream as browsers do."""
 
 import contextlib
 import http.client
@@ -15,7 +15,7 @@ __all__ = ["Event", "Listening", "assembled"]
 
 @dataclass(frozen=True)
 class Event:
-    """One event; ``id`` is the last id that was said when it came."""
+    """One event; ``id`` is the last id that preceded it."""
 
     kind: str
     id: str
@@ -23,7 +23,7 @@ class Event:
 
 
 class Listening:
-    """A stream that is open; ``with`` it, and iterate over its events."""
+    """An open stream: a context manager, and an iterator over its events."""
 
     def __init__(
         self,
@@ -77,12 +77,12 @@ class Listening:
         self._connection.close()
 
     def hang_up(self) -> None:
-        """Have it end for whoever iterates over it, in whichever thread. ``close()`` it afterwards."""
+        """End the iteration, in any thread. ``close()`` it afterwards."""
         with contextlib.suppress(OSError):  # the other side was faster
             self.socket.shutdown(socket.SHUT_RDWR)
 
     def reset(self) -> None:
-        """Leave as one whose machine was switched off."""
+        """Reset the connection, as a machine that was switched off."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close()
 
@@ -93,7 +93,7 @@ class Listening:
         return next(self._events)
 
     def take(self, count: int) -> list[Event]:
-        """Return the next so many events."""
+        """Return the next ``count`` events."""
         return [next(self._events) for _ in range(count)]
 
     def until(self, *, ends: str) -> list[Event]:
@@ -127,7 +127,7 @@ class Listening:
 
 
 def assembled(events: list[Event]) -> list[tuple[str, int]]:
-    """Return epoch and number of the changes that events are of; fail unless each is told whole and in order."""
+    """Return epoch and number of the events' changes; each must be whole and in order."""
     changes: list[tuple[str, int]] = []
     had = 0
     for event in events:

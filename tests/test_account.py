@@ -1,4 +1,4 @@
-"""The account of a mix notices what it is there for."""
+"""The account of a mix notices lost, doubled and misattributed effects."""
 
 import subprocess
 from collections import Counter

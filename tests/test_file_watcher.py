@@ -1,4 +1,4 @@
-"""What is reported of a directory, also when another takes its place or one name stops the library."""
+"""Reports of a directory, also after its replacement, and after a name that stops the library."""
 
 import asyncio
 import os
@@ -60,7 +60,7 @@ async def test_an_owner_that_reads_all_anyway_hears_of_no_beginning(tmp_path: Pa
 async def test_another_directory_in_its_place_is_all_new(
     tmp_path: Path, pause_s: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At once, and after a time without one that is longer than the interval of checks."""
+    """At once, and after an interval without a directory."""
     place = tmp_path / "place"
     place.mkdir()
     async with watching(place, is_scanned=True) as (_, reports):

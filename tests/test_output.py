@@ -1,4 +1,4 @@
-"""What others wrote is shown in the log, never obeyed."""
+"""Texts of others are shown in the log, never interpreted."""
 
 import re
 from datetime import datetime

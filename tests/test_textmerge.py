@@ -56,7 +56,7 @@ BOM = b"\xef\xbb\xbf"
         # an editor that removes the last line's end, and another side that appends after it
         (b"a\r\nb\nc\n", b"a\r\nb\nc", b"a\r\nb\nc\nd\n", b"a\r\nb\nc\r\nd\n"),
         (b"a\nb\nc\n", b"a\nb\nc", b"a\nb\nc\nd\n", b"a\nb\nc\nd\n"),
-        # an editor that writes CR LF everywhere, and somebody who changes a line
+        # an editor that writes CR LF everywhere, and another that changes a line
         (BASE, CRLF, BASE.replace(b"one", b"1"), CRLF.replace(b"one", b"1")),
         (BASE, CRLF.replace(b"five", b"5"), BASE.replace(b"one", b"1"), BOTH.replace(b"\n", b"\r\n")),
         (CRLF, BASE.replace(b"five", b"5"), CRLF.replace(b"one", b"1"), BOTH),

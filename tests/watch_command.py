@@ -1,4 +1,4 @@
-"""Somebody who runs ``lattice remote watch --json`` while everything breaks, and must be told every change once."""
+"""``lattice remote watch --json`` during faults: it must print every change once."""
 
 import json
 import signal
@@ -16,7 +16,7 @@ _PATIENCE_S = 60.0
 
 
 class Watcher:
-    """The command, and what it has printed; ``with`` it."""
+    """The command and its output; a context manager."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Watcher:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """What it has told so far."""
+        """Records so far."""
         with self._lock:
             return list(self._records)
 
@@ -67,7 +67,7 @@ class Watcher:
         return [(record["epoch"], record["seq"]) for record in self.records if "seq" in record]
 
     def check(self) -> int:
-        """Insist on every change up to where the others are, once and in order; return how many it was told.
+        """Check that every change up to the others' position came once and in order; return their number.
 
         Changes that have left the journal may be missing.
         """
@@ -79,7 +79,7 @@ class Watcher:
                 return True  # it was slower than the journal's retention, as documented
             assert code is None, f"it has ended with exit code {code}: {self.said[-5:]}"
             epoch, seq = self._position()
-            return seq == 0 or self.numbers[-1:] == [(epoch, seq)]  # an epoch in which nothing was done tells nothing
+            return seq == 0 or self.numbers[-1:] == [(epoch, seq)]  # an epoch without changes has no records
 
         wait_for(is_there, "the watcher to be where the others are", _PATIENCE_S)
         told = self.numbers

@@ -41,7 +41,7 @@ _TEXTS = ("plans", "notes")
 
 
 class WorldFaults:
-    """Each method strikes once and leaves a running server behind."""
+    """Faults; each method injects one and leaves a running server behind."""
 
     def __init__(self, mix: Mix, sandbox: Sandbox, proxy: FaultProxy, epochs: Epochs, *, seed: int) -> None:
         self._mix, self._sandbox, self._proxy, self._epochs = mix, sandbox, proxy, epochs
@@ -73,7 +73,7 @@ class WorldFaults:
     # --- git in a cache ---
 
     def check_out_without_remote(self) -> None:
-        """``remote.json`` is gone for a while, as in a commit from before it was added, and is back (I4)."""
+        """Remove ``remote.json`` for a while, as a commit from before it does, and restore it (I4)."""
         client = self._rng.choice(self._clients[:-1])  # the last one's watch command would end
         repository = _Git(client)
         with self._mix.gate.shut():
@@ -92,7 +92,7 @@ class WorldFaults:
             repository.run("checkout", "-q", "-f", "main")
 
     def replace_texts_by_git(self) -> None:
-        """Git replaces plans and notes that it tracks by those of a commit (I4)."""
+        """Replace tracked plans and notes by those of a commit (I4)."""
         client = self._rng.choice(self._clients)
         repository = _Git(client)
         if not repository.tracks_texts():
@@ -110,25 +110,25 @@ class WorldFaults:
             repository.commit(*_TEXTS)
 
     def _lose_edits(self, before: dict[Path, bytes], after: dict[Path, bytes]) -> None:
-        """Take in that unsent edits may be gone: the tool that overwrote them is the user's own."""
+        """Record that unsent edits may be lost: the user's own tool overwrote them."""
         overwritten = [data for path, data in before.items() if after.get(path) != data]
         self._account.may_lose_edits(word for data in overwritten for word in words_in(data))
 
     def _wait_for_repair(self, client: Client) -> None:
-        """Wait until the client has looked at its files: a person would not edit on in the meantime."""
+        """Wait until the client has checked its files, as a person would before the next edit."""
         wait_for(lambda: client.run("list").returncode == 0, "a first read", _PATIENCE_S)
 
         def is_done() -> bool:
             status = _status(client)
             return set(status["unsent_edits"]) <= set(status["withheld_edits"])
 
-        with contextlib.suppress(TimeoutError):  # edits wait for a network that a fault has cut
+        with contextlib.suppress(TimeoutError):  # edits wait while a fault has cut the network
             wait_for(is_done, "the texts to be judged", 10)
 
     # --- power cuts ---
 
     def cut_power_of_client(self) -> None:
-        """A machine loses its power: cached files are as of an earlier moment, empty, cut short or NULs (I4)."""
+        """Cut a client's power: cached files are older, empty, truncated or NULs (I4)."""
         struck = self._rng.choice(self._clients)
         runtime = Path(struck.env["LATTICE_REMOTE_RUNTIME_DIR"])
         machine = [each for each in self._clients if each.env["LATTICE_REMOTE_RUNTIME_DIR"] == str(runtime)]
@@ -166,7 +166,7 @@ class WorldFaults:
                 os.utime(text, (long_ago, long_ago))
 
     def cut_power_of_server(self) -> None:
-        """The server loses its power while commands go on: what was not fsynced is lost or damaged (I2)."""
+        """Cut the server's power during commands: data without an fsync is lost or damaged (I2)."""
         server, switches = self._server, Path(self._server.env["LATTICE_TEST_FAULTS"])
         trace = self._sandbox.root / f"trace{self._count}{secrets.token_hex(2)}"
         self._epochs.settle()
@@ -197,7 +197,7 @@ class WorldFaults:
     # --- namespaces ---
 
     def command_without_network(self) -> None:
-        """A sandboxed command can't reach the server; later ones outside can (I13)."""
+        """Run a sandboxed command without network; later ones outside reach the server (I13)."""
         client, who = self._rng.choice(self._clients), self._who("n")
         argv = ("comment", "LAT-1", f"says {who}", "--actor", f"agent:{who}")
         done = _inside(client, _NETWORK, argv)
@@ -207,7 +207,7 @@ class WorldFaults:
         assert "unreachable" not in outside.stderr, f"a command outside got the sandbox's network: {outside.stderr}"
 
     def command_on_another_board(self) -> None:
-        """In a container the client's path is another directory, with another project (I13)."""
+        """Run a command in a container where the client's path is another project (I13)."""
         client = self._clients[0]
         if self._elsewhere is None:
             self._elsewhere = self._set_up_elsewhere(client)
@@ -235,7 +235,7 @@ class WorldFaults:
     # --- programs over HTTP ---
 
     def repeat_keys(self) -> None:
-        """A program repeats requests whose answers have left the journal: others have written much since (I6)."""
+        """Repeat requests whose answers have left the journal (I6)."""
         fresh = self._rng.choice(self._clients), secrets.token_hex(8), self._who("k")
         was_done = self._comment_with_key(*fresh).returncode == 0
         is_gone = self._fill_journal(but=fresh[0])
@@ -255,10 +255,7 @@ class WorldFaults:
         return done
 
     def _fill_journal(self, *, but: Client) -> bool:
-        """Have the others write large comments until the journal has no segment that it has now; return whether.
-
-        A time bounds it.
-        """
+        """Let the others write large comments until the journal's segments are gone; False: not in time."""
         journal = self._server.data / "projects" / "board" / "journal"
         before, end = set(segment_paths(journal)), time.monotonic() + _FILL_S
         others = [client for client in self._clients if client is not but]
@@ -270,7 +267,7 @@ class WorldFaults:
         return not before & set(segment_paths(journal))
 
     def be_greedy(self) -> None:
-        """One token asks for much at once and takes nothing of it; another's read is answered (I10)."""
+        """Let one token request much and read nothing; another's read is answered (I10)."""
         if self._greedy is None:
             self._greedy = self._server.token("human:greedy")
         with contextlib.ExitStack() as stack:
@@ -361,7 +358,7 @@ def _status(client: Client) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _stalled_read(server: Server, token: str) -> Iterator[None]:
-    """Ask for the board and take nothing of the answer."""
+    """Request the board and read nothing of the answer."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
         request = f"GET /projects/board/tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n"
         connection.sendall(request.encode() * 5)
