@@ -9,7 +9,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 import pytest
-from client_kit import PLAN, TASK, ask, ready, rescued, until
+from client_kit import PLAN, TASK, ask, ready, rescued, run, until
 from fake_server import TOKEN, FakeServer
 from test_cache_repair import looked_after
 from websockets.asyncio.server import ServerConnection
@@ -18,7 +18,8 @@ from lattice_remote.client import credentials
 from lattice_remote.client.agent import edit_sync, integrity_monitor
 from lattice_remote.client.agent.edit_sync import RewriteRun
 from lattice_remote.client.agent.service import Service
-from lattice_remote.protocol.messages import Put, Refused, Stored, encode
+from lattice_remote.errors import Rejected
+from lattice_remote.protocol.messages import Bye, ClientFrame, Put, Refused, Run, Stored, encode
 from lattice_remote.protocol.operations import PutFile, digest_of
 
 OLD = b"# Plan\n\n" + b"- a step\n" * 400
@@ -255,10 +256,6 @@ async def test_a_server_text_that_waited_for_a_writer_comes_when_it_is_done(
 async def test_a_refused_edit_is_reported_once_and_blocks_nothing(
     server: FakeServer, live: Service, directory: Path
 ) -> None:
-    from websockets.asyncio.server import ServerConnection
-
-    from lattice_remote.protocol.messages import ClientFrame, Refused, encode
-
     async def no_latin(connection: ServerConnection, frame: ClientFrame) -> bool:
         if isinstance(frame, Put) and b"\xe9" in frame.text:
             await connection.send(encode(Refused(frame.id, "REMOTE_UNSUPPORTED", "it is no UTF-8 text")))
@@ -282,6 +279,25 @@ async def test_a_refused_edit_is_reported_once_and_blocks_nothing(
     (directory / PLAN).write_bytes("café\n".encode())
     await until(lambda: server.files[PLAN] == "café\n".encode())
     assert (await ask(live, "status"))["refused_edits"] == {}
+
+
+async def test_an_edit_in_doubt_does_not_put_a_command_in_doubt_that_was_never_sent(
+    server: FakeServer, live: Service, directory: Path
+) -> None:
+    async def revoke(connection: ServerConnection, frame: ClientFrame) -> bool:
+        if isinstance(frame, Put):
+            server.tokens.clear()
+            await connection.send(encode(Bye("REMOTE_UNAUTHORIZED", "token tok_1 was revoked")))
+        return isinstance(frame, Put)
+
+    server.misbehave = revoke
+    (directory / PLAN).write_bytes(NEW)
+    await until(lambda: not server.tokens and not live._connection.is_open)
+    for _ in range(2):
+        with pytest.raises(Rejected) as error:
+            await run(live, "put", "tasks/x.json", "x")
+        assert error.value.code == "REMOTE_UNAUTHORIZED" and "may have taken effect" not in error.value.message
+    assert not any(isinstance(frame, Run) for frame in server.frames)
 
 
 @pytest.mark.parametrize("then", [OLD, NEW + b"- and more\n"], ids=["taken back", "gone on with"])

@@ -303,7 +303,7 @@ class EditSender:
 
     async def _settle_unanswered(self, connection: Connection, sent: Sent) -> None:
         """Fetch the outcome of an edit whose answer was lost: later saves build on it."""
-        answer = await self._ask(connection, sent.frame, sent.first_sent_at())
+        answer = await self._ask(connection, sent.frame, sent.first_sent_at(), is_kept=True)
         if isinstance(answer, Stored):
             await self._settle(connection, sent.put, answer, sent.base)
         else:
@@ -345,13 +345,15 @@ class EditSender:
         while True:
             if is_edit:
                 self._unanswered.remember(Sent(put, frame, current, time.time()))
-            answer = await self._ask(connection, frame)
+            answer = await self._ask(connection, frame, is_kept=is_edit)
             if frame is put or not isinstance(answer, Refused) or answer.code != "REMOTE_STALE_BASE":
                 return answer
             frame = put
 
-    async def _ask(self, connection: Connection, put: Put, first_sent_at: float | None = None) -> Stored | Refused:
-        answer = await connection.send_request(put, first_sent_at=first_sent_at)
+    async def _ask(
+        self, connection: Connection, put: Put, first_sent_at: float | None = None, *, is_kept: bool = False
+    ) -> Stored | Refused:
+        answer = await connection.send_request(put, first_sent_at=first_sent_at, is_kept=is_kept)
         if not isinstance(answer, Stored | Refused):
             raise ConnectionFailed("unexpected response from the server", sent=True)
         return answer

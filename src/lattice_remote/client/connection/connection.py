@@ -116,6 +116,8 @@ class PendingRequest:
     """Sends since a connection last lasted."""
     first_sent_at: float | None = None
     """Time of the first send (``boot_time()``), perhaps by an earlier agent."""
+    is_kept: bool = False
+    """Whether the caller keeps an edit and sends it again under its id: no error says that it is in doubt."""
 
     @property
     def is_write(self) -> bool:
@@ -129,6 +131,10 @@ class PendingRequest:
     @property
     def sent(self) -> bool:
         return self.is_write and self.first_sent_at is not None
+
+    @property
+    def is_in_doubt(self) -> bool:
+        return self.sent and not self.is_kept
 
     def to_send(self) -> Request:
         """Return the frame to send now; a resent one carries its age (SPEC section 3.4)."""
@@ -377,16 +383,21 @@ class Connection:
         """Return the seconds since the last frame or pong."""
         return float("inf") if self.heard_at is None else boot_time() - self.heard_at
 
-    async def send_request(self, frame: Request, *, first_sent_at: float | None = None) -> Response:
+    async def send_request(
+        self, frame: Request, *, first_sent_at: float | None = None, is_kept: bool = False
+    ) -> Response:
         """Return the answer to a request, sent again after a reconnect.
 
-        ``first_sent_at`` (``boot_time()``): an earlier sender's time under the same id.
+        ``first_sent_at`` (``boot_time()``): an earlier sender's time under the same id. ``is_kept``: an edit that
+        the caller sends again until it is answered.
 
         Raises:
             Rejected: the server refuses this token, project or version.
             ConnectionFailed: unreachable for too long; ``sent`` says whether it may have taken effect.
         """
-        pending = PendingRequest(frame, asyncio.get_running_loop().create_future(), first_sent_at=first_sent_at)
+        pending = PendingRequest(
+            frame, asyncio.get_running_loop().create_future(), first_sent_at=first_sent_at, is_kept=is_kept
+        )
         self._pending[frame.id] = pending
         failed_before = self.failed_attempts
         self.kick()
@@ -408,20 +419,20 @@ class Connection:
         if self.welcome is not None or pending.answer.done():
             return
         if self.is_refused and self.failed_attempts > failed_before and self.error is not None:
-            if pending.sent:
+            if pending.is_in_doubt:
                 message = f"{self.error.message}; the command may have taken effect: look before you repeat it"
                 raise Rejected(message, code=self.error.code)
             raise self.error
         if self._backoff.barred_s(time.monotonic()) > UNSENT_PATIENCE_S:
-            raise self.unreachable(sent=pending.sent)
+            raise self.unreachable(sent=pending.is_in_doubt, is_write=not pending.sent)
         if isinstance(self.error, StorageError) and self.failed_attempts > failed_before:
-            effect = "the command may have taken effect" if pending.sent else "nothing was sent"
+            effect = "the command may have taken effect" if pending.is_in_doubt else "nothing was sent"
             raise StorageError(f"{self.error.message}; {effect}")
         if self._is_accepted:
             return  # the attempt has time limits of its own: a server that has just started may be slow
         since = max(self._down_since, pending.asked_at)
         if time.monotonic() - since > pending.patience_s or pending.sends >= MAX_SENDS:
-            raise self.unreachable(sent=pending.sent, is_write=pending.is_write)
+            raise self.unreachable(sent=pending.is_in_doubt, is_write=pending.is_write and not pending.sent)
 
     def unreachable(self, *, sent: bool = False, is_write: bool = True) -> ConnectionFailed:
         why = f" ({self.error.message if self.error is not None else 'no answer yet'})"
