@@ -183,6 +183,7 @@ def test_the_commands_for_whole_projects(data: Path, tmp_path: Path) -> None:
     )
     archived = "Archived older; restore it with: lattice-remote project unarchive older\n"
     assert told("project", "archive", "older") == (0, archived, "")
+    assert told("log", "older") == (0, "The journal has no changes.\n", "")
     assert told("project", "unarchive", "older") == (0, "older is back.\n", "")
     assert told("project", "archive", "older")[0] == 0
     code, _, err = told("project", "delete", "older")

@@ -54,7 +54,7 @@ def test_a_malformed_actor_is_refused(path: Path, actor: str) -> None:
     assert not path.exists()
 
 
-@pytest.mark.parametrize("pattern", ["", "agent: x", ":", "a b"])
+@pytest.mark.parametrize("pattern", ["", "agent: x", ":", "a b", "agent"])
 def test_a_malformed_pattern_is_refused(path: Path, pattern: str) -> None:
     with pytest.raises(Misuse, match="act-as"):
         TokenFile(path).create(projects=["web"], actor="human:ana", act_as=[pattern])

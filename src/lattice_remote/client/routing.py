@@ -26,7 +26,7 @@ from lattice_remote.client.attachments import CallersFiles
 from lattice_remote.client.config import UNPUSHED_FILE, is_unpushed, read_remote
 from lattice_remote.errors import Misuse, RemoteError, one_line
 
-__all__ = ["NeedsOwnProcess", "hooked", "in_warm_process"]
+__all__ = ["NeedsOwnProcess", "hooked", "in_warm_process", "is_plugins"]
 
 in_warm_process = False
 """Whether this is the warm process's child: only reads of the cache and routed writes may run here."""
@@ -79,7 +79,7 @@ _REQUIRE_CURRENT = click.Option(
 
 
 def hooked(command: click.Command, path: tuple[str, ...], directory: str, argv: list[str]) -> click.Command:
-    if in_warm_process and not isinstance(command, click.Group) and _is_plugins(command):
+    if in_warm_process and not isinstance(command, click.Group) and is_plugins(command):
         raise NeedsOwnProcess
     twin = copy.copy(command)
     if isinstance(command, click.Group):
@@ -110,7 +110,7 @@ def _invoke(command: click.Command, path: tuple[str, ...], directory: str, argv:
         if is_unpushed(directory):
             _require_read(path, ctx, directory)
             return _run_here(command, ctx, directory)
-        if _is_plugins(command) and " ".join(path) not in read_remote(directory).commands:
+        if is_plugins(command) and " ".join(path) not in read_remote(directory).commands:
             return _run_plugin(command, path, ctx, directory)
         if _is_read(path, ctx):
             if path == ("dashboard",):
@@ -135,7 +135,7 @@ def _may_run_warm(path: tuple[str, ...], ctx: click.Context, directory: str) -> 
     return not CallersFiles.are_named(path, ctx)
 
 
-def _is_plugins(command: click.Command) -> bool:
+def is_plugins(command: click.Command) -> bool:
     return not getattr(command.callback, "__module__", "").startswith("lattice.")
 
 

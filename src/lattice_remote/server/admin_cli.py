@@ -277,6 +277,7 @@ def log(  # noqa: PLR0917 - Typer calls it
 
     Example: lattice-remote log web --task WEB-42 -n 5
     """
+    from lattice_remote.server.maintenance.project_commands import paths_of
     from lattice_remote.server.project.journal_log import present_epoch, read_log, short_ids
 
     target = _created(context, data)
@@ -289,8 +290,7 @@ def log(  # noqa: PLR0917 - Typer calls it
         return
     if not slug:
         raise Misuse("name a project, or --admin; see: lattice-remote project list")
-    target.require_project(slug)
-    paths = target.project(slug)
+    paths = paths_of(target, slug)
     changes, more = read_log(paths, task, number)
     names, epoch = short_ids(paths.lattice), present_epoch(paths)
     content = {"entries": as_records(changes, names), "epoch": epoch, "more": more}

@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 _ACTOR = re.compile(r"[^\s:*]+:[^\s*]{1,100}")
-_PATTERN = re.compile(r"[a-z*][a-z0-9_*-]*(?::\S{1,100})?")
+_PATTERN = re.compile(r"(?=\S*[:*])[a-z*][a-z0-9_*-]*(?::\S{1,100})?")
 _SERVER = re.compile(r"https?://[A-Za-z0-9.:\[\]_-]{1,255}(/[\w./-]{0,200})?", re.ASCII | re.IGNORECASE)
 _LOCK_TIMEOUT_S = 10
 READ_ONLY = "this token may only read; for a token that may write, ask the administrator"

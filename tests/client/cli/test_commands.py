@@ -294,9 +294,24 @@ async def test_the_remote_is_listed_and_moved(server: FakeServer, root: Path) ->
     assert (await lattice(root, "remote", "-v")).out == f"origin\t{server.url}/web\n"
     assert server.url in (await lattice(root, "remote", "show", "origin")).out
     assert (await lattice(root, "remote", "set-url", "origin", "http://127.0.0.1:1")).code == 0
-    assert (await lattice(root, "remote", "--json")).data == {
-        "remotes": [{"name": "origin", "project": "web", "url": "http://127.0.0.1:1"}]
-    }
+    moved = {"name": "origin", "project": "web", "url": "http://127.0.0.1:1"}
+    assert (await lattice(root, "remote", "--json")).data == {"remotes": [moved]}
+    assert (await lattice(root, "remote", "set-url", "origin", "http://127.0.0.1:1", "--json")).data == moved
+    assert (await lattice(root, "remote", "rename", "origin", "team", "--json")).data == {**moved, "name": "team"}
+
+
+async def test_lattices_own_commands_are_not_routed(server: FakeServer, root: Path) -> None:
+    await add(server, root)
+    for words in (("list",), ("resource", "acquire")):
+        done = await lattice(root, "remote", "route", *words)
+        assert done.code == 1 and f"lattice {' '.join(words)} is lattice's own command" in done.err
+    assert (await lattice(root, "remote", "route", "--json")).data == {"commands": []}
+
+
+async def test_resolving_all_of_no_conflicts_says_so(server: FakeServer, root: Path) -> None:
+    await add(server, root)
+    done = await lattice(root, "remote", "resolve", "--all", "--theirs")
+    assert (done.code, done.out) == (0, "No conflicts.\n")
 
 
 async def test_status_verify_sync_pull_and_push(server: FakeServer, root: Path) -> None:

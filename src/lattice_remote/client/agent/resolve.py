@@ -236,7 +236,7 @@ class Rescuer:
             if is_editable(path):
                 await self._send_text(entry, path, call, answer["applied"], refuse, is_new=_owner(path) in made)
             elif not self._is_derived(entry, path, owners):
-                refuse(path, "only tasks, resources, plans and notes can be applied")
+                refuse(path, "only events of tasks and resources, plans and notes can be applied")
         if len(answer["refused"]) == before:
             async with self._cache.locked():
                 self._store.drop(entry.number)

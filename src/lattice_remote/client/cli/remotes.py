@@ -72,6 +72,7 @@ def get_url(name: Name = "", as_json: Json = False) -> None:
 def rename(
     old: Annotated[str, typer.Argument(metavar="OLD", help="The remote's name.", autocompletion=complete_remotes)],
     new: Annotated[str, typer.Argument(metavar="NEW", help="Its new name.")],
+    as_json: Json = False,
 ) -> None:
     """Rename the remote. Its URL, its project and the cache stay.
 
@@ -81,16 +82,20 @@ def rename(
     directory, found = waiting or here(old)
     remote = found._replace(name=check_name(new))
     write_remote(directory, remote, UNPUSHED_FILE if waiting else REMOTE_FILE)
-    typer.echo(f"{old} is now called {new}.")
+    if as_json:
+        print_result(fields_of(remote))
+    else:
+        typer.echo(f"{old} is now called {new}.")
 
 
 @app.command(name="set-url")
-def set_url(
+def set_url(  # noqa: PLR0917 - Typer calls it
     name: Annotated[str, typer.Argument(metavar="NAME", help="The remote's name.", autocompletion=complete_remotes)],
     url: Annotated[str, typer.Argument(metavar="URL", help="Its new address: http://HOST:PORT or https://HOST.")],
     project: Annotated[str | None, typer.Option(metavar="SLUG", help="The project's slug there, if different.")] = None,
     ca_file: CaFile = None,
     insecure: Insecure = False,
+    as_json: Json = False,
 ) -> None:
     """Change the remote's URL, after its server has moved.
 
@@ -105,10 +110,14 @@ def set_url(
     if waiting is not None:
         push.stay_local(directory)  # a request to the old server is void
         write_remote(directory, remote, UNPUSHED_FILE)
-        typer.echo(f"{found.name} is now {new_url} {remote.project}; next: lattice remote push")
-        return
-    write_remote(directory, remote)
-    typer.echo(f"{found.name} is now {new_url} {remote.project}; the cache is compared with it at the next use.")
+        follows = "next: lattice remote push"
+    else:
+        write_remote(directory, remote)
+        follows = "the cache is compared with it at the next use."
+    if as_json:
+        print_result(fields_of(remote))
+    else:
+        typer.echo(f"{found.name} is now {new_url} {remote.project}; {follows}")
 
 
 def _reuse_token(old: Remote, new: Remote) -> None:
@@ -134,6 +143,8 @@ def route(
     directory, found = here()
     if words:
         command = check_command(" ".join(words))
+        if not local and _is_lattices(words):
+            raise Misuse(f"lattice {command} is lattice's own command, not a plugin's; where it runs is fixed")
         others = tuple(known for known in found.commands if known != command)
         found = found._replace(commands=others if local else (*others, command))
         write_remote(directory, found)
@@ -144,6 +155,17 @@ def route(
     else:
         for command in found.commands:
             typer.echo(command)
+
+
+def _is_lattices(words: list[str]) -> bool:
+    from lattice.cli.main import cli
+
+    from lattice_remote.client.routing import is_plugins
+
+    command: Any = cli
+    for word in words:
+        command = getattr(command, "commands", {}).get(word)
+    return command is not None and not is_plugins(command)
 
 
 @app.command(name="rm", hidden=True, help="As remove. Example: lattice remote rm origin")

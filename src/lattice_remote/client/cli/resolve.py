@@ -79,8 +79,9 @@ def resolve(
         return
     for each in answer["resolved"]:
         typer.echo(f"{one_line(each['path'])}: {_RESOLVED[each['outcome']]}")
-    for line in () if choice else _shown(answer["conflicts"], directory):
-        typer.echo(line)
+    if not choice or not answer["resolved"]:
+        for line in _shown(answer["conflicts"], directory):
+            typer.echo(line)
 
 
 def _choice(**given: bool) -> str | None:

@@ -60,7 +60,7 @@ def export_project(data: DataDir, slug: str, target: Path) -> Exported:
     Raises Misuse: there is no such project, or ``target`` is not empty; StorageError.
     """
     data.config()
-    source = _project(data, slug)
+    source = paths_of(data, slug)
     if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
         raise Misuse(f"{target} already exists and is not empty")
     scratch = target.absolute().with_name(f".{target.absolute().name}.export-{secrets.token_hex(4)}")
@@ -77,7 +77,8 @@ def export_project(data: DataDir, slug: str, target: Path) -> Exported:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _project(data: DataDir, slug: str) -> ProjectPaths:
+def paths_of(data: DataDir, slug: str) -> ProjectPaths:
+    """Return the paths of a project, archived or not. Raises Misuse: there is none."""
     if data.is_archived(slug) and not data.has_project(slug):
         return ProjectPaths(data.archived / slug)
     data.require_project(slug)
