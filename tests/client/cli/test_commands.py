@@ -318,6 +318,7 @@ async def test_status_verify_sync_pull_and_push(server: FakeServer, root: Path) 
     await add(server, root)
     status = (await lattice(root, "remote", "status", "--json")).data
     assert status["connected"] and status["current"] and status["agent"] is None
+    assert status["edits_wait_for"] == "the next command that writes, as no agent runs"
     assert "connected (last frame" in (await lattice(root, "remote", "status")).out
     (root / ".lattice/config.json").write_text("tampered")
     done = await lattice_process(root, "remote", "verify")

@@ -621,9 +621,9 @@ class Service:
 
     def _edits_wait_for(self) -> str | None:
         if self._edit_watcher is None:
-            return "the next command, as no agent runs"
+            return "the next command that writes, as no agent runs"
         if self._pool.has_several_tokens():
-            return "the next command, as recent commands used several tokens or another configuration"
+            return "the next command that writes, as recent commands used several tokens or another configuration"
         connection = self._pool.for_edits()
         if connection is None:
             return "a token"
