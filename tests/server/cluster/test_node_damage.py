@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import shutil
+import signal
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ import pytest
 import requests
 from cluster_nodes import RunningCluster, running_cluster, wait_until
 from nats_servers import NatsCluster, nats_cluster
+from server_process import children_of
 
 from lattice_remote.server.cluster.engine import Engine
 from lattice_remote.server.cluster.jetstream import StreamInfo
@@ -36,7 +39,7 @@ def with_order[T](cluster: RunningCluster, work: Callable[[Engine, JetStreamOrde
     async def connected() -> T:
         engine = await Engine.connect(cluster.engine_urls, node="damage", replicas=1)
         try:
-            return await work(engine, JetStreamOrder(engine, "web", cluster.position("a")[0]))
+            return await work(engine, JetStreamOrder(engine, "web", cluster.position(cluster.names[0])[0]))
         finally:
             await engine.close()
 
@@ -206,6 +209,23 @@ def test_large_contents_that_change_again_at_once_reach_every_node(cluster: Runn
     wait_until(cluster.agree, "the nodes agree")
     for node in cluster.nodes.values():
         assert "follow ended" not in (node.data.path.parent / "log").read_text()
+
+
+def test_changes_wait_for_the_next_worker_of_a_node_where_it_has_ended(cluster: RunningCluster) -> None:
+    assert cluster.write("a", "before the worker ends").status_code == 201
+    wait_until(cluster.agree, "the nodes agree")
+    owner = cluster.owner()
+    follower = "ab".replace(owner, "")
+    log = cluster.nodes[follower].data.path.parent / "log"
+    size = log.stat().st_size
+    workers = children_of(cluster.nodes[follower], b"worker.main")
+    assert workers
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    for number in range(5):
+        assert cluster.write(owner, f"without a worker {number}").status_code == 201
+    wait_until(cluster.agree, "the nodes agree")
+    assert "follow ended" not in log.read_bytes()[size:].decode()
 
 
 def test_a_content_that_the_cluster_has_no_longer_is_copied_from_a_node(cluster: RunningCluster) -> None:
