@@ -36,7 +36,7 @@ from lattice_remote.server.journal.repair import place_of
 from lattice_remote.server.project.history import Content
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.transport.websocket import Handoff, websocket_frame
-from lattice_remote.server.tree.tree import FileState, ManifestFile, save_manifest
+from lattice_remote.server.tree.tree import FileState, ManifestFile, save_manifest, sync_file_systems
 
 __all__ = ["copy_from", "finish_copies", "send_copy"]
 
@@ -439,7 +439,8 @@ class _Receiver:
         (journal / "undo").touch(mode=0o600)  # part of the journal's identity
         position = self._position
         listed = ManifestFile(position.epoch, position.seq, position.mark, "", False, states, place_of(journal))
-        os.sync()  # cheaper than one fsync for each of thousands of files
+        if not sync_file_systems([str(self._copying)]):  # cheaper than an fsync for each of thousands of files
+            os.sync()
         save_manifest(journal / "manifest", msgspec.msgpack.encode(listed))
         os.rename(self._copying, self._paths.root / _COPIED)
         sync_directory(self._paths.root)

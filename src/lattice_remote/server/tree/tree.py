@@ -60,6 +60,7 @@ __all__ = [
     "state_of",
     "sync",
     "sync_directory",
+    "sync_file_systems",
     "sync_files",
 ]
 
@@ -172,7 +173,7 @@ def sync_files(paths: Iterable[str]) -> None:
     """Make contents and names of files durable; for missing ones, their absence. Raises SyncFailed."""
     paths = list(paths)
     directories = {os.path.dirname(path) for path in paths}
-    if len(paths) > _MANY_FILES and _sync_file_systems(directories):
+    if len(paths) > _MANY_FILES and sync_file_systems(directories):
         return
     for path in paths:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -187,7 +188,7 @@ def sync_files(paths: Iterable[str]) -> None:
             sync_directory(Path(directory))
 
 
-def _sync_file_systems(directories: Iterable[str]) -> bool:
+def sync_file_systems(directories: Iterable[str]) -> bool:
     """Make whole file systems durable; return False where that reports no errors (Linux before 5.8). Raises
     SyncFailed.
     """
