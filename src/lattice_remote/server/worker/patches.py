@@ -359,7 +359,7 @@ class WriteSet:
         self._capture = capture
         self._open: Callable[..., IO[Any]] = io.open
         self._often_read: dict[str, tuple[tuple[int, ...], bytes]] = {}  # by path: signature and content
-        self._recent: dict[str, tuple[os.stat_result, bytes]] = {}  # by path: replacing files, the newest last
+        self._recent: dict[str, tuple[tuple[int, ...], bytes]] = {}  # by path: replacing files, the newest last
         self._waiting: dict[str, str | list[str]] = {}  # by target: the replacing file, or the lines to append
         self._made: dict[int, str] = {}  # new files, by descriptor
         self._written: dict[str, tuple[os.stat_result, bytes]] = {}  # status and whole content of new files
@@ -410,17 +410,23 @@ class WriteSet:
         if data is not None:
             capture.note_written(target, made, data)
             if _SNAPSHOTS in target and len(data) <= _MAX_RECENT_BYTES:
-                self._recent[target] = made, data
+                self._keep_recent(target, made, data)
+
+    def _keep_recent(self, path: str, made: os.stat_result, data: bytes) -> None:
+        with suppress(OSError):
+            now = os.lstat(path)  # the rename has changed its status change time
+            if is_same_file(made, now):
+                self._recent[path] = _signature(now), data
                 if len(self._recent) > _MAX_RECENT_FILES:
                     del self._recent[next(iter(self._recent))]
 
     def _recent_content(self, path: str, status: os.stat_result | None) -> bytes | None:
-        """Return the content of a file that this process wrote and no other has replaced since.
+        """Return the content of a file that this process wrote and no other has changed since.
 
-        All programs replace these files; an edit in place would be noticed by size and time.
+        An edit in place may keep the size and restore the modification time, but not the status change time.
         """
-        made, data = self._recent.get(path, (None, None))
-        return data if made is not None and status is not None and is_same_file(made, status) else None
+        signature, data = self._recent.get(path, (None, None))
+        return data if status is not None and signature == _signature(status) else None
 
     def _publish_lines(self, data: bytes, target: str, capture: Capture | None, status: os.stat_result | None) -> None:
         if capture is not None:
