@@ -146,11 +146,11 @@ def test_names_in_a_cache_are_completed_without_server_agent_and_heavy_imports(
 def test_the_server_program_completes_itself(environment: dict[str, str]) -> None:
     def ask(*argv: str, **more: str) -> str:
         env = {**environment, **more}
-        return subprocess.run(
-            [BIN / "lattice-remote", *argv], env=env, capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.run(argv, env=env, capture_output=True, text=True, check=True).stdout
 
-    assert "complete -o default -F _lattice_remote_completion lattice-remote" in ask("--show-completion", "bash")
-    told = ask(COMP_WORDS="lattice-remote project cr", COMP_CWORD="2", _LATTICE_REMOTE_COMPLETE="complete_bash")
-    assert told.split() == ["create"]
-    assert "--install-completion" in ask("--help")
+    program = str(BIN / "lattice-remote")
+    script = ask("bash", "-c", f"{program} --show-completion; true")  # the program looks for its shell
+    assert "complete -o default -F _lattice_remote_completion lattice-remote" in script
+    completed = ask(program, COMP_WORDS="lattice-remote project cr", COMP_CWORD="2", _LATTICE_REMOTE_COMPLETE="complete_bash")
+    assert completed.split() == ["create"]
+    assert "--install-completion" in ask(program, "--help")
