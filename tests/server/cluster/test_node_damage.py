@@ -209,6 +209,8 @@ def test_large_contents_that_change_again_at_once_reach_every_node(cluster: Runn
     wait_until(cluster.agree, "the nodes agree")
     for node in cluster.nodes.values():
         assert "follow ended" not in (node.data.path.parent / "log").read_text()
+        contents = node.data.project("web").root / "contents"
+        wait_until(lambda contents=contents: not any(contents.glob("*")), "the fetched contents are removed")
 
 
 def test_changes_wait_for_the_next_worker_of_a_node_where_it_has_ended(cluster: RunningCluster) -> None:

@@ -137,10 +137,11 @@ def _announced_by(payload: bytes) -> list[AnnounceFile]:
 
 @dataclass
 class _Applying:
-    """A batch with the worker; ``left`` records of it are not applied yet."""
+    """A batch with the worker; ``left`` records of it are not applied yet. ``contents`` are files, by digest."""
 
     batch: Batch
     left: int
+    contents: dict[str, str]
 
 
 class Member:
@@ -213,7 +214,7 @@ class Member:
         self._confirmed_at = -_CURRENT_S  # when a majority was last asked that answered
         self._current_at = -_BEHIND_S  # when this node last lacked nothing
         self._was_current = False  # clients have connected since
-        self._is_fetching = False
+        self._fetching: set[str] = set()  # digests of the contents of the next batch
         self._is_closed = False
         self._wanted = ""
         self._is_retiring = False
@@ -537,17 +538,17 @@ class Member:
     # --- following ---
 
     async def _follow(self) -> None:
+        self._fetching.clear()
+        for file in self._contents.iterdir() if self._contents.is_dir() else ():
+            file.unlink(missing_ok=True)
         async for batch in self._order.follow(self._seq):
             while len(self._applying) > _MAX_OUTSTANDING:
                 self._applied.clear()
                 await self._applied.wait()
             records = batch.records[self._skip :]
-            self._is_fetching = True  # meanwhile no content is removed
-            try:
-                contents = await self._contents_of(records)
-                self._applying.append(_Applying(batch, len(records)))
-            finally:
-                self._is_fetching = False
+            contents = await self._contents_of(records)
+            self._applying.append(_Applying(batch, len(records), contents))
+            self._fetching.clear()
             self._seq, self._skip = batch.seq, 0
             if records:
                 self.project.apply(ApplyRecords(list(records), contents))
@@ -558,6 +559,7 @@ class Member:
         digests: list[bytes] = []
         for payload in records:
             digests += [each.digest for each in _announced_by(payload)]
+        self._fetching.update(digest.hex() for digest in digests)
         found: dict[str, str] = {}
 
         async def fetch(digest: bytes) -> None:
@@ -580,11 +582,10 @@ class Member:
 
     def _finish_batches(self) -> None:
         while self._applying and self._applying[0].left <= 0:
-            batch = self._applying.popleft().batch
-            self._note_owner(batch)
-            if not self._applying and not self._is_fetching and self._contents.is_dir():
-                for file in self._contents.iterdir():
-                    file.unlink(missing_ok=True)
+            done = self._applying.popleft()
+            self._note_owner(done.batch)
+            for digest in done.contents.keys() - self._fetching.union(*(each.contents for each in self._applying)):
+                (self._contents / digest).unlink(missing_ok=True)
         self._applied.set()
         self._save_cursor()
 
