@@ -151,6 +151,8 @@ def test_the_server_program_completes_itself(environment: dict[str, str]) -> Non
     program = str(BIN / "lattice-remote")
     script = ask("bash", "-c", f"{program} --show-completion; true")  # the program looks for its shell
     assert "complete -o default -F _lattice_remote_completion lattice-remote" in script
-    completed = ask(program, COMP_WORDS="lattice-remote project cr", COMP_CWORD="2", _LATTICE_REMOTE_COMPLETE="complete_bash")
+    completed = ask(
+        program, COMP_WORDS="lattice-remote project cr", COMP_CWORD="2", _LATTICE_REMOTE_COMPLETE="complete_bash"
+    )
     assert completed.split() == ["create"]
     assert "--install-completion" in ask(program, "--help")
