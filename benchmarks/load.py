@@ -364,7 +364,9 @@ def projects(options: argparse.Namespace) -> Iterator[Figure]:
         yield at_least("the slowest project's share of the mean", busy.least_share, "x", 0.8)
         yield Figure("memory in the end", busy.mib[-1], "MiB")
         yield at_most("its growth in the second half", busy.growth_mib, "MiB", 30)
-        yield at_most("warnings and errors in the server's log", len([*many.errors()]), "", 0)
+        errors = [*many.errors()]
+        sys.stderr.writelines(f"{line}\n" for line in errors[:20])
+        yield at_most("warnings and errors in the server's log", len(errors), "", 0)
 
 
 async def _use_each(many: ManyProjects, slugs: list[str]) -> None:

@@ -274,6 +274,16 @@ def test_the_memory_for_a_flood_of_addresses_is_bounded(monkeypatch: pytest.Monk
     assert len(admission.unauthenticated) == 0
 
 
+def test_only_a_refusal_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    admission = AdmissionControl(LimitSettings(new_connections_per_second=1), clock=Clock())
+    with caplog.at_level(logging.WARNING):
+        assert {arrived(admission).enter([], "tok_a") for _ in range(100)} == {None}
+        assert not caplog.records
+        assert refusal(arrived(admission)) == (429, 1)
+    (record,) = caplog.records
+    assert record.getMessage() == "192.0.2.1: too many new connections or requests"
+
+
 def test_the_log_of_a_flood_is_bounded_and_counts(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
     admission = AdmissionControl(LimitSettings(failed_logins_per_minute=1), clock=clock)

@@ -168,6 +168,7 @@ _PATIENCE_S = 1.0
 packet; a shorter time would cut TLS handshakes when hundreds of agents reconnect together.
 """
 _LOG_EVERY_S = 10.0
+_FROM_ADDRESS = " from your address"
 
 _log = logging.getLogger(__name__)
 
@@ -230,6 +231,8 @@ class ConnectionQuota:
         # The first request was counted with its connection.
         if self._refusal is None and self._requests > 1 and self._origin is not None:
             self._refusal = self._admission.check_rate_of_address(self._origin)
+        if self._refusal is not None:  # only now: a request with a valid token is not refused
+            self.log(self._refusal.message.partition(_FROM_ADDRESS)[0])
         return self._refusal
 
     def count_at(self, origin: _Address, *, is_new: bool = True) -> None:
@@ -367,8 +370,7 @@ class AdmissionControl:
         if is_new and (refusal := self.check_rate_of_address(origin)) is not None:
             return refusal
         if self.unauthenticated.at(origin.name) > self.limits.waiting_connections_per_address:
-            self.log("too many connections without a token", origin.name)
-            return _too_many("too many connections without a token from your address", 1)
+            return _too_many(f"too many connections without a token{_FROM_ADDRESS}", 1)
         return None
 
     def check_admitted(self, origin: _Address) -> ApiError | None:
@@ -381,10 +383,7 @@ class AdmissionControl:
     def check_rate_of_address(self, origin: _Address) -> ApiError | None:
         rate = self.limits.new_connections_per_second
         wait_s = origin.arrivals.take(self.clock(), rate=rate, burst=rate * _BURST_S)
-        if not wait_s:
-            return None
-        self.log("too many new connections or requests", origin.name)
-        return _too_many("too many new connections or requests from your address", wait_s)
+        return _too_many(f"too many new connections or requests{_FROM_ADDRESS}", wait_s) if wait_s else None
 
     def check_rate_of_token(self, token_id: str, address: str) -> ApiError | None:
         rate, now = self.limits.messages_per_second, self.clock()
