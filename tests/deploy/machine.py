@@ -1,11 +1,10 @@
-"""A directory that stands for a machine on which a server is set up, as its administrator's shell sees it.
+"""A directory that represents the machine of a server's administrator.
 
-Absolute paths of what is typed lie below that directory. ``stand_ins/`` are in place of the programs that would change
-this machine or fetch something: ``sudo`` runs what it is given, ``useradd`` does nothing, ``pip`` puts this project's
-programs where it was to install them. These programs and ``systemctl`` ask the ``Machine``, which forks the former,
-services too, from a process that has them loaded (``preloaded_programs.py``), and does with a unit's file as systemd
-would, as far as processes go.
-All else is real.
+Absolute paths in typed commands lie below that directory. ``stand_ins/`` replaces programs that would change this
+machine or download something: ``sudo`` runs its arguments, ``useradd`` does nothing, ``pip`` installs this project's
+programs. These stand-ins and ``systemctl`` query the ``Machine``. It forks programs and services from a process that
+has loaded them (``preloaded_programs.py``) and handles unit files as systemd would, as far as processes go. Everything
+else is real.
 """
 
 import contextlib
@@ -45,13 +44,13 @@ _START_S = 60
 
 
 class Machine:
-    """See the module's text; ``end()`` it.
+    """A machine; the caller must ``end()`` it.
 
     Attributes:
-        port: where the service listens that the unit starts on port 8443.
-        environment: of every command.
-        places: what else is put in the place of what, in commands and units.
-        said: what the last command has written to stderr.
+        port: port of the service, for the unit's port 8443.
+        environment: environment of every command.
+        places: further replacements in commands and units.
+        said: stderr of the last command.
     """
 
     def __init__(self, sandbox: Sandbox, name: str) -> None:
@@ -76,16 +75,16 @@ class Machine:
         self._asked = _Asked(self)
 
     def path(self, path: str) -> Path:
-        """Return where an absolute path of the machine is."""
+        """Return the location of one of the machine's absolute paths."""
         return self.root / path.lstrip("/")
 
     def copy(self, source: Path, path: str) -> None:
-        """Bring a file or a directory there."""
+        """Copy a file or a directory to the machine."""
         self.path(path).parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(["cp", "-r", source, self.path(path)], check=True)
 
     def here(self, text: str) -> str:
-        """Return a text of commands, or of a unit, with the machine's own places."""
+        """Return a text of commands, or of a unit, with the machine's paths."""
         for old, new in self.places.items():
             text = text.replace(old, new)
         directories = "|".join(re.escape(directory) for directory in _DIRECTORIES)
@@ -95,7 +94,7 @@ class Machine:
     def run(
         self, script: str, *, stdin: str = "", env: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run what is typed into a shell, in the repository's directory."""
+        """Run shell commands in the repository's directory."""
         argv = ["bash", "-euo", "pipefail", "-c", self.here(script)]
         environment = {**self.environment, **(env or {})}
         done = subprocess.run(
@@ -105,19 +104,19 @@ class Machine:
         return done
 
     def start(self, command: str) -> Process:
-        """Start a program and do not wait for it."""
+        """Start a program without waiting for it."""
         self._started.append(self._start(command, self.environment))
         return self._started[-1]
 
     def _start(self, command: str, environment: Mapping[str, str]) -> Process:
-        """Start what was installed, by the path where it was: it is this project's."""
+        """Start this project's program that is installed at the path."""
         program, *arguments = shlex.split(self.here(command))
         assert Path(program).exists(), f"nothing was installed as {program}"
         with (self.root / "log").open("ab") as log:
             return warm().start(Path(program).name, arguments, cwd=_ROOT, env=environment, stdout=log, stderr=log)
 
     def end(self) -> None:
-        """End what runs."""
+        """End all processes."""
         for name in list(self._services):
             self.stop_service(name)
         for process in self._started:
@@ -126,17 +125,17 @@ class Machine:
         self._asked.close()
 
     def answer(self, program: str, argv: list[str], cwd: str, env: dict[str, str], stdin: str) -> tuple[int, str, str]:
-        """Do what a stand-in was asked; return its exit code and what it is to say."""
+        """Perform a stand-in's request; return its exit code and output."""
         if program == "systemctl":
             why = self.systemctl(*argv)
             return int(bool(why)), "", why
         done = warm().run(program, argv, cwd=Path(cwd), env=env, stdin=stdin)
         return done.returncode, done.stdout, done.stderr
 
-    # --- as systemd ---
+    # --- systemd ---
 
     def systemctl(self, verb: str, *arguments: str) -> str:
-        """Do what ``systemctl`` is asked; return why it failed."""
+        """Perform a ``systemctl`` command; return the reason if it failed."""
         names = [argument for argument in arguments if not argument.startswith("-")]
         if verb == "daemon-reload":
             return ""
@@ -158,7 +157,7 @@ class Machine:
         return f"no stand-in for systemctl {verb}"
 
     def start_service(self, name: str) -> str:
-        """Run the unit's command with its environment, and wait until it says that it serves."""
+        """Run the unit's command with its environment, and wait until it reports that it serves."""
         unit = (self.path("/etc/systemd/system") / f"{name}.service").read_text()
         [command] = re.findall(r"^ExecStart=(.*)$", unit, re.MULTILINE)
         variables = dict(
@@ -184,7 +183,7 @@ class Machine:
         return f"{name} did not say that it serves"
 
     def stop_service(self, name: str) -> str:
-        """End it, and wait for its end."""
+        """End the service and wait for its exit."""
         process = self._services.pop(name, None)
         if process is None:
             return ""
@@ -193,7 +192,7 @@ class Machine:
 
 
 class _Asked:
-    """Hears what the stand-ins are asked."""
+    """Receives the requests of the stand-ins."""
 
     def __init__(self, machine: Machine) -> None:
         class Handler(socketserver.StreamRequestHandler):
@@ -205,7 +204,7 @@ class _Asked:
         self._thread.start()
 
     def close(self) -> None:
-        """Hear no more."""
+        """Stop receiving."""
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()

@@ -1,9 +1,8 @@
-"""nginx and Caddy with the configurations of ``examples/deploy/``, run by whoever runs the tests, on loopback.
+"""nginx and Caddy with the configurations of ``examples/deploy/``, run unprivileged on loopback.
 
-What is run is the example: only the host's name, addresses, ports and the certificate's place are put in
-(``with_places`` insists that each is there to be replaced), and around it what keeps the program to a directory of its
-own. Around nginx's the time that it would wait by default is a short one: what outlasts it does so by the example's
-words.
+The tests run the example itself. They replace only host names, addresses, ports and the paths of certificates
+(``with_places`` requires each to be present) and confine the program to a directory. nginx's default timeout is short
+here, so a longer wait must come from the example.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ NGINX_DEFAULT_S = 0.3
 
 
 def with_places(text: str, places: Mapping[str, str]) -> str:
-    """Return the text with each of these replaced, which it must all hold."""
+    """Return the text with these replacements; each must apply."""
     for old, new in places.items():
         assert old in text, f"the example no longer says {old!r}"
         text = text.replace(old, new)
@@ -36,7 +35,7 @@ def with_places(text: str, places: Mapping[str, str]) -> str:
 
 
 def free_port() -> int:
-    """Return a port that nobody has, and that the system gives to nobody who asks for any."""
+    """Return an unused port outside the range of automatically assigned ports."""
     while True:
         port = random.randint(20_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -45,7 +44,7 @@ def free_port() -> int:
 
 
 class Proxy:
-    """A proxy in front of a server on a port of this machine; ``start()`` it, ``stop()`` it."""
+    """A proxy in front of a local server; the caller starts and stops it."""
 
     name: str
     """Of the program."""
@@ -63,15 +62,15 @@ class Proxy:
         self._process: subprocess.Popen[bytes] | None = None
 
     def argv(self) -> list[str]:
-        """Write its configuration, and return how it is run in the foreground, as one process."""
+        """Write the configuration, and return the command line for one foreground process."""
         raise NotImplementedError
 
     def environment(self) -> dict[str, str]:
-        """Return what the example takes from the environment."""
+        """Return the environment variables that the example reads."""
         return {}
 
     def start(self) -> None:
-        """Run it, and return once it answers."""
+        """Start the proxy, and return once it responds."""
         argv = self.argv()
         env = {"PATH": os.environ["PATH"], "HOME": str(self.dir), **self.environment()}
         with (self.dir / "log").open("ab") as log:
@@ -81,11 +80,11 @@ class Proxy:
         wait_for(self._answers, f"{self.name} to answer: {self.log()}")
 
     def log(self) -> str:
-        """Return what it has said."""
+        """Return the proxy's log."""
         return (self.dir / "log").read_text(errors="replace")[-2000:]
 
     def stop(self) -> None:
-        """End it."""
+        """End the proxy."""
         if self._process is not None:
             self._process.terminate()
             self._process.wait(10)
@@ -97,12 +96,12 @@ class Proxy:
             raise RuntimeError(f"{self.name} has ended: {self.log()}")
         try:
             return requests.get(f"{self.url}/healthz", verify=str(self.ca_file), timeout=5, **self.answering).ok
-        except (requests.RequestException, OSError):  # OSError: the authority's file is not there yet
+        except (requests.RequestException, OSError):  # OSError: the authority's file does not exist yet
             return False
 
 
 class Nginx(Proxy):
-    """nginx, with a certificate made here."""
+    """nginx with a self-made certificate."""
 
     name = "nginx"
 
@@ -117,7 +116,7 @@ class Nginx(Proxy):
             "/etc/letsencrypt/live/board.example.com/privkey.pem": str(self.dir / "key.pem"),
             "board.example.com": "localhost",
             "listen 80;": f"listen 127.0.0.1:{self.plain_port};",
-            "listen [::]:80;": f"listen 127.0.0.2:{self.plain_port};",  # a machine may have no IPv6
+            "listen [::]:80;": f"listen 127.0.0.2:{self.plain_port};",  # some machines have no IPv6
             "listen 443 ": f"listen 127.0.0.1:{self.port} ",
             "listen [::]:443 ": f"listen 127.0.0.2:{self.port} ",
             "127.0.0.1:8443;": f"127.0.0.1:{self.upstream_port};",
@@ -137,7 +136,7 @@ class Nginx(Proxy):
 
 
 class GatedNginx(Nginx):
-    """The same, with the server below a path, for those who show a client certificate and a header."""
+    """nginx with the server below a path that requires a client certificate and a header."""
 
     def __init__(self, directory: Path, upstream_port: int, header: str, value: str) -> None:
         super().__init__(directory, upstream_port)
@@ -164,7 +163,7 @@ class GatedNginx(Nginx):
 
 
 class Caddy(Proxy):
-    """Caddy, with an authority of its own, since none of the world's can reach it."""
+    """Caddy with a local certificate authority."""
 
     name = "caddy"
 

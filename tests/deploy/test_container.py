@@ -1,7 +1,7 @@
-"""The container's files, as far as they go without an engine: what they copy, run, start and ask is there and works.
+"""The container's files, without an engine: all that they copy, run and start exists and works.
 
-The steps are run on this machine, in a directory that stands for the container's; what is installed there is this
-project as it is installed here (``stand_ins/``).
+The steps run on this machine, in a directory that represents the container's. Stand-ins install this project as it is
+installed here (``stand_ins/``).
 """
 
 import json
@@ -39,7 +39,7 @@ def only(name: str) -> str:
 
 
 def copied() -> list[str]:
-    """Return what is copied from the repository."""
+    """Return the paths that are copied from the repository."""
     sources = [argument.split()[:-1] for name, argument in STEPS if name == "COPY" and "--from" not in argument]
     return [source for line in sources for source in line]
 
@@ -75,7 +75,7 @@ def container(tmp_path: Path) -> Any:
         machine.end()
 
 
-def test_its_steps_its_programs_and_its_check_work(container: Machine) -> None:
+def test_build_steps_programs_and_health_check_work(container: Machine) -> None:
     for name, argument in STEPS:
         if name == "RUN":
             assert container.run(argument).returncode == 0, container.said
@@ -99,7 +99,7 @@ def test_its_steps_its_programs_and_its_check_work(container: Machine) -> None:
     assert container.run(check).returncode != 0
 
 
-def test_the_composition_is_of_one_piece() -> None:
+def test_the_compose_file_is_consistent() -> None:
     services = COMPOSE["services"]
     server, proxy = services["server"], services["proxy"]
     assert "ports" not in server, "it is reached through the proxy alone"
@@ -119,7 +119,7 @@ def test_the_composition_is_of_one_piece() -> None:
     assert (DEPLOY / server["build"]["context"] / server["build"]["dockerfile"]).resolve() == DEPLOY / "Dockerfile"
 
 
-def test_no_file_names_a_registry_or_a_host_of_ours() -> None:
+def test_no_file_names_a_private_registry_or_host() -> None:
     for path in DEPLOY.iterdir():
         hosts = set(re.findall(r"https?://([\w.-]+)", path.read_text()))
         assert hosts <= {"127.0.0.1", "lattice_remote"}, path

@@ -1,8 +1,8 @@
-"""``docs/run/install.md`` does what it says: every command in it is run, in its order, as somebody would type it.
+"""``docs/run/install.md``: every command runs in its order, as a reader would type it.
 
-A block is run on the machine that the word behind ``sh`` names, by default the server. What a ``text`` block shows is
-what the block before has printed, where ``...`` stands for anything. A client that logs in is given on stdin the token
-that was printed last, ``ID`` is that of the only token, and ``DAY`` that of the only backup.
+A block runs on the machine that the word after ``sh`` names, by default the server. A ``text`` block shows the output
+of the block before it; ``...`` stands for anything. A client that logs in reads the last printed token from stdin.
+``ID`` is the id of the only token, ``DAY`` the date of the only backup.
 """
 
 import json
@@ -27,7 +27,7 @@ HOSTS = {"server": "https://board.example.com", "new": "https://new.example.com"
 
 
 class Company:
-    """The machines of the page: the server, the one that it moves to, a container, and Ana's."""
+    """The page's machines: the server, its successor, a container, and Ana's."""
 
     def __init__(self, sandbox: Sandbox) -> None:
         self.machines = {name: Machine(sandbox, name) for name in ("server", "new", "container")}
@@ -36,7 +36,7 @@ class Company:
         self.token = ""
 
     def run(self, where: str, script: str) -> str:
-        """Run a block, which must succeed, and return what it prints."""
+        """Run a block, which must succeed, and return its output."""
         done = self._on_the_client(script) if where == "client" else self._on(self.machines[where], script)
         assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
         for line in done.stdout.splitlines():
@@ -57,7 +57,7 @@ class Company:
     def _on_the_client(self, script: str) -> subprocess.CompletedProcess[str]:
         for name, url in HOSTS.items():
             script = script.replace(url, f"http://127.0.0.1:{self.machines[name].port}")
-        machine = self.machines["container"]  # whose stand-in for ``lattice`` is as good as any
+        machine = self.machines["container"]  # any machine's stand-in for ``lattice`` will do
         env = {**self.ana.env, **{name: machine.environment[name] for name in ("MACHINE_ROOT", "MACHINE_PYTHON")}}
         env["PATH"] = f"{machine.environment['MACHINE_BIN']}:{env['PATH']}"
         argv = ["bash", "-euo", "pipefail", "-c", script]
@@ -86,7 +86,7 @@ def company() -> Iterator[Company]:
 
 
 def arrive(company: Company) -> None:
-    """Do what the page leaves to the reader: set the new server up, and bring the project's directory there."""
+    """Do the steps that the page leaves to the reader: set up the new server and copy the project's directory to it."""
     new, old = company.machines["new"], company.machines["server"]
     install = [script for kind, where, script in BLOCKS if kind == "sh" and not where]
     for script in install[: next(i for i, script in enumerate(install) if "enable --now" in script) + 1]:
@@ -95,7 +95,7 @@ def arrive(company: Company) -> None:
     shutil.copytree(leaving, new.path("/var/lib/lattice-remote/arriving"))
 
 
-def test_every_command_of_the_page_works_in_its_order(company: Company) -> None:
+def test_every_command_of_the_page_works_in_order(company: Company) -> None:
     printed, ran = "", 0
     for kind, where, script in BLOCKS:
         if kind == "text":

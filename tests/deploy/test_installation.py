@@ -1,7 +1,7 @@
-"""The README's installing commands, in clean environments of each supported Python, with the real programs.
+"""The README's installation commands, in clean environments of each supported Python, with the real programs.
 
-Packages come from the registry that pip and uv are configured for. The wheel stands for the package that is not on a
-registry yet.
+Packages come from the registry that pip and uv are configured for. The wheel replaces the package until it is on a
+registry.
 """
 
 import os
@@ -25,7 +25,7 @@ TASK = 'BOA-1  backlog  medium  task  "Write the parser"  unassigned'
 
 
 class Place:
-    """Machine on which a user installs: a home, and the programs to install with."""
+    """A user's machine: a home directory, and the installers."""
 
     def __init__(self, sandbox: Sandbox, tools: Path, wheel: Path) -> None:
         self.home = sandbox.root / "installing"
@@ -48,14 +48,16 @@ class Place:
         self.offer_wheel(False)
 
     def offer_wheel(self, offered: bool = True) -> None:
-        """Let ``lattice-remote`` mean the wheel, as if it were on the registry; all else has its tested version."""
+        """Resolve ``lattice-remote`` to the wheel, as if it were on the registry; pin other packages to tested
+        versions.
+        """
         constraints = self.home / f"constraints-{offered}.txt"
         pinned = (ROOT / "constraints.txt").read_text()
         constraints.write_text(f"{pinned}lattice-remote @ {self._wheel.as_uri()}\n" if offered else pinned)
         self.env |= {"PIP_CONSTRAINT": str(constraints), "UV_CONSTRAINT": str(constraints)}
 
     def use(self, interpreter: Path) -> None:
-        """Let uv and pipx use this interpreter."""
+        """Make uv and pipx use this interpreter."""
         self.env |= {"UV_PYTHON": str(interpreter), "PIPX_DEFAULT_PYTHON": str(interpreter)}
 
     def run(self, command: str, *, cwd: Path = ROOT) -> str:
@@ -73,7 +75,7 @@ class Place:
         return done.stdout
 
     def activate(self, interpreter: Path) -> None:
-        """Make a clean environment of this interpreter, and put it first on the PATH."""
+        """Create a clean environment of this interpreter, and put it first on the PATH."""
         directory = self.home / "environment"
         self.run(f"{interpreter} -m venv {directory}")
         self.env["PATH"] = f"{directory}/bin:{self.env['PATH']}"
@@ -89,7 +91,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the directory of uv and pipx, which are installed for these tests."""
+    """Return the directory of uv and pipx, installed for these tests."""
     directory = tmp_path_factory.mktemp("tools")
     venv.create(directory, with_pip=True)
     subprocess.run([directory / "bin" / "pip", "install", "--quiet", *TOOLS], check=True, timeout=300)
@@ -155,7 +157,7 @@ def test_uv_and_pipx_install_from_a_registry_with_the_servers_command(place: Pla
 
 
 def option_of(program: str) -> str:
-    """Return the option that adds ``lattice-remote`` to the PATH, as the README has it."""
+    """Return the README's option that adds ``lattice-remote`` to the PATH."""
     option = {"uv": "--with-executables-from lattice-remote", "pipx": "--include-apps"}[program]
     assert f"`{option}`" in (ROOT / "README.md").read_text()
     return option

@@ -1,4 +1,4 @@
-"""A server below a path of nginx, which asks for a header and a client certificate: commands, streams, the board."""
+"""A server below a path of nginx that requires a header and a client certificate: commands, streams, the board."""
 
 import json
 import subprocess
@@ -42,7 +42,9 @@ def _trusting(client: Client, proxy: GatedNginx) -> subprocess.CompletedProcess[
     return client.run(*trust, stdin=f"{NAME}: {SECRET}\n")
 
 
-def test_commands_pass_the_gate_below_the_path(gated: tuple[Server, GatedNginx, Sandbox]) -> None:
+def test_commands_pass_the_required_header_and_certificate_below_the_path(
+    gated: tuple[Server, GatedNginx, Sandbox],
+) -> None:
     server, proxy, sandbox = gated
     ana, url = sandbox.client("ana"), f"{proxy.url}/"
     token = server.token("human:ana", slug="lattice")
@@ -84,12 +86,12 @@ def test_commands_pass_the_gate_below_the_path(gated: tuple[Server, GatedNginx, 
     assert "Traceback" not in refused.stderr
 
 
-def test_a_board_below_the_path_is_live_and_its_pages_lead_there(gated: tuple[Server, GatedNginx, Sandbox]) -> None:
+def test_a_board_below_the_path_is_live_and_its_links_keep_the_path(gated: tuple[Server, GatedNginx, Sandbox]) -> None:
     server, proxy, sandbox = gated
     ben = sandbox.client("ben")
     token = server.token("human:ben", slug="lattice")
     proxy.stop()
-    proxy.start()  # with a key again
+    proxy.start()  # again, with a key
     assert _trusting(ben, proxy).returncode == 0
     ben.ok("remote", "add", "origin", f"{proxy.url}/lattice", "--token", token)
     origin = proxy.url.removesuffix("/lattice")

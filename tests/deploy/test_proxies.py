@@ -1,4 +1,4 @@
-"""Behind nginx and Caddy as ``examples/deploy/`` sets them up: commands, streams and requests through TLS."""
+"""Commands, streams and requests through TLS, behind nginx and Caddy set up as in ``examples/deploy/``."""
 
 import contextlib
 import http.client
@@ -35,7 +35,7 @@ LOGINS = 3
 
 
 class Place:
-    """A proxy in front of a server, and the copy of somebody who knows only the proxy."""
+    """A proxy in front of a server, and the cache of a client that knows only the proxy."""
 
     def __init__(self, server: Server, token: str, proxy: Proxy, ana: Client, first_address: int) -> None:
         self.server, self.token, self.proxy, self.ana = server, token, proxy, ana
@@ -60,7 +60,7 @@ class Place:
         return Listening(self.proxy.port, self.token, slug, trusting=self.trusting())
 
     def status_from(self, number: int, claims: str | None = None) -> int:
-        """Return what a request with a wrong token is answered, sent from one of the ten addresses."""
+        """Return the status of a request with a wrong token from one of the ten addresses."""
         address = f"127.0.0.{self.first_address + number}"
         connection = http.client.HTTPSConnection(
             "localhost", self.proxy.port, timeout=10, source_address=(address, 0), context=self.trusting()
@@ -108,25 +108,25 @@ def browser() -> Iterator[Browser]:
         yield started
 
 
-def test_commands_are_run_and_copies_are_the_same(place: Place) -> None:
+def test_commands_run_and_caches_equal_the_server(place: Place) -> None:
     place.ana.ok("create", "Through a proxy", *ANA)
     assert "Through a proxy" in place.ana.ok("list")
     assert differences(place.ana.lattice_dir, place.server.lattice_dir()) == []
     assert "connected" in place.ana.ok("remote", "status")
 
 
-def test_a_watch_sees_a_change_after_a_silence_that_nginx_would_not_wait_for(place: Place) -> None:
+def test_a_watch_receives_a_change_after_silence_beyond_nginx_defaults(place: Place) -> None:
     place.ana.ok("create", "Before", *ANA)
     with Watcher(place.ana) as watcher:
         wait_for(lambda: "Before" in str(watcher.records), "the watch to be there")
-        time.sleep(NGINX_DEFAULT_S + 1)  # the silence that is spoken of
+        time.sleep(NGINX_DEFAULT_S + 1)  # the silence of the test's name
         assert "timed out" not in place.proxy.log(), "it would be connected again, and nobody would notice"
         created = place.request("POST", "/projects/board/tasks", json={"title": "Seen"})
         assert created.status_code == 201, created.text
         wait_for(lambda: created.json()["data"]["id"] in str(watcher.records), "the change")
 
 
-def test_events_come_one_by_one_and_outlast_a_silence_that_nginx_would_not_wait_for(place: Place) -> None:
+def test_events_arrive_one_by_one_and_survive_silence_beyond_nginx_defaults(place: Place) -> None:
     with place.listening() as listening, pytest.raises(TimeoutError):
         assert listening.status == 200
         listening.socket.settimeout(NGINX_DEFAULT_S + 1)
@@ -137,7 +137,7 @@ def test_events_come_one_by_one_and_outlast_a_silence_that_nginx_would_not_wait_
             assert title in str(listening.take(3))
 
 
-def test_nginx_waits_for_the_longest_command_and_for_many_signs_of_life() -> None:
+def test_nginx_waits_for_the_longest_command_and_for_many_keepalives() -> None:
     [minutes] = re.findall(r"^ *proxy_read_timeout +(\d+)m;", (DEPLOY / "nginx.conf").read_text(), re.MULTILINE)
     assert int(minutes) * 60 > max(COMMAND_S, 10 * KEEP_ALIVE_S)
     msgspec.json.decode(f'{{"command_seconds": {COMMAND_S}}}', type=LimitSettings)
@@ -145,7 +145,7 @@ def test_nginx_waits_for_the_longest_command_and_for_many_signs_of_life() -> Non
         msgspec.json.decode(f'{{"command_seconds": {COMMAND_S + 1}}}', type=LimitSettings)
 
 
-def test_a_large_file_goes_in_pieces(place: Place) -> None:
+def test_a_large_file_is_sent_in_parts(place: Place) -> None:
     place.ana.ok("create", "With a file", *ANA)
     path = place.ana.dir / "large.bin"
     path.write_bytes(secrets.token_bytes(1024 * 1024) * 50)
@@ -155,7 +155,7 @@ def test_a_large_file_goes_in_pieces(place: Place) -> None:
     assert payload.read_bytes() == path.read_bytes()
 
 
-def test_requests_are_answered_in_the_servers_own_words(place: Place) -> None:
+def test_errors_have_the_servers_own_text(place: Place) -> None:
     tasks = place.request("GET", "/projects/board/tasks")
     assert (tasks.status_code, tasks.json()["ok"]) == (200, True)
     nobody = place.request("GET", "/projects/board/tasks", headers={"Authorization": "Bearer wrong"})
@@ -164,7 +164,7 @@ def test_requests_are_answered_in_the_servers_own_words(place: Place) -> None:
     assert (long.status_code, long.json()["error"]["code"]) == (413, "REMOTE_TOO_LARGE")
 
 
-def test_addresses_are_distinguished_and_their_claims_not_trusted(place: Place) -> None:
+def test_client_addresses_are_distinguished_and_forged_ones_ignored(place: Place) -> None:
     assert [place.status_from(1) for _ in range(LOGINS + 1)] == [401] * LOGINS + [429]
     assert place.status_from(2) == 401, "another address is nobody's fault"
     claims = [place.status_from(3, f"203.0.113.{n}") for n in range(LOGINS + 1)]
@@ -190,7 +190,7 @@ def test_a_browser_signs_in_and_its_board_is_live(place: Place, browser: Browser
         expect(page.get_by_label("Token")).to_be_visible()
 
 
-def test_a_form_of_another_site_is_refused_and_of_our_own_is_not(place: Place) -> None:
+def test_a_form_of_another_site_is_refused_and_our_own_is_accepted(place: Place) -> None:
     def signs_in(origin: str) -> int:
         headers = {"Origin": origin, "Authorization": ""}
         form = {"token": place.token, "next": "/"}
@@ -201,7 +201,7 @@ def test_a_form_of_another_site_is_refused_and_of_our_own_is_not(place: Place) -
     assert signs_in("https://localhost") == 403, "another port is another site"
 
 
-def test_plain_http_is_led_to_tls(place: Place) -> None:
+def test_plain_http_is_redirected_to_tls(place: Place) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", place.proxy.plain_port, timeout=10)
     connection.request("GET", "/projects?x=1", headers={"Host": "localhost"})
     answer = connection.getresponse()
@@ -211,13 +211,13 @@ def test_plain_http_is_led_to_tls(place: Place) -> None:
     connection.close()
 
 
-def test_signs_of_life_of_a_quiet_stream_come_through(place: Place) -> None:
+def test_keepalives_of_a_quiet_stream_pass_through(place: Place) -> None:
     lines = iter(place.quiet.response.readline, b"")
     positions = (line for line in lines if line.rstrip() == b"event: position")
     assert next(positions, None) and next(positions, None), "the second follows a silence, or it was cut off"
 
 
-def test_while_the_server_is_down_it_is_out_of_reach_and_clients_come_back(places: list[Place]) -> None:
+def test_a_stopped_server_is_reported_unreachable_and_clients_reconnect(places: list[Place]) -> None:
     server = places[0].server
     streams = [place.listening() for place in places]
     server.stop()

@@ -1,4 +1,4 @@
-"""``make system``: says what is missing where it can't install it, and starts no service where it can."""
+"""``make system`` installs missing packages or names them, and starts no service."""
 
 import os
 import shutil
@@ -23,20 +23,20 @@ def program(directory: Path, name: str, text: str = "") -> None:
     (directory / name).chmod(0o755)
 
 
-def test_with_everything_there_nothing_is_done(tmp_path: Path) -> None:
+def test_a_complete_system_is_left_unchanged(tmp_path: Path) -> None:
     for name in NEEDED:
         program(tmp_path, name)
     assert run(tmp_path) == (0, "", "")
 
 
-def test_without_apt_get_it_names_what_to_install(tmp_path: Path) -> None:
+def test_without_apt_get_the_missing_packages_are_named(tmp_path: Path) -> None:
     code, out, err = run(tmp_path)
     assert (code, out) == (1, "")
     assert err.startswith("Missing: chromium ")
     assert err.endswith("There is no apt-get here: install them as your system does, then run this again.\n")
 
 
-def test_neither_root_nor_sudo_is_one_line(tmp_path: Path) -> None:
+def test_neither_root_nor_sudo_is_one_line_of_error(tmp_path: Path) -> None:
     program(tmp_path, "apt-get")
     program(tmp_path, "id", "echo 1000")
     code, out, err = run(tmp_path)
@@ -47,7 +47,7 @@ def test_neither_root_nor_sudo_is_one_line(tmp_path: Path) -> None:
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Path:
-    """A machine that has nothing, on which root installs; its policy is ``tmp_path/policy``."""
+    """A machine without the packages, on which root installs; its policy file is ``tmp_path/policy``."""
     for name in ("mktemp", "rm", "cat", "chmod"):
         (tmp_path / name).symlink_to(shutil.which(name) or "")
     program(tmp_path, "id", "echo 0")
@@ -58,7 +58,7 @@ def machine(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_nothing_that_is_installed_starts_now_or_later(machine: Path) -> None:
+def test_no_installed_service_starts_now_or_later(machine: Path) -> None:
     program(machine, "apt-get", f'echo "$@" >> {machine}/asked; {machine}/policy; echo $? >> {machine}/asked')
     assert run(machine, machine / "system.sh") == (
         0,
@@ -73,7 +73,7 @@ def test_nothing_that_is_installed_starts_now_or_later(machine: Path) -> None:
     assert (machine / "disabled").read_text() == "--quiet disable nginx\n--quiet disable caddy\n"
 
 
-def test_a_failure_says_what_apt_get_has_said_and_leaves_no_policy_behind(machine: Path) -> None:
+def test_a_failure_shows_the_output_of_apt_get_and_removes_the_policy(machine: Path) -> None:
     program(machine, "apt-get", "echo E: no space; exit 100")
     code, _, err = run(machine, machine / "system.sh")
     assert code == 1
@@ -81,7 +81,7 @@ def test_a_failure_says_what_apt_get_has_said_and_leaves_no_policy_behind(machin
     assert not (machine / "policy").exists()
 
 
-def test_a_policy_that_is_there_stays(machine: Path) -> None:
+def test_an_existing_policy_is_kept(machine: Path) -> None:
     program(machine, "apt-get")
     program(machine, "policy", "exit 101")
     assert run(machine, machine / "system.sh")[0] == 0
@@ -89,7 +89,7 @@ def test_a_policy_that_is_there_stays(machine: Path) -> None:
 
 
 @pytest.mark.parametrize("ci", [False, True])
-def test_a_test_without_its_program_is_skipped_and_named_but_fails_in_ci(tmp_path: Path, *, ci: bool) -> None:
+def test_a_test_without_its_program_is_skipped_by_name_but_fails_in_ci(tmp_path: Path, *, ci: bool) -> None:
     (tmp_path / "test_it.py").write_text("from programs import program\n\ndef test_it():\n    program('no-such')\n")
     root = Path(__file__).parents[2]
     argv = [sys.executable, "-m", "pytest", "-p", "conftest", "-n", "1", "-c", root / "pyproject.toml", tmp_path]

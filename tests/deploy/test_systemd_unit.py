@@ -1,4 +1,4 @@
-"""The unit for systemd: it is one, it is confined, and a start that fails is a failure."""
+"""The systemd unit: valid, confined, and failing when its start fails."""
 
 import re
 import subprocess
@@ -29,11 +29,11 @@ def analysed(*argv: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_systemd_finds_nothing_wrong_with_it(unit: Path) -> None:
+def test_systemd_verify_accepts_the_unit(unit: Path) -> None:
     assert analysed("verify", "--man=no", str(unit)) == ""
 
 
-def test_it_may_do_little(unit: Path) -> None:
+def test_the_unit_has_few_privileges(unit: Path) -> None:
     said = analysed("security", "--offline=true", str(unit))
     [level] = re.findall(r"Overall exposure level for lattice-remote.service: ([\d.]+)", said)
     assert float(level) <= EXPOSED

@@ -1,4 +1,4 @@
-"""The hosted dashboard, as somebody before a browser uses it: what the tests of its page stand on."""
+"""The hosted dashboard as a user in a browser sees it: support for the tests of its page."""
 
 import contextlib
 import json
@@ -19,14 +19,14 @@ WITHOUT_ITS_LIBRARY = "THREE is not defined"
 
 
 class Board:
-    """A server with one project, somebody who works on it from a terminal, and browsers."""
+    """A server with one project, a user in a terminal, and browsers."""
 
     def __init__(self, server: Server, ben: Client, browser: Browser) -> None:
         self.server, self.ben, self.browser = server, ben, browser
         self.path = "/projects/board/dashboard/"
 
     def made(self, title: str, *options: str) -> str:
-        """Create a task from the terminal and return its id."""
+        """Create a task in the terminal and return its id."""
         said = self.ben.ok("create", title, *options, "--actor", "human:ben", "--json")
         return str(json.loads(said)["data"]["id"])
 
@@ -35,12 +35,12 @@ class Board:
         self.ben.ok(*argv, "--actor", "human:ben")
 
     def snapshot(self, task: str) -> dict[str, object]:
-        """Return a task as it is on the server."""
+        """Return the server's snapshot of a task."""
         found: dict[str, object] = json.loads((self.server.lattice_dir() / "tasks" / f"{task}.json").read_text())
         return found
 
     def text(self, task: str, kind: str = "plans") -> Path:
-        """Return where the server has a plan or notes."""
+        """Return the server's path of a plan or notes."""
         return self.server.lattice_dir() / kind / f"{task}.md"
 
     @cache  # noqa: B019 - as long as the server
@@ -49,7 +49,7 @@ class Board:
 
     @contextlib.contextmanager
     def person(self, actor: str = "human:web", *, width: int = 1280) -> Iterator[Person]:
-        """Somebody with a browser that is signed in; at the end no page has complained of anything."""
+        """A user with a signed-in browser; at the end no page has logged an error."""
         with Person(self.browser, self.server.url, viewport={"width": width, "height": 800}) as person:
             person.context.route(lambda url: "//127.0.0.1" not in url, without_libraries)
             person.enter(self._token(actor))
@@ -64,12 +64,12 @@ class Board:
 
 
 def without_libraries(route: Route) -> None:
-    """Answer what a page asks of other servers: no test depends on them."""
+    """Answer a page's requests to other servers, so that no test depends on them."""
     route.fulfill(body="", content_type="text/javascript")
 
 
 def state(page: Page) -> Locator:
-    """What the page says about its connection."""
+    """Return the page's connection state."""
     return page.locator("#remote-state")
 
 

@@ -1,4 +1,4 @@
-"""What of lattice-tracker's own command table was run: every command, option, format, success and failure."""
+"""Coverage of lattice-tracker's own command table: every command, option, format, success and failure."""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ __all__ = ["Ran", "commands_of", "gaps", "ran"]
 
 @dataclass(frozen=True)
 class Ran:
-    """One line that was run: its command's words, the parameters that it gave by their names, its exit code."""
+    """One command line that was run: its command's words, the names of its parameters, its exit code."""
 
     path: str
     given: frozenset[str]
@@ -18,14 +18,14 @@ class Ran:
 
     @property
     def format(self) -> str:
-        """What it printed: for people, for programs, or the least."""
+        """The output format: for people, for programs, or minimal."""
         if self.given & {"output_json", "as_json"}:
             return " with --json"
         return " with --quiet" if "quiet" in self.given else ""
 
 
 def commands_of(group: click.Group, words: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
-    """Walk a group, and the groups in it, to every command that can be run."""
+    """Yield every command that can be run in a group and its subgroups."""
     for name, command in group.commands.items():
         if isinstance(command, click.Group):
             yield from commands_of(command, (*words, name))
@@ -34,7 +34,7 @@ def commands_of(group: click.Group, words: tuple[str, ...] = ()) -> Iterator[tup
 
 
 def ran(cli: click.Group, line: Sequence[str], exit_code: int) -> Ran | None:
-    """Take a line apart as Click does; None for one that runs no command: a misuse, or a call for help."""
+    """Parse a line as Click does; return None if it runs no command (usage error or help)."""
     command: click.Command = cli
     words: list[str] = []
     rest = list(line)
@@ -51,7 +51,7 @@ def ran(cli: click.Group, line: Sequence[str], exit_code: int) -> Ran | None:
 
 
 def gaps(cli: click.Group, all_ran: Collection[Ran], exceptions: Collection[str]) -> list[str]:
-    """Return what was not run though nothing excepts it, and exceptions that except nothing."""
+    """Return entries neither run nor excepted, and exceptions that match nothing."""
     missing = {gap for path, command in commands_of(cli) for gap in _gaps_of(path, command, all_ran)}
     excepted = {gap for gap in missing if gap in exceptions or gap.partition(":")[0] in exceptions}
     idle = {f"the exception {name!r} is of no use" for name in exceptions if not _excepts(name, excepted)}

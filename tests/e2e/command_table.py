@@ -1,8 +1,8 @@
 """Every command of lattice-tracker with the lines that ``test_every_command.py`` runs, remote and local.
 
-The rows are run in this order, in one project on each side. A row's lines need not all be of its own command: what
-prepares the ground stands beside what it is for. ``{...}`` is filled in on each side: ``{LAT-1}`` with a task's id,
-``{comment 2}`` with the id of LAT-1's second comment, ``{busy}`` with a port that somebody listens on.
+The rows run in this order, in one project on each side. A row may contain lines of other commands that prepare its own.
+Each side fills in ``{...}``: ``{LAT-1}`` is a task's id, ``{comment 2}`` the id of LAT-1's second comment, ``{busy}`` a
+port in use.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ GIVEN = "task_01HZXW5R3N8QJ6T2V9B4C7D1EF"
 
 
 def _in_both(*line: str) -> list[Line]:
-    """Return a line as it is, and once more with ``--json``."""
+    """Return a line, and the same line with ``--json``."""
     return [line, (*line, "--json")]
 
 
@@ -293,7 +293,7 @@ ROWS: Mapping[str, Sequence[Line]] = {
         ("set-project-code", "TOO-LONG-123"),
     ],
     "a command that there is not": [("no-such-command",)],
-    # What is local by nature: it must do in a remote project what it does in any other, and leave its board alone.
+    # Commands that are local by nature work in a remote project as in any other, and leave its board unchanged.
     "init": [
         ("init",),
         ("init", "--path", "deep", "--project-code", "lower-case", *ANA),

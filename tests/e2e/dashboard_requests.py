@@ -1,4 +1,4 @@
-"""What a page of lattice's dashboard asks, and more: for whoever answers it."""
+"""Requests of the dashboard's page and more, for any server of them."""
 
 import json
 from typing import Protocol
@@ -90,7 +90,7 @@ class _Dashboard(Protocol):
 
 
 class PageRequests:
-    """Requests of the table to one dashboard, with the ids that its answers brought."""
+    """Table requests to one dashboard, with the ids that its responses contained."""
 
     def __init__(self, dashboard: _Dashboard, normalise: Normaliser, *, is_local: bool) -> None:
         self._dashboard, self.normalise, self._is_local = dashboard, normalise, is_local
@@ -98,9 +98,9 @@ class PageRequests:
         self.comment = ""
 
     def post(self, path: str, body: object) -> tuple[int, str]:
-        """Return status and normalised text of the answer."""
+        """Return status and normalised text of the response."""
         if self._is_local and isinstance(body, dict) and body.get("actor", "dashboard:web") == "dashboard:web":
-            body = {**body, **({} if path == "/api/config/dashboard" else ANA)}  # as whom the token is known there
+            body = {**body, **({} if path == "/api/config/dashboard" else ANA)}  # the actor of the token
         data = body if isinstance(body, bytes) else json.dumps(body).replace("{comment}", self.comment).encode()
         status, text = self._dashboard.post(path.format(*self.tasks or [""]), data)
         if path == "/api/tasks" and status == 201:
@@ -110,5 +110,5 @@ class PageRequests:
         return status, self.said(text)
 
     def said(self, text: str) -> str:
-        """Return an answer without what differs by nature."""
+        """Return a response without the parts that differ by nature."""
         return self.normalise(text)

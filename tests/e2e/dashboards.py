@@ -1,4 +1,4 @@
-"""A ``lattice dashboard`` that runs, and HTTP to it: what the tests of the dashboard stand on."""
+"""A running ``lattice dashboard`` and HTTP requests to it: support for the dashboard's tests."""
 
 import contextlib
 import http.client
@@ -22,14 +22,14 @@ def free_port() -> int:
 
 @dataclass
 class Dashboard:
-    """The process, and how it is asked."""
+    """The dashboard's process, and requests to it."""
 
     process: subprocess.Popen[str]
     host: str
     port: int
 
     def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, str]:
-        """Return status and body of the answer; ``Content_Type`` becomes ``Content-Type``."""
+        """Return status and body of the response; ``Content_Type`` becomes ``Content-Type``."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         with contextlib.closing(http.client.HTTPConnection(self.host, self.port, timeout=30)) as connection:
             connection.request(method, path, body, named)
@@ -40,13 +40,13 @@ class Dashboard:
         return self.ask("GET", path)
 
     def post(self, path: str, body: object, **headers: str) -> tuple[int, str]:
-        """Ask as the page does; a body that is no bytes travels as JSON."""
+        """Post as the page does; a body other than bytes is sent as JSON."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         return self.ask("POST", path, data, **{"Content_Type": "application/json", **headers})
 
     @contextlib.contextmanager
     def events(self) -> Iterator[Iterator[dict[str, Any]]]:
-        """Listen as the page does; yields the id and data of each event."""
+        """Listen as the page does; yield the id and data of each event."""
         with contextlib.closing(http.client.HTTPConnection(self.host, self.port, timeout=30)) as connection:
             connection.request("GET", "/remote/events")
             answer = connection.getresponse()
@@ -54,7 +54,7 @@ class Dashboard:
             yield _read(answer)
 
     def interrupt(self) -> tuple[int, str]:
-        """Press Ctrl-C; return the exit code and what was written to stderr."""
+        """Press Ctrl-C; return the exit code and stderr."""
         self.process.send_signal(signal.SIGINT)
         _, stderr = self.process.communicate(timeout=20)
         return self.process.returncode, stderr
@@ -72,7 +72,7 @@ def _read(stream: Iterable[bytes]) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def serving(client: Client, *, host: str = "127.0.0.1", env: Mapping[str, str] | None = None) -> Iterator[Dashboard]:
-    """Run ``lattice dashboard`` in a client's directory until the block ends."""
+    """Run ``lattice dashboard`` in a client's directory for the duration of the block."""
     port = free_port()
     process = client.popen("dashboard", "--host", host, "--port", str(port), "--json", env=env)
     dashboard = Dashboard(process, host, port)

@@ -1,4 +1,4 @@
-"""Takes out of two projects' outputs and files what differs by nature: ids, times, and where they lie."""
+"""Normalises outputs and files of two projects, which differ by ids, times and directories."""
 
 import re
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _NEAR = re.compile(r"(?<=lattice dashboard --port )\d+")
 
 @dataclass
 class Normaliser:
-    """Replaces ids by their order of appearance, times by a word, and this side's own directories."""
+    """Replaces ids by their order of appearance, times by a word, and this side's directories."""
 
     places: dict[str, str]
     seen: dict[str, str] = field(default_factory=dict)
@@ -29,7 +29,7 @@ class Normaliser:
         return _AGO.sub("AGO", _DATE.sub("DATE", _TIME.sub("TIME", text)))
 
     def files(self, tree: Mapping[str, bytes]) -> dict[str, str]:
-        """Return files, named and filled with normalised ids, so that two projects can be compared."""
+        """Return files with normalised names and contents, to compare two projects."""
         order = sorted(tree, key=lambda path: (path.startswith(("artifacts", "resources", "sessions")), path))
         return {self(path): self(tree[path].decode(errors="surrogateescape")) for path in order}
 

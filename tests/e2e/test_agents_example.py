@@ -33,7 +33,7 @@ rmdir "$PLACE/busy"
 
 
 class Box:
-    """Machine with one checkout for all agents. Its user has no token: each agent brings its own."""
+    """A machine with one checkout for all agents. Its user has no token; each agent has its own."""
 
     def __init__(self, server: Server, ana: Client, sandbox: Sandbox) -> None:
         self.server, self.ana = server, ana
@@ -58,7 +58,7 @@ class Box:
         return [file.read_text().strip() for file in sorted(self.tokens.iterdir())]
 
     def fill(self, tasks: int) -> None:
-        """Create tasks with a plan each: without one, lattice lets nobody start."""
+        """Create tasks with a plan each, without which lattice refuses a start."""
         self.ana.ok("resource", "create", "gpu", *ANA)
         for number in range(tasks):
             made = json.loads(self.ana.ok("create", f"Task {number}", *ANA, "--json"))["data"]
@@ -90,7 +90,7 @@ def box(sandbox: Sandbox) -> Iterator[Box]:
     yield Box(server, ana, sandbox)
 
 
-def test_tokens_are_made_once_for_their_reader_alone(box: Box) -> None:
+def test_tokens_are_created_once_and_readable_only_by_their_owner(box: Box) -> None:
     first = box.make_tokens(2)
     assert box.make_tokens(3)[:2] == first
     assert [stat.S_IMODE(file.stat().st_mode) for file in box.tokens.iterdir()] == [0o600] * 3
@@ -143,7 +143,7 @@ def test_stopped_agents_release_the_resource(box: Box) -> None:
         stderr=subprocess.DEVNULL,
     )
     wait_for((box.place / "started").exists, "an agent to work", 60)
-    os.killpg(agents.pid, signal.SIGTERM)  # as Ctrl-C reaches all of a terminal's processes
+    os.killpg(agents.pid, signal.SIGTERM)  # Ctrl-C reaches all processes of a terminal
     assert agents.wait(60) == 130
     wait_for(lambda: "available" in box.ana.ok("resource", "status", "gpu"), "the resource to be free", 60)
 
@@ -153,7 +153,7 @@ def test_stopped_agents_release_the_resource(box: Box) -> None:
 
 @pytest.fixture(params=["bwrap", "unshare"])
 def sandbox_path(request: pytest.FixtureRequest, box: Box) -> str:
-    """Return a PATH with bubblewrap, or without it."""
+    """Return a PATH with or without bubblewrap."""
     if request.param == "bwrap":
         program("bwrap")
         return box.env["PATH"]
@@ -164,7 +164,7 @@ def sandbox_path(request: pytest.FixtureRequest, box: Box) -> str:
     return f"{BIN}:{tools}"
 
 
-def test_in_a_sandbox_without_network_reads_work_and_mcp_writes(box: Box, sandbox_path: str) -> None:
+def test_a_sandbox_without_network_reads_its_work_and_writes_through_mcp(box: Box, sandbox_path: str) -> None:
     [token] = box.make_tokens(1)
     box.ana.ok("create", "First", *ANA)
     env = {"LATTICE_TOKEN": token}
@@ -194,7 +194,7 @@ def test_in_a_sandbox_without_network_reads_work_and_mcp_writes(box: Box, sandbo
     assert "by MCP" in after.stdout
 
 
-def test_in_a_sandbox_with_network_an_agent_works(box: Box, sandbox_path: str) -> None:
+def test_an_agent_works_in_a_sandbox_with_network(box: Box, sandbox_path: str) -> None:
     [token] = box.make_tokens(1)
     box.ana.ok("create", "First", *ANA)
     wall = (EXAMPLES / "sandbox.sh", "--network")
@@ -209,7 +209,7 @@ def test_in_a_sandbox_with_network_an_agent_works(box: Box, sandbox_path: str) -
 
 
 def test_agents_in_containers_share_one_checkout(box: Box) -> None:
-    """The service of compose.yaml, with namespaces instead of an engine."""
+    """Runs the service of compose.yaml in namespaces, without an engine."""
     service = yaml.safe_load((EXAMPLES / "compose.yaml").read_text())["services"]["agent"]
     assert (EXAMPLES / service["build"]["context"] / service["build"]["dockerfile"]).resolve().exists()
     assert service["entrypoint"] == ["sh", "/opt/agent.sh"] and service["volumes"][1].startswith("./agent.sh:")

@@ -28,7 +28,7 @@ def test_the_remote_is_listed_shown_and_renamed(shared_board: Board) -> None:
 
 
 @pytest.mark.parametrize("command", ["pull", "update", "push", "fetch"])
-def test_the_remotes_name_may_follow(shared_board: Board, command: str) -> None:
+def test_git_style_commands_accept_the_remotes_name(shared_board: Board, command: str) -> None:
     _, ana, _ = shared_board
     ana.ok("remote", command, "origin")
     if command != "fetch":
@@ -39,7 +39,9 @@ def test_the_remotes_name_may_follow(shared_board: Board, command: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["pull", "push", "fetch", "log", "clone"])
-def test_a_git_command_of_lattice_hints_at_the_right_one(shared_board: Board, tmp_path: Path, command: str) -> None:
+def test_a_git_command_gets_a_hint_at_the_right_lattice_command(
+    shared_board: Board, tmp_path: Path, command: str
+) -> None:
     _, ana, _ = shared_board
     for client in (ana, ana.elsewhere(tmp_path)):
         done = client.run(command)
@@ -47,7 +49,7 @@ def test_a_git_command_of_lattice_hints_at_the_right_one(shared_board: Board, tm
         assert f"No such command '{command}'. Did you mean: lattice remote {command}?" in done.stderr
 
 
-def test_the_projects_of_a_token_are_listed_and_named_by_clone(sandbox: Sandbox) -> None:
+def test_the_projects_of_a_token_are_listed_and_cloned_by_name(sandbox: Sandbox) -> None:
     server = sandbox.server()
     server.project("api", "API")
     server.project("web", "WEB")
@@ -82,7 +84,7 @@ def test_the_projects_of_a_token_are_listed_and_named_by_clone(sandbox: Sandbox)
     assert "web\t" in ana.elsewhere(ana.dir / "web").ok("remote", "projects")
 
 
-def test_a_slash_behind_a_project_does_no_harm(sandbox: Sandbox) -> None:
+def test_a_trailing_slash_of_a_project_is_ignored(sandbox: Sandbox) -> None:
     server = sandbox.started_server()
     token, ana = server.token("human:ana"), sandbox.client("ana")
     below = ana.run("remote", "login", f"{server.url}/board/", stdin=f"{token}\n")
@@ -94,8 +96,8 @@ def test_a_slash_behind_a_project_does_no_harm(sandbox: Sandbox) -> None:
     assert "means project 'board'" in ana.run("remote", "clone", f"{server.url}/x/board/").stderr
 
 
-def test_files_written_by_hand_are_enough(sandbox: Sandbox) -> None:
-    """``remote.json`` with url and project, ``tokens.json`` with a token for each server."""
+def test_files_written_by_hand_suffice(sandbox: Sandbox) -> None:
+    """``remote.json`` with URL and project, ``tokens.json`` with a token for each server."""
     server = sandbox.started_server()
     ana = sandbox.client("ana")
     configuration = Path(ana.env["XDG_CONFIG_HOME"]) / "lattice"

@@ -1,4 +1,4 @@
-"""A request runs once, whatever dies at whatever moment of it (I6), and what can't be finished is said to be so."""
+"""At-most-once execution under crashes at any point; unfinished requests are reported (I6)."""
 
 import json
 import os
@@ -19,13 +19,13 @@ pytestmark = pytest.mark.e2e
 
 @pytest.fixture
 def limits() -> dict[str, float]:
-    """The server's own limits, where a test says no others."""
+    """The server's default limits, unless a test sets others."""
     return {}
 
 
 @pytest.fixture
 def injected(sandbox: Sandbox, limits: dict[str, float]) -> Iterator[tuple[Server, Client, Path]]:
-    """A server whose worker can be made to fail, and a client."""
+    """A server with an injectable worker failure, and a client."""
     server = sandbox.server()
     (server.data / "config.json").write_text(json.dumps({"limits": limits}))
     faults = inject(server)
@@ -46,7 +46,7 @@ def worker_pid(server: Server) -> int:
 
 
 def check_points(server: Server, client: Client, points: int) -> None:
-    """Each comment is there once, and the cache becomes equal to the server."""
+    """Check that each comment exists once and that the cache converges to the server."""
     assert 5 < points < _MAX_POINTS
     found = effects_in(server.lattice_dir())
     assert {point: found[f"p{point}", "comment_added"] for point in range(points)} == dict.fromkeys(range(points), 1)
@@ -54,18 +54,18 @@ def check_points(server: Server, client: Client, points: int) -> None:
     check_numbers(server)
 
 
-def test_a_worker_killed_at_any_point_of_a_command_runs_it_once(injected: tuple[Server, Client, Path]) -> None:
+def test_a_worker_killed_at_any_point_runs_a_command_once(injected: tuple[Server, Client, Path]) -> None:
     server, ana, faults = injected
     for point in range(_MAX_POINTS):
         pid = worker_pid(server)
         (faults / f"worker-dies-{pid}").write_text("." * point)
         ana.ok("comment", "LAT-1", f"point {point}", "--actor", f"agent:p{point}")
         if server.worker_pids() == [pid]:
-            break  # the command has no more points than that
+            break  # the command has no further points
     check_points(server, ana, point + 1)
 
 
-def test_a_server_killed_at_any_point_of_a_command_runs_it_once(injected: tuple[Server, Client, Path]) -> None:
+def test_a_server_killed_at_any_point_runs_a_command_once(injected: tuple[Server, Client, Path]) -> None:
     server, ana, faults = injected
     for point in range(_MAX_POINTS):
         (faults / f"server-dies-{worker_pid(server)}").write_text("." * point)
@@ -75,17 +75,17 @@ def test_a_server_killed_at_any_point_of_a_command_runs_it_once(injected: tuple[
         wait_for(lambda: process.poll() is not None or running.poll() is not None, "the end of one of them")  # noqa: B023
         is_over = process.poll() is None
         if not is_over:
-            server.kill()  # it is gone already; this takes note of it
+            server.kill()  # it has exited; collect it
             server.start()
         out, err = running.communicate(timeout=60)
         assert running.returncode == 0, out + err
         if is_over:
             break
-        ana.ok("list")  # connected again: the new worker is there
+        ana.ok("list")  # reconnected: the new worker runs
     check_points(server, ana, point + 1)
 
 
-def test_after_a_failed_fsync_nothing_is_acknowledged_until_a_restart(injected: tuple[Server, Client, Path]) -> None:
+def test_after_a_failed_fsync_no_write_is_acknowledged_until_a_restart(injected: tuple[Server, Client, Path]) -> None:
     server, ana, faults = injected
     (faults / "fsync-fails").touch()
     first = ana.run("comment", "LAT-1", "into the void", "--actor", "agent:f1", "--json")
@@ -138,7 +138,7 @@ def test_a_replaced_lattice_directory_is_noticed(injected: tuple[Server, Client,
 
 
 def test_a_command_that_ran_before_remote_json_disappeared_is_reported_as_unknown(sandbox: Sandbox) -> None:
-    """I6: git may take the file away while the command waits for its reply."""
+    """I6: git may remove the file while the command waits for its reply."""
     server = sandbox.started_server()
     token = server.token("human:ana", "agent:*")
     ana = sandbox.client("ana")

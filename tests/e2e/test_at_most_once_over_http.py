@@ -1,4 +1,4 @@
-"""A request over HTTP that has a key runs once, whatever dies at whatever moment of it (I6)."""
+"""HTTP requests with an idempotency key run once under crashes at any point (I6)."""
 
 import time
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ _MAX_POINTS = 60
 
 
 class Program:
-    """A program that comments on the first task, each time with a key, over a connection of its own."""
+    """A program that comments on the first task, with a key and a new connection for each comment."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -27,7 +27,7 @@ class Program:
         self.post("/tasks", "first", title="One")
 
     def waits(self) -> bool:
-        """Tell whether somebody waits for a resource, as the server's figures say."""
+        """Report whether a request waits for a resource, by the server's metrics."""
         headers = {"Authorization": f"Bearer {self._metrics}"}
         figures = requests.get(f"{self._server.url}/metrics", headers=headers, timeout=60).text
         return 'lattice_remote_queue_requests{project="board",where="resource"} 1.0' in figures
@@ -38,7 +38,7 @@ class Program:
         return requests.post(url, json=body, headers=headers, timeout=30)
 
     def comments(self) -> int:
-        """Return how many there are by now, as the server says."""
+        """Return the server's number of comments."""
         url = f"{self._server.url}/projects/board/tasks/LAT-1/comments"
         return len(requests.get(url, headers=self._headers, timeout=30).json()["data"])
 
@@ -56,7 +56,7 @@ def injected() -> Iterator[tuple[Server, Program, Path]]:
         yield server, Program(server), faults
 
 
-def test_a_server_killed_before_it_answers_has_done_it_once(injected: tuple[Server, Program, Path]) -> None:
+def test_a_server_killed_before_it_responds_has_run_the_request_once(injected: tuple[Server, Program, Path]) -> None:
     server, program, faults = injected
     keys, done_before = [], 0
     for point in range(3, _MAX_POINTS, 3):
@@ -66,12 +66,12 @@ def test_a_server_killed_before_it_answers_has_done_it_once(injected: tuple[Serv
         try:
             answer = program.comment(key)
         except requests.ConnectionError:
-            server.kill()  # it is gone already; this takes note of it
+            server.kill()  # it has exited; collect it
             server.start()
             done_before += program.comments() == len(keys)
             answer = program.comment(key)
         else:
-            keys.append("")  # the command has no more points than that
+            keys.append("")  # the command has no further points
             (faults / f"server-dies-{server.worker_pids()[0]}").unlink()
         assert answer.status_code == 201, answer.text
         again = program.comment(key)
@@ -87,8 +87,8 @@ def test_a_server_killed_before_it_answers_has_done_it_once(injected: tuple[Serv
     check_numbers(server)
 
 
-def test_a_key_is_remembered_though_others_write_much() -> None:
-    """For the 30 days that are documented, whatever the journal's size, and in a new epoch too."""
+def test_a_key_is_remembered_under_many_writes_of_others() -> None:
+    """It lasts for the documented 30 days, for any size of the journal and in a new epoch."""
     with Sandbox(warm()) as sandbox:
         server = sandbox.server()
         (server.data / "config.json").write_text('{"journal": {"max_bytes": 65536, "segment_bytes": 8192}}')
@@ -111,7 +111,7 @@ def test_a_key_is_remembered_though_others_write_much() -> None:
         assert effects_in(server.lattice_dir())["once", "comment_added"] == 1
 
 
-def test_a_stopping_server_answers_its_waiters(injected: tuple[Server, Program, Path]) -> None:
+def test_a_stopping_server_replies_to_waiting_requests(injected: tuple[Server, Program, Path]) -> None:
     server, program, _ = injected
     assert program.post("/resources/gpu", "made").status_code == 201
     assert program.post("/resources/gpu/acquire", "held").status_code == 200

@@ -1,4 +1,4 @@
-"""A copy of the live data directory is a server again, and its clients get there by themselves (I2, I7, I12)."""
+"""Backups: a copy of the live data directory serves again, and clients resync without help (I2, I7, I12)."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from sse import Listening
 pytestmark = pytest.mark.e2e
 
 
-def test_copies_of_a_server_at_work_are_whole_and_clients_get_there_by_themselves(sandbox: Sandbox) -> None:
+def test_copies_of_a_busy_server_are_complete_and_clients_resync(sandbox: Sandbox) -> None:
     server = sandbox.started_server()
     token = server.token("human:ana", "agent:*")
     ana = sandbox.client("ana")
@@ -31,7 +31,7 @@ def test_copies_of_a_server_at_work_are_whole_and_clients_get_there_by_themselve
         check_copy(copy, token, acknowledged)
         assert resync(server, copy, token) == 1, copy.log.read_text()
         copy.stop()
-    # The same address, as when a backup takes the place of a disk that was lost.
+    # The same address, as when a backup replaces a lost disk.
     server.stop()
     copies[0].port = server.port
     copies[0].start()
@@ -45,7 +45,7 @@ def put_copy_in_place(backup: Path, data: Path) -> None:
 
 
 class Restored:
-    """A server with five changes, a backup, and three changes after it that the backup lacks."""
+    """A server with five changes, a backup, and three changes that the backup lacks."""
 
     def __init__(self, sandbox: Sandbox) -> None:
         self.server = server = sandbox.server()
@@ -75,7 +75,7 @@ class Restored:
         return found["epoch"], found["position"]
 
     def restore(self, put_back: Callable[[Path, Path], None], *, new: int) -> None:
-        """Put the backup back while nobody is connected; then somebody without a copy makes new changes."""
+        """Restore the backup while no client is connected, then make new changes from a client without a cache."""
         for client in (self.ana, self.ben):
             client.ok("remote", "agent", "stop")
         self.server.stop()
@@ -95,10 +95,10 @@ def rescued(client: Client) -> list[str]:
 
 
 @pytest.mark.parametrize("put_back", [put_copy_in_place, write_over])
-def test_what_a_restored_server_lacks_is_kept_by_its_clients(
+def test_changes_missing_from_a_restored_server_are_kept_by_clients(
     sandbox: Sandbox, put_back: Callable[[Path, Path], None]
 ) -> None:
-    """I7: it is named by the next command, and can be applied; ids that were given again are no hindrance."""
+    """I7: the next command names the lost change, and it can be applied even if its ids were reused."""
     at = Restored(sandbox)
     at.ana.ok("comment", "LAT-1", "lost words", "--actor", "human:ana")
     task = json.loads(at.ana.ok("show", "LAT-2", "--json"))["data"]["id"]
@@ -106,7 +106,7 @@ def test_what_a_restored_server_lacks_is_kept_by_its_clients(
     plan.write_text("# Lost lines\n")
     at.ana.ok("remote", "push")
     at.restore(put_back, new=2)
-    at.ben.ok("comment", "LAT-1", "said after it", "--actor", "human:ana")  # proves it; the log goes on in another way
+    at.ben.ok("comment", "LAT-1", "said after it", "--actor", "human:ana")  # proves that the log continued differently
     wait_for(lambda: "were rescued" in at.ana.run("list").stderr or rescued(at.ana), "ana to notice")
     said = at.ana.run("list").stderr
     assert "the server was restored to an earlier state that lacks it" in said and "remote rescued" in said, said
@@ -124,8 +124,8 @@ def test_what_a_restored_server_lacks_is_kept_by_its_clients(
     wait_for(lambda: not differences(at.ben.lattice_dir, at.server.lattice_dir()), "ben to have all of it", 40)
 
 
-def test_events_that_a_restored_lattice_directory_lacks_are_kept_by_clients(sandbox: Sandbox) -> None:
-    """I7: the history goes on; for clients the server's files lose events in a usual change."""
+def test_events_missing_from_a_restored_lattice_directory_are_kept_by_clients(sandbox: Sandbox) -> None:
+    """I7: the history continues; for clients the server's files lose events in an ordinary change."""
     at = Restored(sandbox)
     at.ana.ok("comment", "LAT-1", "lost words", "--actor", "human:ana")
     at.ana.ok("archive", "LAT-2", "--actor", "human:ana")
@@ -143,7 +143,7 @@ def test_events_that_a_restored_lattice_directory_lacks_are_kept_by_clients(sand
     assert "lost words" in at.ana.ok("comments", "LAT-1"), applied.stdout + applied.stderr
 
 
-def test_a_client_that_was_behind_the_backup_has_nothing_to_keep(sandbox: Sandbox) -> None:
+def test_a_client_behind_the_backup_keeps_nothing(sandbox: Sandbox) -> None:
     at = Restored(sandbox)
     at.ben.ok("remote", "agent", "stop")
     before = {path.name for path in at.ben.lattice_dir.iterdir()}
@@ -162,10 +162,10 @@ def test_a_client_that_was_behind_the_backup_has_nothing_to_keep(sandbox: Sandbo
 
 @pytest.mark.parametrize("put_back", [put_copy_in_place, write_over])
 @pytest.mark.parametrize("first", ["events", "watch", "a cache"])
-def test_a_position_in_an_abandoned_history_is_noticed(
+def test_a_position_in_an_abandoned_history_is_detected(
     sandbox: Sandbox, put_back: Callable[[Path, Path], None], first: str
 ) -> None:
-    """I7: the restored server has gone on past the number, so that only the change's mark says that it is another."""
+    """I7: the restored server has passed the number, so only the change id differs."""
     at = Restored(sandbox)
     at.restore(put_back, new=5)
     assert (at.described()[0] == at.epoch) == (put_back is write_over), "a copy is known as such, a snapshot is not"

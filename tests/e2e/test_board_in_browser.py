@@ -1,4 +1,4 @@
-"""The hosted dashboard in a real browser: looked at, worked in, kept up to date, cut off and come back."""
+"""The hosted dashboard in a real browser: views, edits, live updates, lost connections."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def it() -> Iterator[Board]:
         yield Board(server, ben, browser)
 
 
-# --- to look at it ---
+# --- views ---
 
 
 def test_a_user_signs_in_and_sees_the_board(it: Board) -> None:
@@ -43,7 +43,7 @@ def test_a_user_signs_in_and_sees_the_board(it: Board) -> None:
         assert [said for said in person.complaints if WITHOUT_ITS_LIBRARY not in said] == []
 
 
-def test_every_view_shows_what_there_is_in_dark_and_light_wide_and_narrow(it: Board) -> None:
+def test_every_view_shows_its_content_in_dark_and_light_wide_and_narrow(it: Board) -> None:
     task = it.made("Looked at from all sides", "--priority", "high", "--description", "It is long.\n" * 3)
     it.does("comment", task, "A comment")
     with it.person() as person:
@@ -74,7 +74,7 @@ def test_every_view_shows_what_there_is_in_dark_and_light_wide_and_narrow(it: Bo
             page.close()
 
 
-def test_a_view_whose_answers_come_late_does_not_take_the_place_of_the_next(it: Board) -> None:
+def test_a_view_with_late_responses_does_not_replace_the_next(it: Board) -> None:
     task = it.made("Answered late")
     with it.person() as person:
         page = it.open(person)
@@ -103,7 +103,7 @@ SLOW_STATS = """() => {
 
 
 @pytest.mark.parametrize("view", ["board", "list"])
-def test_a_view_that_is_drawn_late_during_a_poll_does_not_take_the_place_of_the_next(it: Board, view: str) -> None:
+def test_a_view_drawn_late_during_a_poll_does_not_replace_the_next(it: Board, view: str) -> None:
     it.made(f"Shown in the {view}")
     with it.person() as person:
         page = it.open(person)
@@ -116,13 +116,13 @@ def test_a_view_that_is_drawn_late_during_a_poll_does_not_take_the_place_of_the_
         wait_for(lambda: held or page.wait_for_timeout(20), "the poll")
         page.evaluate("window.release()")
         expect(page.locator("#app .stats-view")).to_be_attached()
-        page.unroute("**/api/tasks")  # the poll goes on
+        page.unroute("**/api/tasks")  # the poll continues
         expect(page.locator("#app .stats-view")).to_have_count(0)
         expect(page.get_by_text(f"Shown in the {view}").first).to_be_attached()
 
 
 @pytest.mark.parametrize("address", ["#task/{}", "#//task/{}", "#/task/{}"])
-def test_a_view_with_any_address_that_the_page_accepts_is_not_drawn_again(it: Board, address: str) -> None:
+def test_a_view_is_not_redrawn_for_any_address_that_the_page_accepts(it: Board, address: str) -> None:
     task = it.made("At an unusual address")
     with it.person() as person:
         page = it.open(person)
@@ -130,12 +130,12 @@ def test_a_view_with_any_address_that_the_page_accepts_is_not_drawn_again(it: Bo
         expect(page.locator("#app .detail")).to_contain_text("At an unusual address")
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
-        page.wait_for_timeout(1500)  # an observation: seven times the least gap between two draws
+        page.wait_for_timeout(1500)  # observes for seven times the minimum gap between two draws
         assert len([url for url in asked if "/api/" in url]) < 6, asked
     it.does("archive", task)  # the board of the tests below fits into the window
 
 
-def test_a_panel_that_is_opened_while_the_page_looks_stays_open(it: Board) -> None:
+def test_a_panel_opened_during_a_poll_stays_open(it: Board) -> None:
     task = it.made("Opened meanwhile")
     with it.person() as person:
         page = it.open(person)
@@ -145,7 +145,7 @@ def test_a_panel_that_is_opened_while_the_page_looks_stays_open(it: Board) -> No
             later = it.made("Made while it looks")
         card(page, task).click()
         expect(panel(page)).to_contain_text("Opened meanwhile")
-        page.wait_for_timeout(500)  # a click counts as one for 300 ms: the answer is to come after that
+        page.wait_for_timeout(500)  # a click counts as input for 300 ms; the response must come later
         wait_for(lambda: held or page.wait_for_timeout(20), "the question to be held")
         for route in held:
             route.continue_()
@@ -153,7 +153,7 @@ def test_a_panel_that_is_opened_while_the_page_looks_stays_open(it: Board) -> No
         expect(panel(page)).to_contain_text("Opened meanwhile")
 
 
-# --- to work in it ---
+# --- edits ---
 
 
 def test_a_card_is_dragged(it: Board) -> None:
@@ -167,7 +167,7 @@ def test_a_card_is_dragged(it: Board) -> None:
     assert json.loads(log[-1])["actor"] == "human:dora", "in the name of who is signed in"
 
 
-def test_a_task_is_made_edited_and_commented_on(it: Board) -> None:
+def test_a_task_is_created_edited_and_commented_on(it: Board) -> None:
     with it.person() as person:
         page = it.open(person)
         page.locator("#new-task-btn").click()
@@ -201,10 +201,10 @@ def test_a_refusal_of_lattice_is_shown_by_the_page(it: Board) -> None:
     assert it.snapshot(task)["assigned_to"] is None
 
 
-# --- kept up to date ---
+# --- live updates ---
 
 
-def test_a_change_made_anywhere_is_in_every_tab_and_nothing_is_asked_when_nothing_happens(
+def test_every_change_reaches_every_tab_and_no_request_is_sent_without_one(
     it: Board,
 ) -> None:
     with it.person() as person, it.person("human:eve") as other:
@@ -219,7 +219,7 @@ def test_a_change_made_anywhere_is_in_every_tab_and_nothing_is_asked_when_nothin
         assert asked == []
 
 
-def test_many_changes_at_once_are_few_looks(it: Board) -> None:
+def test_many_changes_at_once_cause_few_polls(it: Board) -> None:
     with it.person() as person:
         page = it.open(person)
         asked: list[str] = []
@@ -231,7 +231,7 @@ def test_many_changes_at_once_are_few_looks(it: Board) -> None:
         assert 1 <= looks <= 21
 
 
-def test_another_tab_listens_when_the_one_that_did_is_closed(it: Board) -> None:
+def test_another_tab_listens_when_the_listening_tab_is_closed(it: Board) -> None:
     with it.person() as person:
         pages = [it.open(person) for _ in range(3)]
         pages[0].close()
@@ -241,7 +241,7 @@ def test_another_tab_listens_when_the_one_that_did_is_closed(it: Board) -> None:
             expect(state(page)).to_have_text("Live")
 
 
-def test_a_writing_user_is_not_disturbed_and_sees_the_rest_afterwards(it: Board) -> None:
+def test_a_user_who_types_is_not_disturbed_and_sees_changes_afterwards(it: Board) -> None:
     task = it.made("Written about")
     with it.person() as person:
         page = it.open(person)
@@ -282,11 +282,11 @@ def test_an_open_panel_stays_open_and_shows_new_content(it: Board) -> None:
         assert page.locator("#detail-panel").count() == 1
 
 
-def test_a_card_that_is_being_dragged_stays_in_the_hand(it: Board) -> None:
+def test_a_card_being_dragged_is_not_dropped(it: Board) -> None:
     task = it.made("In the hand")
     with it.person() as person:
         page = it.open(person)
-        page.set_viewport_size({"width": 1280, "height": 5000})  # nothing scrolls on the way
+        page.set_viewport_size({"width": 1280, "height": 5000})  # no scrolling during the drag
         card(page, task).hover()
         page.mouse.down()
         column(page, "in_planning").hover()
@@ -301,7 +301,7 @@ def test_a_card_that_is_being_dragged_stays_in_the_hand(it: Board) -> None:
     assert it.snapshot(task)["status"] == "in_planning"
 
 
-def test_filters_stay_as_they_are_set(it: Board) -> None:
+def test_filters_are_kept(it: Board) -> None:
     it.made("Needle one")
     with it.person() as person:
         page = it.open(person, "list")
@@ -318,15 +318,15 @@ def test_filters_stay_as_they_are_set(it: Board) -> None:
         expect(page.locator("#f-priority")).to_have_value("medium")
 
 
-# --- cut off ---
+# --- lost connections ---
 
 
-def test_a_server_that_restarts_is_found_again_and_what_was_missed_is_shown(it: Board) -> None:
+def test_a_restarted_server_is_found_and_missed_changes_are_shown(it: Board) -> None:
     with it.person() as person:
         page, other = it.open(person), it.open(person)
         it.server.stop()
         expect(state(page)).to_have_text(re.compile("Reconnecting|Offline"))
-        expect(state(page)).to_have_text("Offline")  # as soon as the page has looked, and nobody was there
+        expect(state(page)).to_have_text("Offline")  # once the page has polled without a server
         expect(state(other)).to_have_text("Offline")
         screenshot(page, "offline", whole=False)
         it.server.start()
@@ -334,10 +334,10 @@ def test_a_server_that_restarts_is_found_again_and_what_was_missed_is_shown(it: 
         for tab in (page, other):
             expect(state(tab)).to_have_text("Live")
             expect(tab.get_by_text("Made while nobody listened")).to_be_visible()
-        person.complaints.clear()  # the browser says of each request that it came to nothing
+        person.complaints.clear()  # the browser logs each failed request
 
 
-def test_a_user_whose_token_is_revoked_is_led_to_the_sign_in_page(it: Board) -> None:
+def test_a_user_with_a_revoked_token_is_sent_to_the_sign_in_page(it: Board) -> None:
     with Person(it.browser, it.server.url) as person:
         person.context.route(lambda url: "//127.0.0.1" not in url, without_libraries)
         token = it.server.token("human:gone")
@@ -355,7 +355,7 @@ def test_a_user_whose_token_is_revoked_is_led_to_the_sign_in_page(it: Board) -> 
         assert page.url == f"{it.server.url}{it.path}#/board"
 
 
-def test_a_look_that_comes_to_nothing_is_made_again(it: Board) -> None:
+def test_a_failed_poll_is_repeated(it: Board) -> None:
     with it.person() as person:
         page = it.open(person)
         page.route("**/api/tasks", lambda route: route.fulfill(status=503, body="{}"), times=2)
@@ -366,7 +366,7 @@ def test_a_look_that_comes_to_nothing_is_made_again(it: Board) -> None:
         person.complaints.clear()
 
 
-def test_signing_out_in_one_tab_is_known_in_the_others(it: Board) -> None:
+def test_signing_out_in_one_tab_reaches_the_others(it: Board) -> None:
     with it.person() as person:
         pages = [it.open(person), it.open(person)]
         home = person.open("/")
@@ -380,7 +380,7 @@ def test_signing_out_in_one_tab_is_known_in_the_others(it: Board) -> None:
         person.complaints.clear()
 
 
-def test_a_connection_that_is_dead_is_noticed_after_a_sleep(it: Board) -> None:
+def test_a_dead_connection_is_detected_after_sleep(it: Board) -> None:
     with FaultProxy(it.server.port) as proxy, Person(it.browser, proxy.url) as person:
         person.context.route(lambda url: "//127.0.0.1" not in url, without_libraries)
         person.enter(it.server.token("human:web"))
@@ -389,7 +389,7 @@ def test_a_connection_that_is_dead_is_noticed_after_a_sleep(it: Board) -> None:
         other.reload()
         expect(state(other)).to_have_text("Live")
         proxy.swallow()
-        proxy.stall()  # nor is there a way for another
+        proxy.stall()  # and no new one can be opened
         other.clock.fast_forward("00:25")
         expect(state(other)).to_have_text(re.compile("Reconnecting|Offline"))
         expect(state(listening)).to_have_text(re.compile("Reconnecting|Offline"))
@@ -400,7 +400,7 @@ def test_a_connection_that_is_dead_is_noticed_after_a_sleep(it: Board) -> None:
             expect(page.get_by_text("Made while it slept")).to_be_visible()
 
 
-def test_a_request_that_the_browser_sends_again_by_itself_runs_once(it: Board) -> None:
+def test_a_request_resent_by_the_browser_runs_once(it: Board) -> None:
     with FaultProxy(it.server.port) as proxy, Person(it.browser, proxy.url) as person:
         person.context.route(lambda url: "//127.0.0.1" not in url, without_libraries)
         person.enter(it.server.token("human:web"))
@@ -425,7 +425,7 @@ def test_a_request_that_the_browser_sends_again_by_itself_runs_once(it: Board) -
 # --- the local dashboard ---
 
 
-def test_the_local_dashboard_is_kept_up_to_date_alike(it: Board) -> None:
+def test_the_local_dashboard_gets_live_updates(it: Board) -> None:
     with serving(it.ben) as dashboard, Person(it.browser, f"http://127.0.0.1:{dashboard.port}") as person:
         person.context.route(lambda url: "//127.0.0.1" not in url, without_libraries)
         page = person.open("/#/board")

@@ -1,4 +1,4 @@
-"""Ways to a board and through it: addresses, header, signing out, keyboard, in a real browser."""
+"""Board navigation in a real browser: addresses, header, signing out, keyboard."""
 
 import json
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def it() -> Iterator[Board]:
 # --- addresses ---
 
 
-def test_dashboard_leads_to_the_only_project(it: Board) -> None:
+def test_dashboard_redirects_to_the_only_project(it: Board) -> None:
     with Person(it.browser, it.server.url) as person:
         page = person.sign_in(it.server.token("human:one"), "/dashboard/")
         page.wait_for_url(f"{it.server.url}{it.path}")
@@ -32,7 +32,7 @@ def test_dashboard_leads_to_the_only_project(it: Board) -> None:
         page.wait_for_url(f"{it.server.url}{it.path}")
 
 
-def test_dashboard_leads_to_the_list_of_several_projects(it: Board) -> None:
+def test_dashboard_redirects_to_the_list_of_several_projects(it: Board) -> None:
     token = it.server.admin("token", "create", "--project", "board", "--project", "other", "--actor", "human:two")
     with Person(it.browser, it.server.url) as person:
         page = person.sign_in(token, "/dashboard/")
@@ -56,7 +56,7 @@ def test_a_link_by_short_id_opens_the_task_after_signing_in(it: Board) -> None:
 # --- header ---
 
 
-def test_title_and_header_name_the_project_and_the_person(it: Board) -> None:
+def test_title_and_header_name_the_project_and_the_user(it: Board) -> None:
     config = it.server.lattice_dir() / "config.json"
     with it.person("human:ann") as person:
         page = it.open(person)
@@ -74,7 +74,7 @@ def test_title_and_header_name_the_project_and_the_person(it: Board) -> None:
         screenshot(page, "header-narrow", whole=False)
 
 
-def test_signing_out_on_the_board_ends_the_sign_in(it: Board) -> None:
+def test_signing_out_on_the_board_ends_the_session(it: Board) -> None:
     with it.person("human:leaving") as person:
         page = it.open(person)
         page.get_by_role("button", name="Sign out").click()

@@ -1,4 +1,4 @@
-"""The board in a real browser with less than usual: no other servers, no connection, no right to write."""
+"""The board in a real browser under restrictions: no other servers, no connection, no write access."""
 
 import re
 from collections.abc import Iterator
@@ -21,14 +21,14 @@ def it() -> Iterator[Board]:
         yield Board(server, ben, browser)
 
 
-# --- a closed network ---
+# --- closed network ---
 
 
 def is_elsewhere(url: str) -> bool:
     return "//127.0.0.1" not in url
 
 
-def test_servers_that_do_not_answer_do_not_delay_the_board(it: Board) -> None:
+def test_unresponsive_servers_do_not_delay_the_board(it: Board) -> None:
     task = it.made("On a closed network")
     held: list[Route] = []
     with Person(it.browser, it.server.url) as person:
@@ -54,16 +54,16 @@ def test_servers_that_do_not_answer_do_not_delay_the_board(it: Board) -> None:
         expect(page.locator("#remote-missing")).to_be_hidden()
 
 
-def test_the_local_dashboard_does_not_wait_for_other_servers_either(it: Board) -> None:
+def test_the_local_dashboard_does_not_wait_for_other_servers(it: Board) -> None:
     task = it.made("Local, on a closed network")
     with serving(it.ben) as dashboard, Person(it.browser, f"http://127.0.0.1:{dashboard.port}") as person:
-        person.context.route(is_elsewhere, lambda route: None)  # it is never answered
+        person.context.route(is_elsewhere, lambda route: None)  # never answered
         page = person.open("/#/board")
         expect(card(page, task)).to_be_visible()
         expect(state(page)).to_have_text("Live")
 
 
-def test_libraries_run_in_the_order_of_the_page(it: Board) -> None:
+def test_libraries_run_in_page_order(it: Board) -> None:
     with Person(it.browser, it.server.url) as person:
         script = "(window.ran = window.ran || []).push(document.currentScript.src)"
         person.context.route(is_elsewhere, lambda route: route.fulfill(body=script, content_type="text/javascript"))
@@ -78,7 +78,7 @@ def test_libraries_run_in_the_order_of_the_page(it: Board) -> None:
 # --- no connection ---
 
 
-def test_a_drag_and_saves_without_a_connection_say_so_and_keep_the_text(it: Board) -> None:
+def test_a_drag_and_saves_without_a_connection_are_reported_and_keep_the_text(it: Board) -> None:
     task = it.made("Worked on offline")
     with it.person() as person:
         page = it.open(person)
@@ -111,7 +111,7 @@ def test_a_drag_and_saves_without_a_connection_say_so_and_keep_the_text(it: Boar
 # --- plan and notes ---
 
 
-def test_the_chosen_text_has_the_focus(it: Board) -> None:
+def test_the_selected_text_has_focus(it: Board) -> None:
     task = it.made("With notes")
     with it.person() as person:
         page = it.open(person)
@@ -127,10 +127,10 @@ def test_the_chosen_text_has_the_focus(it: Board) -> None:
     assert it.text(task, "notes").read_text() == "Typed at once"
 
 
-# --- a token that reads ---
+# --- read-only token ---
 
 
-def test_a_token_that_only_reads_has_a_board_without_edits(it: Board) -> None:
+def test_a_read_only_token_has_a_board_without_edits(it: Board) -> None:
     task = it.made("Only to be read")
     it.does("comment", task, "To be read too")
     token = it.server.admin("token", "create", "--project", "board", "--actor", "human:reader", "--read-only")

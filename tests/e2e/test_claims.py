@@ -1,4 +1,4 @@
-"""Of many processes that race for one thing exactly one wins, and everybody else is told (I1)."""
+"""Claims: of many racing processes exactly one wins, and the others are notified (I1)."""
 
 import pytest
 

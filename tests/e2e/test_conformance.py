@@ -1,4 +1,4 @@
-"""``lattice-remote conformance`` holds for our server, our client, and the client written from SPEC.md."""
+"""``lattice-remote conformance`` passes for our server, our client, and the client written from SPEC.md."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def test_our_server_conforms(server: Server) -> None:
     assert last.startswith(f"{len(lines)} checks: {len(lines)} ok, 0 failed")
 
 
-def test_a_project_in_use_is_not_written_to_unless_asked(server: Server) -> None:
+def test_a_project_in_use_is_written_to_only_on_request(server: Server) -> None:
     token, url = server.token("human:ana", slug="scratch"), f"{server.url}/projects/scratch"
     assert conformance(url, "--only", "Applied", token=token).returncode == 0
     again = conformance(url, "--only", "Applied", token=token)
@@ -51,7 +51,7 @@ def test_a_project_in_use_is_not_written_to_unless_asked(server: Server) -> None
     assert allowed.returncode == 0 and report["ok"] and [each["result"] for each in report["checks"]] == ["ok"]
 
 
-def test_what_cannot_be_tried_is_one_line_and_exit_2(server: Server) -> None:
+def test_an_impossible_check_is_one_line_and_exit_2(server: Server) -> None:
     url = f"{server.url}/projects/scratch"
     for arguments in ((url,), (f"{server.url}/projects/other",), ("http://127.0.0.1:1/projects/x",)):
         done = conformance(*arguments, token="ltr_wrong")
