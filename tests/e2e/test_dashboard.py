@@ -1,4 +1,4 @@
-"""``lattice dashboard`` in a remote project: what it answers, where it writes, who may, and how soon a page knows."""
+"""``lattice dashboard`` in a remote project: responses, files, write access, and the delay until a page is notified."""
 
 import io
 import json
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.e2e
 
 
 class Side(PageRequests):
-    """One dashboard, and what is known of its project by now."""
+    """One dashboard, and the ids of its project so far."""
 
     def __init__(self, dashboard: Dashboard, client: Client, *, is_local: bool) -> None:
         super().__init__(dashboard, Normaliser({str(client.dir): "DIR", client.env["HOME"]: "HOME"}), is_local=is_local)
@@ -39,7 +39,7 @@ class Side(PageRequests):
         return status, said
 
     def said(self, text: str) -> str:
-        """Return an answer without what differs by nature, and without what is added to the page."""
+        """Return a response without the parts that differ by nature, and without additions to the page."""
         own = re.sub(r'\n<(?:link|script)[^>]* (?:href|src)="remote/.*', "", text)
         return self.normalise(own.replace('type="text/plain" data-remote-src=', "src="))
 
@@ -55,7 +55,7 @@ class Both(NamedTuple):
 
 
 def editor(directory: Path, does: str) -> Path:
-    """Make this the machine's editor, for whoever has the directory in its PATH."""
+    """Install this as the machine's editor, for commands with the directory in their PATH."""
     program = directory / "xdg-open"
     program.write_text(f"#!/bin/sh\n{does}\n")
     program.chmod(0o755)
@@ -75,13 +75,13 @@ def both(shared_board: tuple[Server, Client, Client], tmp_path_factory: pytest.T
         yield Both(server, here, there, posts, gets)
 
 
-def test_every_request_is_answered_as_in_a_local_project(both: Both) -> None:
+def test_every_response_equals_a_local_projects(both: Both) -> None:
     different = [(path, here, there) for path, here, there in [*both.posts, *both.gets] if here != there]
     assert not different, "\n\n".join(f"{path}\n local: {here}\nremote: {there}" for path, here, there in different)
     assert {status for _, (status, _), _ in both.posts} == {200, 201, 400, 404}
 
 
-def test_every_request_leaves_the_files_that_it_leaves_in_a_local_project(both: Both) -> None:
+def test_every_request_leaves_the_files_of_a_local_project(both: Both) -> None:
     local, remote = (side.normalise.files(tree_of(side.client.lattice_dir)) for side in (both.here, both.there))
     assert sorted(local) == sorted(remote)
     assert {path for path in local if local[path] != remote[path]} == set()
@@ -97,8 +97,8 @@ def test_the_cache_equals_the_server_and_the_log_names_each_request(both: Both) 
     assert {entry["actor"] for entry in log} == {"human:ana", "agent:bot"}
 
 
-def test_every_route_of_the_dashboard_is_tried_and_known(tmp_path: Path) -> None:
-    """What there is to be tried are lattice's own handlers: one that no request here reaches fails this test."""
+def test_every_route_of_the_dashboard_is_tried(tmp_path: Path) -> None:
+    """The routes are lattice's own handlers: a handler that no request here reaches fails this test."""
     lattices_handler: Any = lattices._make_handler_class(tmp_path)
     every = {name for name in dir(lattices_handler) if name.startswith("_handle_post")}
     reached: dict[str, set[str]] = {}
@@ -111,7 +111,7 @@ def test_every_route_of_the_dashboard_is_tried_and_known(tmp_path: Path) -> None
 
 
 def _reached(handler: Any, names: set[str], path: str) -> list[str]:
-    """Return which of lattice's functions a POST to this path ends in."""
+    """Return the lattice function that handles a POST to this path."""
     found: list[str] = []
     stand_ins = {name: lambda *_, name=name: found.append(name) for name in names}
 
@@ -120,7 +120,7 @@ def _reached(handler: Any, names: set[str], path: str) -> list[str]:
             self.path, self.headers, self.rfile = path, {}, io.BytesIO()
 
         def _send_json(self, status: int, body: str) -> None:
-            """Not found."""
+            """Handle an unknown route."""
 
     for name, stand_in in stand_ins.items():
         setattr(Request, name, stand_in)
@@ -128,15 +128,15 @@ def _reached(handler: Any, names: set[str], path: str) -> list[str]:
     return found
 
 
-def test_a_body_that_is_too_large_or_has_no_length_is_refused_unread(both: Both) -> None:
+def test_a_body_that_is_too_large_or_has_no_length_is_refused_without_reading_it(both: Both) -> None:
     for length in (str((1 << 20) + 1), "-1", "many"):
         answer = both.there.dashboard.post("/api/tasks", b"", Content_Length=length)
         assert answer[0] in (400, 413)
-        if length != "-1":  # for which a local dashboard waits for ever
+        if length != "-1":  # a local dashboard waits for it without end
             assert both.here.dashboard.post("/api/tasks", b"", Content_Length=length) == answer
 
 
-# --- who may write ---
+# --- write access ---
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_no_client_writes_as_another_actor(both: Both, there: Dashboard) -> None
     ],
 )
 @pytest.mark.parametrize("path", ["/api/tasks", "/api/tasks/{0}/open-plans"])
-def test_pages_of_others_can_not_write(both: Both, there: Dashboard, headers: dict[str, str], path: str) -> None:
+def test_pages_of_other_sites_cannot_write(both: Both, there: Dashboard, headers: dict[str, str], path: str) -> None:
     before = tree_of(both.server.lattice_dir())
     filled = {name: value.format(port=there.port) for name, value in headers.items()}
     status, text = there.post(path.format(*both.there.tasks), {"title": "x"}, **filled)
@@ -182,7 +182,7 @@ def test_pages_of_others_can_not_write(both: Both, there: Dashboard, headers: di
     assert tree_of(both.server.lattice_dir()) == before
 
 
-def test_pages_of_others_can_not_read_under_a_name_that_leads_here(there: Dashboard) -> None:
+def test_pages_of_other_sites_cannot_read_through_a_name_that_resolves_here(there: Dashboard) -> None:
     assert there.ask("GET", "/api/tasks", Host="evil.example")[0] == 403
     assert there.ask("GET", "/remote/events", Host="evil.example")[0] == 403
     for name in ("localhost", f"localhost:{there.port}", f"127.0.0.1:{there.port}", "[::1]:1"):
@@ -195,7 +195,7 @@ def test_our_own_page_may_write(there: Dashboard) -> None:
     assert there.post("/api/config/dashboard", {"theme": "y"}, Content_Type="application/json; charset=utf-8")[0] == 200
 
 
-def test_beyond_this_machine_it_only_reads(shared_board: tuple[Server, Client, Client]) -> None:
+def test_on_other_interfaces_the_dashboard_is_read_only(shared_board: tuple[Server, Client, Client]) -> None:
     with serving(shared_board[1], host="127.0.0.2") as exposed:
         status, text = exposed.post("/api/tasks", {"title": "x"})
         assert (status, json.loads(text)["error"]["code"]) == (403, "FORBIDDEN")
@@ -203,10 +203,10 @@ def test_beyond_this_machine_it_only_reads(shared_board: tuple[Server, Client, C
         assert exposed.ask("GET", "/api/tasks", Host="board.example")[0] == 200
 
 
-# --- pages that are open ---
+# --- open pages ---
 
 
-def test_an_open_page_knows_of_a_change_within_a_second(both: Both, there: Dashboard) -> None:
+def test_an_open_page_is_notified_of_a_change_within_a_second(both: Both, there: Dashboard) -> None:
     task = both.there.tasks[0]
     page = there.get("/")[1]
     assert page.index("remote/live.js") < page.index("setInterval")
@@ -219,13 +219,15 @@ def test_an_open_page_knows_of_a_change_within_a_second(both: Both, there: Dashb
         began = time.monotonic()
         both.there.dashboard.post(f"/api/tasks/{task}/comment", {"body": "see"})
         second = next(events)
-        # No round trip to anybody: what is measured is how long the page takes to be told of what is in the cache.
+        # No round trip to a server: this measures the delay from the cache to the page.
         assert second["version"] != first["version"]
         assert time.monotonic() - began < 20
         assert log.read_bytes() == (both.there.client.lattice_dir / "events" / f"{task}.jsonl").read_bytes()
 
 
-def test_a_change_made_elsewhere_reaches_an_open_page(shared_board: tuple[Server, Client, Client], both: Both) -> None:
+def test_a_change_of_another_client_reaches_an_open_page(
+    shared_board: tuple[Server, Client, Client], both: Both
+) -> None:
     ben = shared_board[2]
     with both.there.dashboard.events() as events:
         known = next(events)["version"]
@@ -234,8 +236,8 @@ def test_a_change_made_elsewhere_reaches_an_open_page(shared_board: tuple[Server
         assert "By Ben" in both.there.dashboard.get("/api/tasks")[1]
 
 
-def test_a_saved_plan_is_an_edit_like_any_other(shared_board: tuple[Server, Client, Client], tmp_path: Path) -> None:
-    """``open-plans`` starts this machine's editor on the cache's own file, and makes a plan where there is none."""
+def test_a_saved_plan_is_an_ordinary_edit(shared_board: tuple[Server, Client, Client], tmp_path: Path) -> None:
+    """``open-plans`` starts this machine's editor on the cache's own file, and creates a missing plan."""
     server, ana, _ = shared_board
     editor(tmp_path, 'printf "written in an editor\\n" >> "$1"')
     task = json.loads(ana.ok("create", "Planned", "--actor", "human:ana", "--json"))["data"]["id"]
@@ -246,10 +248,10 @@ def test_a_saved_plan_is_an_edit_like_any_other(shared_board: tuple[Server, Clie
         wait_for(lambda: b"written in an editor" in plan.read_bytes(), "the edit to reach the server")
 
 
-# --- when something is wrong ---
+# --- failures ---
 
 
-def test_an_unreachable_server_is_reported_as_the_dashboard_does_and_to_open_pages(sandbox: Any) -> None:
+def test_an_unreachable_server_is_reported_to_requests_and_open_pages(sandbox: Any) -> None:
     server = sandbox.started_server()
     ana = sandbox.client("ana")
     ana.add_remote(server, server.token("human:ana"))
@@ -277,7 +279,7 @@ def test_an_unreachable_server_is_reported_as_the_dashboard_does_and_to_open_pag
     assert differences(ana.lattice_dir, server.lattice_dir()) == []
 
 
-def test_without_an_agent_pages_are_kept_up_to_date_all_the_same(shared_board: tuple[Server, Client, Client]) -> None:
+def test_pages_get_live_updates_without_an_agent(shared_board: tuple[Server, Client, Client]) -> None:
     _, ana, ben = shared_board
     with serving(ana, env={"LATTICE_REMOTE_AGENT": "off"}) as dashboard, dashboard.events() as events:
         next(events)

@@ -1,4 +1,4 @@
-"""``lattice remote doctor``: each thing that goes wrong is found by a real process, with a remedy and an exit code."""
+"""``lattice remote doctor``: real processes find each fault and report a remedy and an exit code."""
 
 import base64
 import contextlib
@@ -34,7 +34,7 @@ def place(sandbox: Sandbox) -> Place:
 
 
 def examine(client: Client, **env: str) -> dict[str, dict[str, Any]]:
-    """Return the checks by name; the exit code and the text agree with them."""
+    """Return the checks by name, after comparing them with the exit code and the text."""
     done = client.run("remote", "doctor", "--json", env=env)
     assert not done.stderr, done.stderr
     data = json.loads(done.stdout)["data"]
@@ -50,7 +50,7 @@ def problems_of(client: Client, **env: str) -> dict[str, str]:
     return {name: f"{each['found']}; {each['do']}" for name, each in examine(client, **env).items() if not each["ok"]}
 
 
-def test_a_sound_machine_has_no_problem_and_nothing_is_changed(place: Place) -> None:
+def test_a_healthy_machine_has_no_problem_and_is_not_changed(place: Place) -> None:
     _, ana = place
     ana.ok("remote", "agent", "stop")
     ana.run("remote", "doctor")
@@ -64,7 +64,7 @@ def test_a_sound_machine_has_no_problem_and_nothing_is_changed(place: Place) -> 
     assert "ltr_" not in text + json.dumps(checks)
 
 
-def test_configuration_and_token(place: Place, sandbox: Sandbox) -> None:
+def test_faults_of_configuration_and_token(place: Place, sandbox: Sandbox) -> None:
     server, ana = place
     assert "lattice remote clone" in problems_of(ana.elsewhere(sandbox.root))["configuration"]
     config = Path(ana.env["HOME"]) / ".config" / "lattice"
@@ -90,7 +90,7 @@ def test_configuration_and_token(place: Place, sandbox: Sandbox) -> None:
     assert "no token was sent" in problems_of(ana, LATTICE_TOKEN=server.token("human:ana"))["server"]
 
 
-def test_a_server_that_is_stopped(place: Place) -> None:
+def test_a_stopped_server(place: Place) -> None:
     server, ana = place
     server.stop()
     assert f"cannot reach {server.url}: connection refused" in problems_of(ana)["server"]
@@ -116,7 +116,7 @@ def test_a_certificate_that_expires_soon_or_is_unknown(sandbox: Sandbox, tmp_pat
 
 @contextlib.contextmanager
 def _late_server(behind_s: float) -> Iterator[int]:
-    """Accept upgrades, as a server whose clock is behind; yield the port."""
+    """Accept upgrades as a server with a slow clock; yield the port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -158,7 +158,7 @@ def test_a_clock_that_differs_from_the_servers(sandbox: Sandbox) -> None:
     assert " s ahead of the server's" in found["clock"] and "timedatectl" in found["clock"]
 
 
-def test_an_agent_that_hangs_and_a_directory_that_others_can_write(place: Place) -> None:
+def test_a_hanging_agent_and_a_directory_writable_by_others(place: Place) -> None:
     _, ana = place
     ana.ok("list")
     agent = json.loads(ana.ok("remote", "agent", "status", "--json"))["data"]

@@ -1,4 +1,4 @@
-"""Plans and notes in two editors at once: what is saved here is seen there, without a command (I4)."""
+"""Plans and notes edited in two caches: a save reaches the other cache without a command (I4)."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def new_task(client: Client, title: str) -> str:
 
 
 def text_files(one: Client, other: Client, short_id: str, folder: str = "plans") -> Files:
-    """Return the same plan or notes in two caches; a plan is there in both."""
+    """Return the same plan or notes in two caches; plans exist in both."""
     name = f"{task_id(one, short_id)}.md"
     files = one.lattice_dir / folder / name, other.lattice_dir / folder / name
     if folder == "plans":
@@ -37,7 +37,7 @@ def text_files(one: Client, other: Client, short_id: str, folder: str = "plans")
 
 
 def same(files: Files, text: str | bytes) -> None:
-    """Wait until both copies hold this text."""
+    """Wait until both caches contain this text."""
     wanted = text.encode() if isinstance(text, str) else text
     wait_for(lambda: all(file.exists() and file.read_bytes() == wanted for file in files), f"{wanted[:200]!r} in both")
 
@@ -57,14 +57,14 @@ def test_a_save_in_one_cache_reaches_the_other(shared_board: Board) -> None:
     assert [change["actor"] for change in changes] == ["human:ben", "human:ana"]
 
 
-def test_new_notes_are_seen_too(shared_board: Board) -> None:
+def test_new_notes_reach_the_other_cache(shared_board: Board) -> None:
     _server, ana, ben = shared_board
     notes = text_files(ana, ben, new_task(ana, "Notes"), "notes")
     notes[1].write_text("# Found\n")
     same(notes, "# Found\n")
 
 
-def test_a_file_that_is_written_in_pieces_is_sent_once_and_whole(shared_board: Board) -> None:
+def test_a_file_written_in_pieces_is_sent_once_and_complete(shared_board: Board) -> None:
     _server, ana, ben = shared_board
     plan = text_files(ana, ben, new_task(ana, "In pieces"))
     pieces = [f"part {n}\n" for n in range(4)]
@@ -78,7 +78,7 @@ def test_a_file_that_is_written_in_pieces_is_sent_once_and_whole(shared_board: B
     assert status(ana)["server_seq"] == before + 1
 
 
-def test_a_file_that_is_emptied_for_a_moment_is_no_edit_one_that_stays_empty_is(shared_board: Board) -> None:
+def test_a_briefly_emptied_file_is_no_edit_but_one_that_stays_empty_is(shared_board: Board) -> None:
     _server, ana, ben = shared_board
     plan = text_files(ana, ben, new_task(ana, "Emptied"))
     before = status(ana)["server_seq"]
@@ -90,7 +90,7 @@ def test_a_file_that_is_emptied_for_a_moment_is_no_edit_one_that_stays_empty_is(
     same(plan, "")
 
 
-def test_edits_made_while_the_server_is_away_are_counted_kept_and_sent(sandbox: Sandbox) -> None:
+def test_edits_during_an_outage_are_counted_kept_and_sent(sandbox: Sandbox) -> None:
     server = sandbox.started_server()
     ana, ben = sandbox.client("ana"), sandbox.client("ben")
     for client in (ana, ben):
@@ -107,7 +107,7 @@ def test_edits_made_while_the_server_is_away_are_counted_kept_and_sent(sandbox: 
         same(plan, "# Written on a train\n")
 
 
-def test_edits_made_while_no_agent_ran_are_sent_when_one_does(shared_board: Board) -> None:
+def test_edits_made_without_an_agent_are_sent_by_the_next_one(shared_board: Board) -> None:
     _server, ana, ben = shared_board
     plan = text_files(ana, ben, new_task(ana, "At night"))
     ana.ok("remote", "agent", "stop")
@@ -116,12 +116,12 @@ def test_edits_made_while_no_agent_ran_are_sent_when_one_does(shared_board: Boar
     same(plan, "# Saved while nothing ran\n")
 
 
-# --- in whose name ---
+# --- actors of edits ---
 
 
 @pytest.fixture
 def two_names(sandbox: Sandbox) -> Iterator[tuple[Server, Client, Client, dict[str, str]]]:
-    """Ana and a copy of hers in which all commands come with an agent's token."""
+    """Ana's cache, and a second one whose commands all use an agent's token."""
     server = sandbox.started_server()
     ana = sandbox.client("ana")
     ana.add_remote(server, server.token("human:ana"))
@@ -135,7 +135,7 @@ def last_actor(client: Client) -> str:
     return str(json.loads(client.ok("remote", "log", "-n", "1", "--json"))["data"]["entries"][0]["actor"])
 
 
-def test_an_edit_goes_out_in_the_name_of_the_commands_of_its_copy(
+def test_an_edit_is_sent_in_the_name_of_the_caches_commands(
     two_names: tuple[Server, Client, Client, dict[str, str]],
 ) -> None:
     _server, ana, work, token = two_names
@@ -150,7 +150,7 @@ def test_an_edit_goes_out_in_the_name_of_the_commands_of_its_copy(
     assert last_actor(ana) == "human:ana"
 
 
-def test_an_edit_in_a_copy_of_several_names_waits_for_the_next_command(
+def test_an_edit_in_a_cache_of_several_names_waits_for_the_next_command(
     two_names: tuple[Server, Client, Client, dict[str, str]],
 ) -> None:
     _server, ana, work, token = two_names
@@ -171,11 +171,11 @@ def test_an_edit_in_a_copy_of_several_names_waits_for_the_next_command(
     assert {change["actor"] for change in log} == {"agent:x"}
 
 
-# --- the same lines ---
+# --- conflicts ---
 
 
 def conflicting(ana: Client, ben: Client, title: str) -> tuple[str, Files]:
-    """Make a task whose plan ana has changed and ben too, in the same line; ben's text is in a conflict copy."""
+    """Create a task whose plan Ana and Ben changed in the same line; a conflict file has Ben's text."""
     short_id = new_task(ana, title)
     plan = text_files(ana, ben, short_id)
     ben.ok("remote", "agent", "stop")
@@ -187,7 +187,7 @@ def conflicting(ana: Client, ben: Client, title: str) -> tuple[str, Files]:
     return short_id, plan
 
 
-def test_a_conflict_is_shown_and_ended(shared_board: Board) -> None:
+def test_a_conflict_is_shown_and_resolved(shared_board: Board) -> None:
     _server, ana, ben = shared_board
     short_id, plan = conflicting(ana, ben, "Conflict")
     shown = ben.ok("remote", "resolve", short_id)
@@ -205,7 +205,7 @@ def test_a_conflict_is_shown_and_ended(shared_board: Board) -> None:
     assert again.returncode == 1 and json.loads(again.stdout)["error"]["code"] == "REMOTE_NOT_FOUND"
 
 
-def test_an_editor_that_is_behind_undoes_nothing(shared_board: Board) -> None:
+def test_a_stale_editor_reverts_nothing(shared_board: Board) -> None:
     _server, ana, ben = shared_board
     plan = text_files(ana, ben, new_task(ana, "Behind"))
     opened = "# Plan\n\n- write the parser\n- test the parser\n- write the printer\n"
@@ -219,7 +219,7 @@ def test_an_editor_that_is_behind_undoes_nothing(shared_board: Board) -> None:
     assert "reload it in your editor" in ana.run("list").stderr
 
 
-# --- texts of every kind ---
+# --- unusual texts ---
 
 LONG = b"".join(
     b"- step %d, which says what is to be done, and by whom, in about eighty letters\n" % n for n in range(64_000)
@@ -240,7 +240,7 @@ LONG = b"".join(
     ],
     ids=["crlf", "mixed", "no-end", "bom", "nul", "one-line", "5-mib", "empty"],
 )
-def test_every_text_arrives_as_it_is(shared_board: Board, text: bytes) -> None:
+def test_every_text_arrives_unchanged(shared_board: Board, text: bytes) -> None:
     server, ana, ben = shared_board
     plan = text_files(ana, ben, new_task(ana, "Odd"))
     plan[0].write_bytes(text)
@@ -257,7 +257,7 @@ def test_two_edits_of_five_mib_are_merged(shared_board: Board) -> None:
     same(plan, LONG.replace(b"step 7,", b"step 7, by ana,").replace(b"step 63000,", b"step 63000, by ben,"))
 
 
-def test_a_text_that_is_no_utf8_stays_here_and_holds_nothing_up(shared_board: Board) -> None:
+def test_a_text_that_is_not_utf8_stays_local_and_delays_no_other(shared_board: Board) -> None:
     _server, ana, ben = shared_board
     short_id = new_task(ana, "Latin")
     plan, notes = text_files(ana, ben, short_id), text_files(ana, ben, short_id, "notes")
@@ -273,10 +273,10 @@ def test_a_text_that_is_no_utf8_stays_here_and_holds_nothing_up(shared_board: Bo
     same(plan, "# Café\n")
 
 
-# --- files and tasks that come and go ---
+# --- created and removed files and tasks ---
 
 
-def test_a_plan_that_is_removed_comes_back(shared_board: Board) -> None:
+def test_a_removed_plan_is_restored(shared_board: Board) -> None:
     _server, ana, ben = shared_board
     plan = text_files(ana, ben, new_task(ana, "Removed"))
     text = plan[1].read_text()
@@ -285,7 +285,7 @@ def test_a_plan_that_is_removed_comes_back(shared_board: Board) -> None:
     assert status(ana)["unsent_edits"] == []
 
 
-def test_a_task_that_is_archived_takes_no_unsent_edit_with_it(shared_board: Board) -> None:
+def test_archiving_a_task_keeps_its_unsent_edit(shared_board: Board) -> None:
     _server, ana, ben = shared_board
     short_id = new_task(ana, "Archived")
     plan = text_files(ana, ben, short_id)
@@ -305,7 +305,7 @@ def test_a_task_that_is_archived_takes_no_unsent_edit_with_it(shared_board: Boar
     same(plan, "# Ben's\n")
 
 
-def test_an_append_of_lattice_to_a_plan_is_merged_with_an_edit(shared_board: Board) -> None:
+def test_an_append_by_lattice_is_merged_with_an_edit(shared_board: Board) -> None:
     _server, ana, ben = shared_board
     short_id = new_task(ana, "Sent back")
     plan = text_files(ana, ben, short_id)
@@ -323,8 +323,8 @@ def test_an_append_of_lattice_to_a_plan_is_merged_with_an_edit(shared_board: Boa
     same(plan, grown.replace("- first", "- first, by ben"))
 
 
-def test_a_plan_of_no_task_is_rescued(shared_board: Board) -> None:
-    """As a program leaves it that creates tasks offline, past lattice."""
+def test_a_plan_without_a_task_is_rescued(shared_board: Board) -> None:
+    """A program that creates tasks offline without lattice leaves such a plan."""
     _server, ana, _ben = shared_board
     plan = ana.lattice_dir / "plans" / "task_01M81V60BHQAM1W2RK0HTW19WB.md"
     plan.write_text("# A task of its own\n")
@@ -335,7 +335,7 @@ def test_a_plan_of_no_task_is_rescued(shared_board: Board) -> None:
 
 
 @pytest.mark.parametrize("editor", ["vim", "ed"])
-def test_a_real_editor(shared_board: Board, editor: str) -> None:
+def test_a_real_editor_saves_an_edit(shared_board: Board, editor: str) -> None:
     editor_path = program(editor)
     _server, ana, ben = shared_board
     plan = text_files(ana, ben, new_task(ana, f"By {editor}"))

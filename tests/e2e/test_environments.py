@@ -1,6 +1,6 @@
 """Several environments of one user: each command has its own token, network, mounts and directory (I13).
 
-All of them share one runtime directory, as the homes, sandboxes and containers of one user do.
+All share one runtime directory, as a user's homes, sandboxes and containers do.
 """
 
 import json
@@ -40,7 +40,7 @@ def both(sandbox: Sandbox) -> Iterator[Board]:
 
 
 def inside(client: Client, wall: tuple[str, ...], script: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a shell script in namespaces of its own; ``lattice`` is started as a person starts it."""
+    """Run a shell script in its own namespaces; start ``lattice`` as a user does."""
     return subprocess.run(
         [*wall, "sh", "-ec", script],
         cwd=client.dir,
@@ -53,13 +53,13 @@ def inside(client: Client, wall: tuple[str, ...], script: str, **env: str) -> su
 
 
 def quiet(done: subprocess.CompletedProcess[str]) -> str:
-    """Insist on success without a word on stderr; return what was printed."""
+    """Require success and an empty stderr; return stdout."""
     assert (done.returncode, done.stderr) == (0, ""), done
     return done.stdout
 
 
 def fresh(client: Client, directory: Path) -> Client:
-    """Return what ``git clone`` leaves of a project with a remote."""
+    """Return a fresh ``git clone`` of a project with a remote."""
     other = client.elsewhere(directory)
     other.lattice_dir.mkdir()
     shutil.copy(client.lattice_dir / "remote.json", other.lattice_dir)
@@ -67,7 +67,7 @@ def fresh(client: Client, directory: Path) -> Client:
 
 
 def agents(client: Client) -> list[dict[str, Any]]:
-    """Return every agent of the runtime directory that answers."""
+    """Return every responding agent of the runtime directory."""
     found = json.loads(client.ok("remote", "agent", "status", "--all", "--json"))["data"]
     own = [found] if found["running"] else []
     return own + list(found["agents"])
@@ -89,7 +89,7 @@ def plan(client: Client, short_id: str) -> Path:
 # --- configurations ---
 
 
-def test_two_configurations_write_at_once_each_under_its_own_name(both: Board) -> None:
+def test_two_configurations_write_at_once_each_in_its_own_name(both: Board) -> None:
     server, ana, ben = both
     people = {"human:ana": ana, "human:ben": ben}
     for actor, client in people.items():
@@ -121,7 +121,7 @@ def test_two_configurations_write_at_once_each_under_its_own_name(both: Board) -
     assert not differences(ana.lattice_dir, server.lattice_dir())
 
 
-def test_a_home_that_never_logged_in_writes_as_no_one(both: Board, tmp_path: Path) -> None:
+def test_a_home_without_a_login_cannot_write(both: Board, tmp_path: Path) -> None:
     _server, ana, _ = both
     env = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path / "config")}
     ana.ok("list")
@@ -131,7 +131,7 @@ def test_a_home_that_never_logged_in_writes_as_no_one(both: Board, tmp_path: Pat
 
 
 def test_an_edit_in_a_cache_of_two_configurations_waits_for_the_next_command(both: Board) -> None:
-    """Unless the other one has not been used for long."""
+    """It does not wait if the other configuration has long been unused."""
     _server, ana, ben = both
     ana.ok("create", "Shared", "--actor", "human:ana")
     path = plan(ana, "LAT-1")
@@ -152,7 +152,7 @@ def test_an_edit_in_a_cache_of_two_configurations_waits_for_the_next_command(bot
     assert log(ben)[0]["actor"] == "human:ben"
 
 
-def test_a_server_that_one_command_names_is_named_for_that_command_only(both: Board, tmp_path: Path) -> None:
+def test_a_server_named_by_one_command_applies_to_that_command_only(both: Board, tmp_path: Path) -> None:
     server, ana, _ = both
     env = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path / "config")}
     token = {"LATTICE_TOKEN": server.token("human:ana")}
@@ -163,7 +163,7 @@ def test_a_server_that_one_command_names_is_named_for_that_command_only(both: Bo
     assert listed.stdout.split() and "you have not" in listed.stderr and len(listed.stderr.splitlines()) == 1
 
 
-def test_a_configuration_that_is_made_meanwhile_leaves_one_agent(both: Board, tmp_path: Path) -> None:
+def test_a_configuration_created_during_a_command_leaves_one_agent(both: Board, tmp_path: Path) -> None:
     server, ana, _ = both
     client = ana.elsewhere(ana.dir)
     client.env = {**ana.env, "HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path / "config")}
@@ -181,8 +181,8 @@ def test_a_configuration_that_is_made_meanwhile_leaves_one_agent(both: Board, tm
 # --- namespaces ---
 
 
-def test_two_projects_mounted_at_one_path_are_two(sandbox: Sandbox, both: Board, tmp_path: Path) -> None:
-    """Two containers that share the runtime directory."""
+def test_two_projects_mounted_at_one_path_are_distinct(sandbox: Sandbox, both: Board, tmp_path: Path) -> None:
+    """Two containers share the runtime directory."""
     server, ana, _ = both
     server.project("web", code="WEB")
     web = ana.elsewhere(tmp_path / "web")
@@ -196,8 +196,8 @@ def test_two_projects_mounted_at_one_path_are_two(sandbox: Sandbox, both: Board,
     assert [ana.ok("list", "--quiet"), web.ok("list", "--quiet")] == ["LAT-1\n", "WEB-1\n"]
 
 
-def test_a_cache_that_is_mounted_over_another_is_another(both: Board, tmp_path: Path) -> None:
-    """In one namespace and under one agent."""
+def test_a_cache_mounted_over_another_is_distinct(both: Board, tmp_path: Path) -> None:
+    """Both are in one namespace and under one agent."""
     server, ana, _ = both
     server.project("web", code="WEB")
     web = ana.elsewhere(tmp_path / "web")
@@ -218,7 +218,7 @@ def test_a_cache_that_is_mounted_over_another_is_another(both: Board, tmp_path: 
         (("setpriv", "--no-new-privs"), "lattice list", ""),
     ],
 )
-def test_a_sandbox_that_starts_an_agent_spoils_nothing_outside(
+def test_an_agent_started_in_a_sandbox_damages_nothing_outside(
     both: Board, wall: tuple[str, ...], script: str, says: str
 ) -> None:
     _server, ana, _ = both
@@ -232,25 +232,23 @@ def test_a_sandbox_that_starts_an_agent_spoils_nothing_outside(
     assert len({agent["socket"] for agent in agents(ana)}) == 2
 
 
-def test_an_agent_leaves_soon_when_it_is_alone_in_a_sandbox(both: Board) -> None:
+def test_an_agent_alone_in_a_sandbox_exits_soon(both: Board) -> None:
     _server, ana, _ = both
     script = """from lattice_remote.client.agent import main as process
 process._ALONE_S, process._UNUSED_S = 0.5, 5.0
 process.main()"""
     for start, is_alone in ((f"{BIN}/python -c '{script}'; true", False), (f"exec {BIN}/python -c '{script}'", True)):
         began = time.monotonic()
-        done = inside(ana, NETWORK, start)  # the shell is a process of the sandbox too, unless it is replaced
+        done = inside(ana, NETWORK, start)  # without ``exec`` the shell would be a process of the sandbox too
         assert done.returncode == 0 and ("no other process" in done.stderr) == is_alone, done
         assert is_alone or time.monotonic() - began > 5
 
 
-# --- modes, places, left-overs ---
+# --- modes, places, stale files ---
 
 
 @pytest.mark.parametrize(("mode", "umask"), [(0o755, "077"), (0o700, "022"), (0o775, "077")])
-def test_the_files_of_a_cache_have_its_own_mode_under_any_umask(
-    both: Board, tmp_path: Path, mode: int, umask: str
-) -> None:
+def test_the_files_of_a_cache_keep_its_mode_under_any_umask(both: Board, tmp_path: Path, mode: int, umask: str) -> None:
     _server, ana, _ = both
     ana.ok("create", "Task", "--actor", "human:ana")
     ana.ok("remote", "agent", "stop", "--all")
@@ -263,13 +261,13 @@ def test_the_files_of_a_cache_have_its_own_mode_under_any_umask(
     assert stat.S_IMODE((clone.lattice_dir / "plans").stat().st_mode) == mode
 
 
-def test_without_a_place_for_temporary_files_nothing_appears_in_the_repository(both: Board) -> None:
+def test_without_a_temporary_directory_nothing_appears_in_the_repository(both: Board) -> None:
     _server, ana, _ = both
     ana = ana.elsewhere(ana.dir)
     ana.env = {name: value for name, value in ana.env.items() if name not in RUNTIME}
     script = """mount -t tmpfs -o ro none /tmp; mount -t tmpfs -o ro none /var/tmp
         lattice create Task --actor human:ana --quiet"""
-    # What is below /tmp is out of sight then: the client must be elsewhere.
+    # The mount hides everything below /tmp, so the client must be outside it.
     place = Path(os.environ.get("HOME", "/root"), f"lattice-test-{os.getpid()}")
     try:
         client = fresh(ana, place / "clone")
@@ -282,7 +280,7 @@ def test_without_a_place_for_temporary_files_nothing_appears_in_the_repository(b
         shutil.rmtree(place, ignore_errors=True)
 
 
-def test_a_runtime_directory_of_another_user_is_passed_over_in_silence(both: Board, tmp_path: Path) -> None:
+def test_a_runtime_directory_of_another_user_is_ignored_silently(both: Board, tmp_path: Path) -> None:
     _server, ana, _ = both
     short = Path("/tmp", f"lr-{os.getpid()}")
     short.mkdir(mode=0o700)
@@ -306,7 +304,7 @@ def test_a_runtime_directory_of_another_user_is_passed_over_in_silence(both: Boa
         shutil.rmtree(short)
 
 
-def test_what_former_environments_left_is_removed_when_an_agent_starts(both: Board) -> None:
+def test_stale_files_of_former_environments_are_removed_when_an_agent_starts(both: Board) -> None:
     _server, ana, ben = both
     place = Path(ana.env["LATTICE_REMOTE_RUNTIME_DIR"])
     ben.ok("list")
@@ -319,7 +317,7 @@ def test_what_former_environments_left_is_removed_when_an_agent_starts(both: Boa
             os.utime(left, (time.time() - age_s,) * 2)
     for file in place.glob("agent-*.*"):
         if file.name[6] not in "01":
-            os.utime(file, (time.time() - 7200,) * 2)  # of a living agent, however old
+            os.utime(file, (time.time() - 7200,) * 2)  # belongs to a running agent of any age
     ana.ok("list")
     names = {file.stem for file in place.iterdir()}
     assert "agent-0000000000" not in names and "agent-1111111111" in names

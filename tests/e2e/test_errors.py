@@ -1,4 +1,4 @@
-"""What goes wrong is said on one line, with what to do next, exit 1, and as lattice's envelope under --json."""
+"""Errors are one line with the next step, exit 1, and lattice's envelope under --json."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ Board = tuple[Server, Client, Client]
 
 
 def failing(client: Client, *argv: str, env: dict[str, str] | None = None) -> tuple[str, str]:
-    """Run a command that must fail, both ways; return the code and the human line."""
+    """Run a failing command in both formats; return the code and the human line."""
     human = client.run(*argv, env=env)
     assert human.returncode == 1, (human.stdout, human.stderr)
     assert human.stdout == ""
@@ -83,7 +83,7 @@ def test_an_unknown_project_is_not_found(shared_board: Board) -> None:
         ("create", "x", "--id", "../../x", "--actor", "human:ana"),
     ],
 )
-def test_hostile_names_are_refused_and_the_project_stays_whole(shared_board: Board, argv: tuple[str, ...]) -> None:
+def test_hostile_names_are_refused_and_the_project_stays_intact(shared_board: Board, argv: tuple[str, ...]) -> None:
     """I9."""
     server, ana, _ben = shared_board
     before, outside = tree_of(server.lattice_dir()), sorted(server.data.rglob("*"))
@@ -95,7 +95,7 @@ def test_hostile_names_are_refused_and_the_project_stays_whole(shared_board: Boa
     assert ana.run("doctor").returncode == 0
 
 
-def test_a_demo_is_not_made_in_a_cache(shared_board: Board) -> None:
+def test_demo_is_refused_in_a_cache(shared_board: Board) -> None:
     server, ana, _ben = shared_board
     before = tree_of(server.lattice_dir())
     done = ana.run("demo", "init", "--no-dashboard", "--path", str(ana.dir))
@@ -103,7 +103,7 @@ def test_a_demo_is_not_made_in_a_cache(shared_board: Board) -> None:
     assert tree_of(ana.lattice_dir) == tree_of(server.lattice_dir()) == before
 
 
-def test_no_token_says_how_to_log_in(sandbox: Sandbox) -> None:
+def test_a_missing_token_is_reported_with_how_to_log_in(sandbox: Sandbox) -> None:
     server = sandbox.started_server()
     token = server.token("human:ana")
     client = sandbox.client("ana")
@@ -120,7 +120,7 @@ def test_no_token_says_how_to_log_in(sandbox: Sandbox) -> None:
     assert "login" in line
 
 
-def test_out_of_reach_reads_tell_their_age_and_writes_fail(sandbox: Sandbox) -> None:
+def test_without_a_connection_reads_report_their_age_and_writes_fail(sandbox: Sandbox) -> None:
     server = sandbox.started_server()
     ana = sandbox.client("ana")
     ana.add_remote(server, server.token("human:ana"))

@@ -1,9 +1,8 @@
 """Every command of lattice-tracker, remote against local: the same output, exit code and files for the same lines.
 
-The lines of ``command_table.py`` run in a plain local project and in a cache of a server's project. Ids, times
-and the names of private directories are normalised; everything else must be equal, and the cache must equal the
-server's directory byte for byte. What there is to be run is taken from lattice-tracker itself, so that a new version
-can't bring a command or an option that nobody has tried.
+The lines of ``command_table.py`` run in a plain local project and in a cache of a server's project. Ids, times and the
+names of private directories are normalised. Everything else must be equal, and the cache must equal the server's
+directory byte for byte. The commands come from lattice-tracker itself, so an untested new command or option fails.
 """
 
 import copy
@@ -32,7 +31,7 @@ pytestmark = pytest.mark.e2e
 
 
 class Result(NamedTuple):
-    """What came of one line, normalised."""
+    """The normalised result of one line."""
 
     exit_code: int
     stdout: str
@@ -41,7 +40,7 @@ class Result(NamedTuple):
 
 @dataclass
 class Recording:
-    """One side of the comparison: runs command lines and keeps what came of them."""
+    """One side of the comparison: runs command lines and keeps the results."""
 
     client: Client
     busy_port: int
@@ -61,7 +60,7 @@ class Recording:
         return Result(done.returncode, stdout, self.normalise(done.stderr))
 
     def _fill(self, argument: str) -> str:
-        """Replace ``{...}`` by what only this side knows."""
+        """Replace ``{...}`` by values of this side."""
         match argument.strip("{}").split() if argument.startswith("{") and argument.endswith("}") else []:
             case ["busy"]:
                 return str(self.busy_port)
@@ -80,11 +79,11 @@ class Recording:
         return [event["id"] for event in events if event["type"] == "comment_added"]
 
     def board(self) -> dict[str, str]:
-        """The project's files, named and filled with normalised ids, so that two projects can be compared."""
+        """The project's files with normalised names and contents, for comparison."""
         return self.normalise.files(tree_of(self.client.lattice_dir))
 
     def surroundings(self) -> dict[str, str]:
-        """What commands have left beside the project and in the user's home, projects of their own included."""
+        """Files that commands left beside the project and in the user's home, including its own projects."""
         found: dict[str, bytes] = {}
         for top, below in ((self.client.dir, ""), (Path(self.client.env["HOME"]), "HOME/")):
             for path in sorted(top.rglob("*")):
@@ -104,7 +103,7 @@ class BothSides(NamedTuple):
     results: list[tuple[Line, Result, Result]]
 
     def ran(self) -> list[Ran]:
-        """What the lines were, as they ended in the remote project."""
+        """The lines with their results in the remote project."""
         found = (ran(cli, line, there.exit_code) for line, _, there in self.results)
         return [one for one in found if one is not None]
 
@@ -132,10 +131,10 @@ def command_board(
 def both_sides(
     command_board: tuple[Server, Client, Client], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[BothSides]:
-    """Run the whole table on both sides once, at the same time."""
+    """Run the whole table once on both sides concurrently."""
     server, ana, ben = command_board
     local = ben.elsewhere(tmp_path_factory.mktemp("local") / ana.dir.name)
-    # The same project to begin with: the server's, before anything was done in it.
+    # Both sides start from the server's initial project.
     shutil.copytree(server.lattice_dir(), local.lattice_dir)
     for directory in (local.dir, ana.dir):
         prepare_inputs(directory)
@@ -148,11 +147,11 @@ def both_sides(
 
 
 def test_every_command_option_and_format_is_tried(both_sides: BothSides) -> None:
-    """What is to be tried is what the installed lattice-tracker has: its own groups are walked."""
+    """The expected commands come from the groups of the installed lattice-tracker."""
     assert gaps(cli, both_sides.ran(), EXCEPTIONS) == []
 
 
-def test_every_command_says_and_exits_the_same(both_sides: BothSides) -> None:
+def test_every_command_prints_and_exits_the_same(both_sides: BothSides) -> None:
     results = [(line, here, without_notice(line, there)) for line, here, there in both_sides.results]
     different = [(line, here, there) for line, here, there in results if here != there]
     assert not different, "\n\n".join(
@@ -161,7 +160,7 @@ def test_every_command_says_and_exits_the_same(both_sides: BothSides) -> None:
 
 
 def without_notice(line: Line, result: Result) -> Result:
-    """Take off the line that a remote project adds; it must be there where it is promised, and nowhere else."""
+    """Remove the line that a remote project adds; it must be present exactly where it is documented."""
     if line[0] not in SAID_BESIDES:
         return result
     notice, _, rest = result.stderr.partition("\n")
@@ -193,7 +192,7 @@ def test_both_caches_equal_the_server_byte_for_byte(both_sides: BothSides) -> No
 
 
 def test_every_command_is_either_known_to_the_server_or_local_by_nature_or_a_plain_read() -> None:
-    """Nothing is left to chance: for each command it is written down where it runs."""
+    """Each command's place of execution is declared explicitly."""
     from lattice_remote.client.routing import _PROJECTLESS, _READS
 
     reads = {" ".join(words) for words in _READS}
@@ -203,7 +202,7 @@ def test_every_command_is_either_known_to_the_server_or_local_by_nature_or_a_pla
 
 
 def test_a_new_command_or_option_is_a_gap(both_sides: BothSides) -> None:
-    """What the next lattice-tracker may bring: a command, one in a group, an option, another format."""
+    """The next lattice-tracker may add a command, a subcommand, an option or a format."""
 
     @click.command()
     @click.option("--json", "output_json", is_flag=True)
@@ -227,7 +226,7 @@ def test_a_new_command_or_option_is_a_gap(both_sides: BothSides) -> None:
     ]
 
 
-def test_a_line_that_is_left_out_is_a_gap(both_sides: BothSides) -> None:
+def test_an_omitted_line_is_a_gap(both_sides: BothSides) -> None:
     without = [one for one in both_sides.ran() if one.path != "assign"]
     assert {gap.partition(":")[0] for gap in gaps(cli, without, EXCEPTIONS)} == {"assign"}
     assert gaps(cli, both_sides.ran(), {**EXCEPTIONS, "show: fails": "why"}) == [

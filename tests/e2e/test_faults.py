@@ -1,4 +1,4 @@
-"""Single faults, and many at once for one thing; ``test_soak.py`` has them all in a random mix of commands."""
+"""Single faults, and many clients racing for one task; ``test_soak.py`` mixes all faults at random."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from sandbox import Sandbox, wait_for
 pytestmark = pytest.mark.e2e
 
 
-def test_a_quiet_random_mix_has_no_errors_but_lattices_own(sandbox: Sandbox) -> None:
+def test_a_quiet_random_mix_has_only_lattices_own_errors(sandbox: Sandbox) -> None:
     with three_people(sandbox) as (server, clients, _proxy):
         mix = Mix(server, clients, seed=7, commands=25)
         outcome = mix.run()
@@ -23,7 +23,7 @@ def test_a_quiet_random_mix_has_no_errors_but_lattices_own(sandbox: Sandbox) -> 
         Hooked(server).check_exactly_once_in_order()
 
 
-def test_a_silent_network_does_not_hang_a_command_and_catches_up(sandbox: Sandbox) -> None:
+def test_a_silent_network_hangs_no_command_and_the_client_catches_up(sandbox: Sandbox) -> None:
     with three_people(sandbox) as (_server, clients, proxy):
         ana, _ben, cem = clients
         ana.ok("create", "One", "--actor", "human:ana")

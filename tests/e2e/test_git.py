@@ -1,4 +1,4 @@
-"""A copy in a git repository, and a copy that was changed while no agent ran, with real commands (I4)."""
+"""Caches in git repositories and caches changed while no agent ran, with real commands (I4)."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ TEXT = "# By Ben\n" + "\nA paragraph of his.\n" * 6
 
 
 def share_tracked_plan(sandbox: Sandbox, tracked: str) -> tuple[Server, Client, Path, Path]:
-    """Return the server, Ana's machine, whose repository tracks what is named, and the plan in her cache and Ben's."""
+    """Return the server, Ana's machine with the named files tracked by git, and the plan in her cache and Ben's."""
     server = sandbox.started_server()
     ana, ben = sandbox.client("ana"), sandbox.client("ben")
     for client in (ana, ben):
@@ -46,7 +46,7 @@ def share_tracked_plan(sandbox: Sandbox, tracked: str) -> tuple[Server, Client, 
     return server, ana, mine, theirs
 
 
-def test_a_tracked_copy_sends_nothing_that_git_checks_out(sandbox: Sandbox) -> None:
+def test_a_tracked_cache_sends_nothing_that_git_checks_out(sandbox: Sandbox) -> None:
     server, ana, mine, theirs = share_tracked_plan(sandbox, ".lattice/plans")
     for act in (("checkout", "--", "."), ("stash",), ("reset", "-q", "--hard"), ("checkout", "--", ".")):
         git(ana.dir, *act)
@@ -57,7 +57,7 @@ def test_a_tracked_copy_sends_nothing_that_git_checks_out(sandbox: Sandbox) -> N
     assert "tracks 1 file of .lattice" in pushed.stderr and "git help rm" in pushed.stderr
 
 
-def test_what_git_brings_with_its_own_base_is_restored(sandbox: Sandbox) -> None:
+def test_files_from_git_with_their_own_base_are_restored(sandbox: Sandbox) -> None:
     server, ana, mine, theirs = share_tracked_plan(sandbox, ".lattice")
     for act in (("checkout", "--", "."), ("stash",), ("reset", "-q", "--hard")):
         git(ana.dir, *act)
@@ -69,7 +69,7 @@ def test_what_git_brings_with_its_own_base_is_restored(sandbox: Sandbox) -> None
     assert theirs.read_text() == TEXT and not differences(server.lattice_dir(), ana.lattice_dir)
 
 
-def test_a_plan_that_was_rewritten_after_ones_own_command_wins_as_it_does_locally(shared_board: Board) -> None:
+def test_a_plan_rewritten_after_the_users_own_command_wins_as_it_does_locally(shared_board: Board) -> None:
     _server, ana, _ben = shared_board
     short_id, plan = new_plan(ana, "Rewritten")
     text = "# Plan\n\n- first\n- second\n\n## Notes\n\nnothing yet\n"
@@ -90,8 +90,8 @@ def test_a_plan_that_was_rewritten_after_ones_own_command_wins_as_it_does_locall
 
 
 @pytest.mark.parametrize("agent", [{}, {"LATTICE_REMOTE_AGENT": "off"}], ids=["agent", "no agent"])
-def test_the_first_read_shows_files_as_they_are_on_the_server(shared_board: Board, agent: dict[str, str]) -> None:
-    """Fifteen times of fifteen, also while other files of the copy are as they were."""
+def test_the_first_read_shows_the_servers_files(shared_board: Board, agent: dict[str, str]) -> None:
+    """It holds for fifteen of fifteen, also while other files of the cache are unchanged."""
     _server, ana, _ben = shared_board
     short_id, plan = new_plan(ana, "As it is")
     task = ana.lattice_dir / "tasks" / f"{plan.stem}.json"

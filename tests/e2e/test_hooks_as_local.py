@@ -1,4 +1,4 @@
-"""Hooks of ``config.json``: once, on the server, after the commit, told what a local lattice would tell them."""
+"""Hooks of ``config.json`` run once, on the server, after the commit, with the environment of a local lattice."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def set_hooks(lattice_dir: Path, **hooks: object) -> None:
 
 
 def told(file: Path, lattice_dir: Path) -> tuple[list[str], dict[str, object]]:
-    """Return the names of what a hook's environment held, with the values that do not differ by run, and its event."""
+    """Return the names in a hook's environment, the values that do not differ by run, and the event."""
     count = Path(f"{file}.count")
     wait_for(lambda: count.exists() and ":1\n" in count.read_text(), "the hook to have found its event in the log")
     lines = Path(f"{file}.env").read_text().splitlines()
@@ -30,7 +30,7 @@ def told(file: Path, lattice_dir: Path) -> tuple[list[str], dict[str, object]]:
     assert values["LATTICE_ROOT"] == str(lattice_dir) and values["LATTICE_EVENT_ID"] == event["id"]
     kept = {"LATTICE_ACTOR", "LATTICE_EVENT_TYPE", "LATTICE_FROM_STATUS", "LATTICE_TO_STATUS"}
     variables = [f"{name}={value}" if name in kept else name for name, value in values.items()]
-    # These are of the process that runs them, not of the hook.
+    # These belong to the process that runs the hook.
     own = {"LATTICE_REMOTE_SERVER", "LATTICE_REMOTE_DATA", "LATTICE_REMOTE_RUNTIME_DIR"}
     event = {key: value for key, value in event.items() if key not in ("id", "ts", "task_id")}
     return sorted(set(variables) - own), event
@@ -58,7 +58,7 @@ def test_hooks_get_the_environment_of_a_local_lattice_and_run_only_on_the_server
     )
 
 
-def test_a_slow_hook_holds_no_command_up_and_a_failing_one_is_named_with_its_change(sandbox: Sandbox) -> None:
+def test_a_slow_hook_delays_no_command_and_a_failing_one_is_logged_with_its_change(sandbox: Sandbox) -> None:
     server = sandbox.server()
     there, ran, gate = server.project(), sandbox.root / "ran", sandbox.root / "gate"
     wait = f'while [ ! -e "{gate}" ]; do sleep 0.05; done'

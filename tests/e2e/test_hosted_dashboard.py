@@ -1,4 +1,4 @@
-"""``/projects/:slug/dashboard/``: what it answers is what a local ``lattice dashboard`` answers on the same files."""
+"""``/projects/:slug/dashboard/`` responds as a local ``lattice dashboard`` does on the same files."""
 
 import http.client
 import json
@@ -22,7 +22,7 @@ STATIC = ["/static/cube3d.js", "/static/cube3d.css"]
 
 
 class Hosted(NamedTuple):
-    """A project's dashboard on its server, asked as the page does; paths as the page has them, from the root."""
+    """A project's hosted dashboard, requested as the page does; paths are the page's, from the root."""
 
     server: Server
     token: str
@@ -59,7 +59,7 @@ def hosted(shared_board: tuple[Server, Client, Client]) -> Hosted:
 
 
 class Done(NamedTuple):
-    """The same requests, sent to a local dashboard and to the hosted one, and what was answered."""
+    """The same requests with the responses of a local dashboard and of the hosted one."""
 
     different: list[tuple[str, tuple[int, str], tuple[int, str]]]
     local_tree: dict[str, bytes]
@@ -86,7 +86,7 @@ def done(shared_board: tuple[Server, Client, Client], hosted: Hosted, tmp_path_f
     )
 
 
-def test_every_write_of_the_page_is_answered_as_locally_and_leaves_the_same_files(done: Done) -> None:
+def test_every_write_of_the_page_has_the_response_and_the_files_of_a_local_one(done: Done) -> None:
     assert not done.different, "\n\n".join(f"{path}\n local: {a}\nhosted: {b}" for path, a, b in done.different)
     assert sorted(done.local_tree) == sorted(done.hosted_tree)
     assert {path for path in done.local_tree if done.local_tree[path] != done.hosted_tree[path]} == set()
@@ -94,7 +94,7 @@ def test_every_write_of_the_page_is_answered_as_locally_and_leaves_the_same_file
 
 @pytest.fixture(scope="module")
 def beside(shared_board: tuple[Server, Client, Client], done: Done) -> Iterator[Dashboard]:
-    """A local dashboard on the server's own files."""
+    """Start a local dashboard on the server's own files."""
     server, ana, _ = shared_board
     with serving(ana.elsewhere(server.lattice_dir().parent)) as dashboard:
         yield dashboard
@@ -105,9 +105,7 @@ def own_handlers(text: str) -> str:
     return re.sub(r'\n<meta name="remote-handlers"[^>]*>', "", text).replace("data-on-", "on")
 
 
-def test_every_read_of_the_page_is_answered_byte_for_byte_as_locally(
-    done: Done, beside: Dashboard, hosted: Hosted
-) -> None:
+def test_every_read_of_the_page_has_the_bytes_of_a_local_one(done: Done, beside: Dashboard, hosted: Hosted) -> None:
     asked = [path.format(*done.tasks) for path in GETS if path.startswith("/api/")] + STATIC
     different = []
     for path in asked:
@@ -142,12 +140,12 @@ def test_the_page_is_lattices_own_with_relative_paths_and_one_script(beside: Das
     assert "remote-editor" in hosted.get("/remote/live.css")[1]
 
 
-def test_the_page_is_found_without_its_slash_below_any_path(hosted: Hosted) -> None:
+def test_the_page_is_found_without_a_trailing_slash_below_any_path(hosted: Hosted) -> None:
     answer = hosted.ask("GET", "")
     assert (answer.status, answer.headers["Location"]) == (308, "dashboard/")
 
 
-def test_files_are_kept_by_browsers_and_asked_for_each_time(hosted: Hosted) -> None:
+def test_browsers_cache_files_and_revalidate_them_each_time(hosted: Hosted) -> None:
     for path in ("/", "/static/cube3d.js", "/remote/live.js", "/remote/live.css"):
         first = hosted.ask("GET", path)
         assert first.headers["Cache-Control"] == "private, no-cache"
@@ -158,7 +156,7 @@ def test_files_are_kept_by_browsers_and_asked_for_each_time(hosted: Hosted) -> N
 
 
 @pytest.mark.parametrize("path", ["/api/graph", "/api/tasks", "/api/config", "/api/stats", "/api/archived"])
-def test_what_the_client_has_is_not_sent_again(hosted: Hosted, path: str) -> None:
+def test_content_that_the_client_has_is_not_sent_again(hosted: Hosted, path: str) -> None:
     first = hosted.ask("GET", path)
     tag = first.headers["ETag"]
     again = hosted.ask("GET", path, If_None_Match=tag)
@@ -166,7 +164,7 @@ def test_what_the_client_has_is_not_sent_again(hosted: Hosted, path: str) -> Non
     assert hosted.ask("GET", path, If_None_Match='"0:"').status == 200
 
 
-def test_too_large_a_body_is_refused_in_lattices_words(hosted: Hosted) -> None:
+def test_a_body_over_the_limit_is_refused_with_lattices_message(hosted: Hosted) -> None:
     status, text = hosted.post("/api/tasks", b" " * (1024 * 1024 + 1))
     error = {"code": "PAYLOAD_TOO_LARGE", "message": "Request body exceeds 1048576 bytes"}
     assert (status, json.loads(text)["error"]) == (413, error)
@@ -191,11 +189,11 @@ def test_too_large_a_body_is_refused_in_lattices_words(hosted: Hosted) -> None:
         "/api/none",
     ],
 )
-def test_nothing_else_is_there(hosted: Hosted, path: str) -> None:
+def test_other_paths_are_not_found(hosted: Hosted, path: str) -> None:
     assert hosted.get(path)[0] == 404
 
 
-def test_only_who_may_use_the_project_sees_anything_of_it(hosted: Hosted) -> None:
+def test_only_tokens_of_the_project_see_it(hosted: Hosted) -> None:
     hosted.server.project("other")
     for token, status in ((hosted.server.token("human:eve", slug="other"), 403), ("nonsense", 401)):
         stranger = hosted._replace(token=token)
@@ -214,7 +212,7 @@ def test_commands_that_start_programs_and_foreign_actors_are_refused(hosted: Hos
     assert tree_of(hosted.server.lattice_dir()) == before
 
 
-# --- lists that the page has ---
+# --- lists of the page ---
 
 
 def put_together(text: str, steps: list[list[str | list[int]]]) -> str:
@@ -225,7 +223,7 @@ def put_together(text: str, steps: list[list[str | list[int]]]) -> str:
 
 
 @pytest.mark.parametrize("path", ["/api/tasks", "/api/graph"])
-def test_only_what_changed_of_a_list_is_sent(hosted: Hosted, path: str) -> None:
+def test_only_the_changes_of_a_list_are_sent(hosted: Hosted, path: str) -> None:
     with requests.Session() as session:
         session.headers["Authorization"] = f"Bearer {hosted.token}"
         url = f"{hosted.server.url}/projects/{hosted.slug}"

@@ -1,4 +1,4 @@
-"""What people write on a board runs nothing in the browser of whoever reads it, and lattice's own handlers work."""
+"""Board texts run nothing in a reader's browser, and lattice's own handlers work."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ QUOTES = "');window.ran='quotes';//"
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Page]:
-    """A board full of such texts, shown in a browser."""
+    """A board full of hostile texts, shown in a browser."""
     with Sandbox(warm()) as sandbox:
         server = sandbox.started_server()
         token = server.token("human:ana")
@@ -65,8 +65,8 @@ def test_texts_run_nothing_in_any_view(page: Page) -> None:
         assert ran(page) is None, identity
 
 
-def test_markup_that_gets_into_the_page_runs_nothing(page: Page) -> None:
-    """As if lattice had forgotten to escape something."""
+def test_injected_markup_runs_nothing(page: Page) -> None:
+    """This simulates missing escapes in lattice."""
     page.evaluate(
         """markup => {
             const box = document.createElement("div");

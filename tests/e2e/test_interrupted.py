@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment of a write or a fill: nothing is broken, and the next command goes on."""
+"""Ctrl-C at any moment of a write or a fill: nothing is damaged, and the next command continues."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ Board = tuple[Server, Client, Client]
 
 
 def interrupt(client: Client, *argv: str, after_s: float, off: bool) -> tuple[int, str]:
-    """Start a command and send it Ctrl-C a while after it began to talk; return its exit code and stderr."""
+    """Start a command, send it Ctrl-C a while after it opens a socket, and return its exit code and stderr."""
     process = client.popen(*argv, env={"LATTICE_REMOTE_AGENT": "off"} if off else None)
     wait_for(lambda: process.poll() is not None or talks(process.pid), "the command to talk to somebody")
     try:
@@ -28,14 +28,14 @@ def interrupt(client: Client, *argv: str, after_s: float, off: bool) -> tuple[in
 
 
 def talks(pid: int) -> bool:
-    """Whether a process has a socket."""
+    """Report whether a process has a socket."""
     with contextlib.suppress(OSError):
         return any(os.readlink(place).startswith("socket:") for place in Path(f"/proc/{pid}/fd").iterdir())
     return False
 
 
 @pytest.mark.parametrize("off", [False, True], ids=["with the agent", "without"])
-def test_an_interrupted_write_is_done_once_or_not_at_all(shared_board: Board, off: bool) -> None:
+def test_an_interrupted_write_runs_once_or_not_at_all(shared_board: Board, off: bool) -> None:
     server, ana, _ben = shared_board
     task = ana.ok("create", "Interrupted", "--actor", "human:ana", "--quiet").strip()
     acknowledged = []
@@ -54,7 +54,7 @@ def test_an_interrupted_write_is_done_once_or_not_at_all(shared_board: Board, of
 
 
 @pytest.mark.parametrize("off", [False, True], ids=["with the agent", "without"])
-def test_an_interrupted_fill_is_gone_on_with(shared_board: Board, off: bool) -> None:
+def test_an_interrupted_fill_is_continued(shared_board: Board, off: bool) -> None:
     server, ana, _ben = shared_board
     for n in range(3):
         clone = ana.elsewhere(ana.dir.parent / f"interrupted-{n}-{off}")

@@ -1,4 +1,4 @@
-"""The board of a large project in a real browser: drawn in pieces, changed card by card."""
+"""The board of a large project in a real browser: drawn in pieces, updated card by card."""
 
 import asyncio
 import re
@@ -43,7 +43,7 @@ def cards(page: Page) -> int:
     return page.locator("#app .card").count()
 
 
-def test_all_cards_are_drawn_in_order_and_stay_the_same_elements(it: Board) -> None:
+def test_all_cards_are_drawn_in_order_and_keep_their_elements(it: Board) -> None:
     with it.person() as person:
         page = it.open(person)
         expect(page.locator("#app .card")).to_have_count(TASKS)
@@ -87,7 +87,7 @@ def test_every_card_opens_its_task_once(it: Board) -> None:
         assert sum(url.endswith(f"/api/tasks/{task}") for url in asked) == 1
 
 
-def test_another_view_ends_the_drawing_and_the_way_back_draws_all(it: Board) -> None:
+def test_another_view_stops_the_drawing_and_returning_draws_all(it: Board) -> None:
     with it.person() as person:
         page = it.open(person)
         for _ in range(3):
@@ -110,7 +110,7 @@ def test_the_list_has_every_row_in_order_and_a_filter_adds_none(it: Board) -> No
         page.locator("#f-search").fill("number 77 of")
         expect(rows).to_have_count(1)
         page.locator("#f-search").fill("")
-        page.locator("#f-search").fill("number 78 of")  # before all rows are there again
+        page.locator("#f-search").fill("number 78 of")  # before all rows are back
         expect(rows).to_have_count(1)
         expect(rows).to_contain_text("number 78 of")
         page.locator("#f-search").fill("")

@@ -1,4 +1,4 @@
-"""Large files between real processes: cut and killed in the middle, both ways, they go on from where they were."""
+"""Large files between real processes: transfers cut or killed midway resume, in both directions."""
 
 import json
 import os
@@ -22,7 +22,7 @@ ANA = ("--actor", "human:ana")
 
 @dataclass
 class Place:
-    """One server; two machines that reach it through a proxy each."""
+    """One server, and two machines that connect through a proxy each."""
 
     server: Server
     ana: Client
@@ -44,7 +44,7 @@ class Place:
         return path
 
     def part(self, directory: Path) -> int:
-        """How much has come of what is being gathered there."""
+        """Return the size of the largest file in the directory: the progress of a transfer."""
         return max((path.stat().st_size for path in directory.glob("*")), default=0)
 
 
@@ -68,7 +68,7 @@ def place() -> Iterator[Place]:
 
 @pytest.fixture(autouse=True)
 def calm(place: Place) -> Iterator[None]:
-    """Whatever a test has done to the network is over after it."""
+    """Reset the network after each test."""
     yield
     for proxy in (place.to_ana, place.to_ben):
         proxy.flow()
@@ -87,8 +87,8 @@ def attach(place: Place, path: Path) -> str:
     return place.ana.ok("attach", "LAT-1", str(path), *ANA, "--quiet").strip()
 
 
-def test_a_hundred_megabytes_are_attached_and_are_here_at_once(place: Place) -> None:
-    """And no command elsewhere waits for them."""
+def test_a_hundred_megabytes_are_attached_and_available_locally_at_once(place: Place) -> None:
+    """They delay no command of another client."""
     path = place.ana.dir / "hundred.bin"
     path.write_bytes(os.urandom(MIB) * 100)
     artifact = attach(place, path)
@@ -120,7 +120,7 @@ def test_one_byte_over_the_limit_is_refused_before_anything_is_sent(place: Place
     assert place.to_ana.to_server - before < MIB
 
 
-def test_an_upload_that_is_cut_again_and_again_goes_on(place: Place) -> None:
+def test_an_upload_that_is_cut_repeatedly_resumes(place: Place) -> None:
     path, before = place.file(), place.to_ana.to_server
     known = set(artifacts(place.ana))
     place.to_ana.cut_after(3 * MIB)
@@ -160,7 +160,7 @@ def test_an_upload_takes_effect_once_after_a_kill_of_either_side(place: Place, v
     wait_for(lambda: not list(place.uploads.iterdir()), "nothing to be left over")
 
 
-def test_an_upload_that_is_interrupted_leaves_nothing_and_the_next_goes_on(place: Place) -> None:
+def test_an_interrupted_upload_leaves_nothing_and_the_next_resumes(place: Place) -> None:
     path, known = place.file(), artifacts(place.ana)
     place.to_ana.delay(0.003)
     attaching = place.ana.popen("attach", "LAT-1", str(path), *ANA)
@@ -177,7 +177,7 @@ def test_an_upload_that_is_interrupted_leaves_nothing_and_the_next_goes_on(place
 
 
 @pytest.mark.parametrize("how", ["cut", "agent", "server"])
-def test_a_download_goes_on_from_where_it_was(place: Place, how: str) -> None:
+def test_a_download_resumes_where_it_stopped(place: Place, how: str) -> None:
     artifact = attach(place, place.file())
     path = f"artifacts/payload/{artifact}.bin"
     wait_for((place.ben.lattice_dir / f"artifacts/meta/{artifact}.json").exists, "ben to know of it")
@@ -196,7 +196,7 @@ def test_a_download_goes_on_from_where_it_was(place: Place, how: str) -> None:
             place.server.start()
         place.to_ben.delay(0)
     fetching.communicate(timeout=60)
-    if fetching.returncode:  # it may say that the server is gone: then the next one goes on
+    if fetching.returncode:  # it may report a lost connection; the next one resumes
         place.ben.ok("remote", "pull")
         place.ben.ok("remote", "fetch", artifact)
     assert (place.ben.lattice_dir / path).read_bytes() == (place.server.lattice_dir() / path).read_bytes()
@@ -204,7 +204,7 @@ def test_a_download_goes_on_from_where_it_was(place: Place, how: str) -> None:
     assert place.part(place.ben.lattice_dir / ".remote/downloads") == 0
 
 
-def test_a_task_is_fetched_as_a_whole_and_twice_is_nothing(place: Place) -> None:
+def test_a_task_is_fetched_completely_and_a_repeated_fetch_transfers_nothing(place: Place) -> None:
     place.ben.ok("remote", "pull")
     place.ben.ok("remote", "fetch", "LAT-1")
     assert "everything is here" in place.ben.ok("remote", "fetch")
@@ -212,7 +212,7 @@ def test_a_task_is_fetched_as_a_whole_and_twice_is_nothing(place: Place) -> None
     assert not differences(place.server.lattice_dir(), place.ben.lattice_dir)
 
 
-def test_in_the_background_it_comes_by_itself_while_commands_go_on(place: Place) -> None:
+def test_files_arrive_in_the_background_while_commands_run(place: Place) -> None:
     place.ben.ok("remote", "config", "payloads", "background")
     try:
         artifact = attach(place, place.file())
@@ -236,7 +236,7 @@ def test_a_comment_may_come_from_a_large_file_or_a_pipe(place: Place) -> None:
     assert not differences(place.server.lattice_dir(), place.ana.lattice_dir)
 
 
-def test_without_the_background_process_it_is_the_same(place: Place) -> None:
+def test_transfers_work_without_the_background_process(place: Place) -> None:
     path = place.file()
     done = place.ana.run("attach", "LAT-1", str(path), *ANA, "--quiet", env={"LATTICE_REMOTE_AGENT": "off"})
     assert done.returncode == 0, done.stderr
@@ -252,12 +252,12 @@ def test_a_broken_file_on_the_server_is_reported_and_reaches_no_client(place: Pl
     path = f"artifacts/payload/{artifact}.bin"
     truth = place.server.lattice_dir() / path
     good, status = truth.read_bytes(), truth.stat()
-    with truth.open("r+b") as file:  # as a disk breaks it: neither time nor size tells
+    with truth.open("r+b") as file:  # as a failing disk does: time and size are unchanged
         file.seek(SIZE // 2)
         file.write(b"\xff" * 100 if good[SIZE // 2 : SIZE // 2 + 100] != b"\xff" * 100 else bytes(100))
     os.utime(truth, ns=(status.st_atime_ns, status.st_mtime_ns))
     (place.server.lattice_dir() / "context.md").write_text("# Changed after it\n")
-    changed = place.ben.lattice_dir / "context.md"  # then the server has looked at both, and found one by its times
+    changed = place.ben.lattice_dir / "context.md"  # the server has checked both, and found one by its times
     wait_for(lambda: changed.exists() and changed.read_text() == "# Changed after it\n", "the server to have looked")
     place.ben.ok("remote", "pull")
     failed = place.ben.run("remote", "fetch", artifact)

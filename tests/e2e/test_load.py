@@ -1,4 +1,4 @@
-"""Many clients on one server, in small: ``make load`` does the same with hundreds, and prints the figures."""
+"""Many clients on one server, at a small scale; ``make load`` does the same with hundreds and prints the figures."""
 
 import asyncio
 import os
@@ -23,16 +23,16 @@ def test_stalled_clients_delay_no_write_and_catch_up(sandbox: Sandbox) -> None:
     assert done.mib_growth < 60
 
 
-def test_of_many_concurrent_writers_none_starves(sandbox: Sandbox) -> None:
+def test_none_of_many_concurrent_writers_starves(sandbox: Sandbox) -> None:
     assert writers_at_once(sandbox, clients=25, seconds=1.5).slowest_share > 0.6
 
 
-async def test_a_client_with_hundreds_of_requests_under_way_does_not_starve_another(sandbox: Sandbox) -> None:
+async def test_a_client_with_hundreds_of_pending_requests_does_not_starve_another(sandbox: Sandbox) -> None:
     server = sandbox.started_server()
     async with several(2, server.url, server.token("human:ana", "agent:*")) as (greedy, modest):
         await greedy.ok("create", "One", *BY)
         (worker,) = server.worker_pids()
-        os.kill(worker, signal.SIGSTOP)  # until all requests are there: nothing depends on how fast who is
+        os.kill(worker, signal.SIGSTOP)  # wait for all requests: the result must not depend on speed
         try:
             many = [asyncio.create_task(greedy.ok("comment", "LAT-1", "another", *BY)) for _ in range(200)]
             await greedy.reached()
@@ -43,15 +43,15 @@ async def test_a_client_with_hundreds_of_requests_under_way_does_not_starve_anot
         answer = await one
         await asyncio.gather(*many)
     assert isinstance(answer, Reply)
-    ahead = answer.seq - 2  # changes: the task, what went ahead, and its own
-    assert ahead <= QueueLimits().window + 1  # what the worker held when it came, and one turn; not all two hundred
+    ahead = answer.seq - 2  # changes: the task, earlier requests, and its own
+    assert ahead <= QueueLimits().window + 1  # requests already in the worker, and one turn; not all two hundred
 
 
-def test_all_clients_come_back_by_themselves_after_a_crash(sandbox: Sandbox) -> None:
+def test_all_clients_reconnect_after_a_crash(sandbox: Sandbox) -> None:
     assert storm(sandbox, clients=40, kill=True).last_s < 60
 
 
-async def test_a_large_log_arrives_in_one_pass_though_it_grows_meanwhile(sandbox: Sandbox) -> None:
+async def test_a_large_log_arrives_in_one_pass_while_it_grows(sandbox: Sandbox) -> None:
     server = sandbox.started_server()
     token = server.token("human:ana", "agent:*")
     async with Light(server.url, token) as client:
@@ -73,7 +73,7 @@ async def test_a_large_log_arrives_in_one_pass_though_it_grows_meanwhile(sandbox
 
 
 def slow_reader(server: Server, token: str) -> connect:
-    """Return a connection that reads no further ahead than a frame, and what the system holds."""
+    """Return a connection that reads at most a frame ahead of the system's buffer."""
     return connect(
         f"ws://127.0.0.1:{server.port}/projects/board/ws",
         subprotocols=[SUBPROTOCOL],  # type: ignore[list-item]

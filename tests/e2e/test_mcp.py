@@ -107,7 +107,7 @@ RESOURCES = [
 
 @contextlib.asynccontextmanager
 async def session(client: Client, *command: str, env: dict[str, str] | None = None) -> AsyncIterator[ClientSession]:
-    """Start an MCP server in a client's directory, as an MCP client does; what it says besides goes to ``mcp.log``."""
+    """Start an MCP server in a client's directory, as an MCP client does; its stderr goes to ``mcp.log``."""
     program, *arguments = command or ("lattice", "remote", "mcp")
     parameters = StdioServerParameters(
         command=str(BIN / program), args=arguments, cwd=client.dir, env={**client.env, **(env or {})}
@@ -119,14 +119,14 @@ async def session(client: Client, *command: str, env: dict[str, str] | None = No
 
 
 def told(result: CallToolResult) -> Any:
-    """Return what a tool that succeeded returns."""
+    """Return the result of a successful tool."""
     assert not result.isError, result
     pieces = [getattr(piece, "text", "") for piece in result.content]
     return json.loads(pieces[0]) if result.structuredContent is None else result.structuredContent["result"]
 
 
 class Result(NamedTuple):
-    """What came of one call, normalised."""
+    """The normalised result of one call."""
 
     is_error: bool
     said: str
@@ -134,7 +134,7 @@ class Result(NamedTuple):
 
 
 class Side:
-    """One MCP server, and what is known of its project by now."""
+    """One MCP server, and the ids of its project so far."""
 
     def __init__(self, client: Client) -> None:
         self.client = client
@@ -205,8 +205,8 @@ def test_tools_schemas_and_resources_are_lattices_own(both: Both) -> None:
     assert len(both.there.declared[0]["tools"]) > 20
 
 
-def test_every_tool_is_called_and_known(both: Both) -> None:
-    """What there is to be called is what the MCP server says: a tool that nobody has tried fails this test."""
+def test_every_tool_is_called(both: Both) -> None:
+    """The MCP server lists the expected tools; a tool without a call here fails this test."""
     every = {tool["name"] for tool in both.there.declared[0]["tools"]}
     succeeded = {name for (name, _), result in zip(CALLS, both.there.results, strict=True) if not result.is_error}
     failed = {name for (name, _), result in zip(CALLS, both.there.results, strict=True) if result.is_error}
@@ -218,17 +218,17 @@ def test_every_tool_is_called_and_known(both: Both) -> None:
             assert set(tool["inputSchema"]["properties"]) == {*_TOOLS[tool["name"]], "lattice_root"}
 
 
-def test_every_call_returns_what_it_returns_in_a_local_project(both: Both) -> None:
+def test_every_result_equals_a_local_projects(both: Both) -> None:
     pairs = zip(CALLS, both.here.results, both.there.results, strict=True)
     different = [(call, here, there) for call, here, there in pairs if here != there]
     assert not different, "\n\n".join(f"{call}\n local: {here}\nremote: {there}" for call, here, there in different)
 
 
-def test_every_resource_reads_as_in_a_local_project(both: Both) -> None:
+def test_every_resource_equals_a_local_projects(both: Both) -> None:
     assert dict(zip(RESOURCES, both.there.read, strict=True)) == dict(zip(RESOURCES, both.here.read, strict=True))
 
 
-def test_every_call_leaves_the_files_that_it_leaves_in_a_local_project(both: Both) -> None:
+def test_every_call_leaves_the_files_of_a_local_project(both: Both) -> None:
     local, remote = (side.normalise.files(tree_of(side.client.lattice_dir)) for side in (both.here, both.there))
     assert sorted(local) == sorted(remote)
     assert {path for path in local if local[path] != remote[path]} == set()
@@ -243,7 +243,7 @@ def test_the_cache_equals_the_server_and_the_log_names_the_tools(both: Both) -> 
     assert {entry["actor"] for entry in log} == {"human:ana", "agent:bot"}
 
 
-async def test_concurrent_calls_all_run_each_under_its_own_actor(both: Both) -> None:
+async def test_concurrent_calls_all_run_under_their_own_actors(both: Both) -> None:
     texts = {f"at once {number}" for number in range(12)}
     async with session(both.there.client) as asked:
         arguments = [{"task_id": "LAT-1", "text": text, "actor": "agent:bot"} for text in texts]
@@ -258,10 +258,10 @@ async def test_concurrent_calls_all_run_each_under_its_own_actor(both: Both) -> 
     assert texts <= {comment["body"] for comment in told(comments)}
 
 
-async def test_each_call_goes_to_the_project_that_it_names(
+async def test_each_call_uses_the_project_that_it_names(
     shared_board: tuple[Server, Client, Client], both: Both, tmp_path: Path
 ) -> None:
-    """This project, a plain local one, and a cache of another server's project."""
+    """The projects are this one, a plain local one, and a cache of another server's project."""
     server, ana, ben = shared_board
     plain = ben.elsewhere(tmp_path / "plain")
     plain.ok("init", "--project-code", "PLN", "--actor", "human:ben", "--no-setup-claude", "--no-setup-agents")
@@ -284,7 +284,7 @@ async def test_each_call_goes_to_the_project_that_it_names(
     assert len(list((plain.lattice_dir / "tasks").iterdir())) == 1
 
 
-async def test_it_outlives_its_server_and_its_agent(sandbox: Sandbox) -> None:
+async def test_it_survives_its_server_and_its_agent(sandbox: Sandbox) -> None:
     server = sandbox.started_server()
     ana = sandbox.client("ana")
     ana.add_remote(server, server.token("human:ana"))
@@ -315,7 +315,7 @@ async def test_it_outlives_its_server_and_its_agent(sandbox: Sandbox) -> None:
     assert "showing data from" in (ana.dir / "mcp.log").read_text()
 
 
-async def test_without_an_agent_it_does_the_same(both: Both) -> None:
+async def test_it_works_without_an_agent(both: Both) -> None:
     async with session(both.there.client, env={"LATTICE_REMOTE_AGENT": "off"}) as asked:
         made = told(await asked.call_tool("lattice_create", {"title": "without", "actor": "human:ana"}))
         shown = told(await asked.call_tool("lattice_show", {"task_id": made["short_id"]}))
@@ -346,7 +346,7 @@ def test_ctrl_c_ends_it_at_once(both: Both) -> None:
     assert b"Traceback" not in err
 
 
-def test_without_the_package_the_command_says_what_to_install(both: Both, tmp_path: Path) -> None:
+def test_without_the_package_the_command_names_what_to_install(both: Both, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['mcp'] = None\n")
     done = subprocess.run(
         [BIN / "lattice", "remote", "mcp"],

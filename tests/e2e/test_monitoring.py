@@ -1,4 +1,4 @@
-"""A server at work, seen by whoever looks after it: figures, status and log agree with what its journal holds."""
+"""Monitoring of a busy server: metrics, status and log agree with its journal."""
 
 import json
 import os
@@ -28,7 +28,7 @@ PREFIX = "lattice_remote_"
 
 @dataclass
 class Watched:
-    """A server that has had something of everything, and what is known of it."""
+    """A server after every kind of event, and the expected figures."""
 
     server: Server
     ana: Client
@@ -42,13 +42,13 @@ class Watched:
         return f"{self.server.url}/projects/board"
 
     def scraped(self) -> str:
-        """Return the figures as Prometheus gets them; each scrape must be well-formed."""
+        """Return the metrics as Prometheus scrapes them; each scrape must be well-formed."""
         answer = requests.get(self.figures_url, timeout=60)
         assert answer.status_code == 200
         return answer.text
 
     def figure(self, name: str, **labels: str) -> float:
-        """Return the sum of all samples of this name and these labels."""
+        """Return the sum of all samples with this name and these labels."""
         return sum(
             sample.value
             for family in text_string_to_metric_families(self.scraped())
@@ -61,7 +61,7 @@ class Watched:
         return found
 
     def lines(self) -> list[dict[str, Any]]:
-        """Return the log; every line of it must be JSON."""
+        """Return the log; every line must be JSON."""
         return [json.loads(line) for line in self.server.log.read_text().splitlines()]
 
     def changes(self) -> list[int]:
@@ -92,13 +92,13 @@ def watched() -> Iterator[Watched]:
 
 
 def work(watched: Watched) -> None:
-    """Write in every way: commands, an edited plan, HTTP, a file changed by hand; be refused; lose the worker."""
+    """Write in every way (commands, an edited plan, HTTP, a local file change), get refusals, and lose the worker."""
     ana, ben, server = watched.ana, watched.ben, watched.server
     by = ("--actor", "human:ana")
     ana.ok("create", TEXTS[0], *by)
     ana.ok("comment", "LAT-1", TEXTS[1], *by)
-    assert ana.run("status", "LAT-99", "done", *by).returncode == 1  # lattice's own no
-    assert ana.run("comment", "LAT-1", TEXTS[1], "--actor", "human:ben").returncode == 1  # the server's no
+    assert ana.run("status", "LAT-99", "done", *by).returncode == 1  # refused by lattice
+    assert ana.run("comment", "LAT-1", TEXTS[1], "--actor", "human:ben").returncode == 1  # refused by the server
     plan = next((ana.lattice_dir / "plans").glob("*.md"))
     plan.write_text(f"{plan.read_text()}\n{TEXTS[2]}\n")
     ana.ok("list")
@@ -114,17 +114,17 @@ def work(watched: Watched) -> None:
     wait_for(lambda: "by hand" in (ben.lattice_dir / "plans" / plan.name).read_text(), "what was written by hand")
 
 
-def test_every_change_is_counted_once_and_stands_in_the_log_once(watched: Watched) -> None:
+def test_every_change_is_counted_once_and_logged_once(watched: Watched) -> None:
     changes = watched.changes()
     assert changes == list(range(1, len(changes) + 1))
     assert watched.figure("changes_total", project="board") == len(changes)
     assert watched.figure("head", project="board") == len(changes)
     logged = [line for line in watched.lines() if line.get("seq") is not None]
-    # What the lost worker had done and not yet said was answered by the next one.
+    # The next worker replied to requests that the lost one had run without a reply.
     assert sorted(line["seq"] for line in logged) == changes, logged
 
 
-def test_requests_and_refusals_are_counted_by_what_came_of_them(watched: Watched) -> None:
+def test_requests_and_refusals_are_counted_by_result(watched: Watched) -> None:
     assert watched.figure("requests_total", kind="command", outcome="failed") == 1
     assert watched.figure("requests_total", outcome="refused") == watched.figure("refusals_total") == 1
     assert watched.figure("refusals_total", code="REMOTE_FORBIDDEN") == 1
@@ -137,7 +137,7 @@ def test_requests_and_refusals_are_counted_by_what_came_of_them(watched: Watched
     assert (refused["command"], refused["code"], refused["actor"]) == ("comment", "REMOTE_FORBIDDEN", "human:ana")
 
 
-def test_times_are_measured_for_each_and_a_lost_worker_is_counted(watched: Watched) -> None:
+def test_times_are_measured_and_a_lost_worker_is_counted(watched: Watched) -> None:
     carried_out = watched.figure("requests_total", outcome="done") + watched.figure("requests_total", outcome="failed")
     assert watched.figure("executor_seconds_count") == carried_out
     assert watched.figure("request_seconds_count") == carried_out
@@ -146,7 +146,7 @@ def test_times_are_measured_for_each_and_a_lost_worker_is_counted(watched: Watch
     assert watched.figure("worker_starts_total", project="board") == 2
 
 
-def test_clients_and_how_long_changes_take_to_them(watched: Watched) -> None:
+def test_clients_and_delivery_times_of_changes_are_measured(watched: Watched) -> None:
     wait_for(lambda: watched.figure("most_behind") == 0, "both clients to have said that they hold everything")
     assert watched.figure("clients", project="board", kind="cache") == 2
     count, total = watched.figure("delivery_lag_seconds_count"), watched.figure("delivery_lag_seconds_sum")
@@ -156,7 +156,7 @@ def test_clients_and_how_long_changes_take_to_them(watched: Watched) -> None:
     assert watched.figure("queue_requests") == watched.figure("outbox_bytes") == 0
 
 
-def test_http_is_counted_by_routes_never_by_paths(watched: Watched) -> None:
+def test_http_is_counted_by_route_never_by_path(watched: Watched) -> None:
     for path in ("/projects/board", "/projects/board/tasks/LAT-1", "/projects/board/tasks/LAT-2", "/projects/x/y/z"):
         watched.ask("GET", path, watched.tokens["web"])
     watched.ask("BREW" * 10, "/projects/board", watched.tokens["web"])
@@ -171,7 +171,7 @@ def test_http_is_counted_by_routes_never_by_paths(watched: Watched) -> None:
     assert not any("board" in route or "LAT" in route for route in routes)
 
 
-def test_figures_are_for_a_token_of_their_own(watched: Watched) -> None:
+def test_metrics_need_a_token_of_their_own(watched: Watched) -> None:
     assert requests.get(watched.server.url + "/metrics", timeout=60).status_code == 401
     refused = watched.ask("GET", "/metrics", watched.tokens["ana"])
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "REMOTE_FORBIDDEN")
@@ -200,7 +200,7 @@ def test_no_metric_has_a_label_that_a_client_can_choose(watched: Watched) -> Non
     assert all(values == {None} for values in labels.values())
 
 
-def test_status_tells_of_projects_and_of_each_client(watched: Watched) -> None:
+def test_status_reports_projects_and_each_client(watched: Watched) -> None:
     wait_for(
         lambda: all(client["behind"] == 0 for client in watched.status()["projects"][0]["clients"]),
         "both clients to be current",
@@ -225,11 +225,11 @@ def test_status_tells_of_projects_and_of_each_client(watched: Watched) -> None:
     assert all(len(line) <= 100 for line in shown.splitlines())
 
 
-def test_an_open_stream_is_one_of_the_clients(watched: Watched) -> None:
+def test_an_open_stream_counts_as_a_client(watched: Watched) -> None:
     headers = {"Authorization": f"Bearer {watched.tokens['web']}"}
     with requests.get(watched.url + "/events/stream", headers=headers, stream=True, timeout=20) as stream:
         assert stream.status_code == 200
-        events = stream.iter_content(1)  # its end is the stream's
+        events = stream.iter_content(1)  # closes the stream
         next(events)
         kinds = {client["kind"]: client["actor"] for client in watched.status()["projects"][0]["clients"]}
         assert kinds["stream"] == "human:web"
@@ -237,24 +237,24 @@ def test_an_open_stream_is_one_of_the_clients(watched: Watched) -> None:
     wait_for(lambda: watched.figure("clients", kind="stream") == 0, "the stream to be gone")
 
 
-def test_the_socket_is_for_its_owner_and_reads_nothing(watched: Watched) -> None:
+def test_the_socket_is_private_to_its_owner_and_reads_nothing(watched: Watched) -> None:
     place = watched.server.data / "status.sock"
     assert place.stat().st_mode & 0o777 == 0o600
 
 
-def test_what_the_example_dashboard_and_alerts_ask_for_is_there(watched: Watched) -> None:
+def test_metrics_of_the_example_dashboard_and_alerts_exist(watched: Watched) -> None:
     endings = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"], "gauge": [""]}
     live = {
         family.name + ending
         for family in text_string_to_metric_families(watched.scraped())
         for ending in endings[family.type]
     }
-    of_cluster = {f"lattice_remote_{name}" for name in CLUSTER_METRICS}  # of a node of a cluster only
+    of_cluster = {f"lattice_remote_{name}" for name in CLUSTER_METRICS}  # only of a node of a cluster
     dashboard = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
     asked = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
     asked += re.findall(r"(?m)^ +expr: (.+)$", (DEPLOY / "prometheus-alerts.yml").read_text())
     assert len(asked) > 30
-    # An alert for an increase sees the first one only where the series began at 0.
+    # An alert on an increase sees the first event only if the series started at 0.
     assert 'lattice_remote_refusals_total{code="REMOTE_STORAGE",project="board"} 0.0' in watched.scraped()
     for expression in asked:
         names = re.findall(r"\b(?:lattice_remote|process)_\w+", expression)
@@ -262,7 +262,7 @@ def test_what_the_example_dashboard_and_alerts_ask_for_is_there(watched: Watched
         assert set(names) <= live | of_cluster, expression
 
 
-def test_every_figure_is_explained(watched: Watched) -> None:
+def test_every_metric_is_documented(watched: Watched) -> None:
     page = (DEPLOY.parents[1] / "docs/run/monitor.md").read_text()
     families = {
         family.name for family in text_string_to_metric_families(watched.scraped()) if family.name.startswith(PREFIX)
@@ -272,17 +272,17 @@ def test_every_figure_is_explained(watched: Watched) -> None:
         assert re.search(rf"`{name}(_total)?`", page), f"docs/run/monitor.md does not explain {name}"
 
 
-def test_a_revoked_token_is_seen_in_the_figures(watched: Watched) -> None:
+def test_a_revoked_token_appears_in_the_metrics(watched: Watched) -> None:
     watched.server.admin("token", "revoke", watched.tokens["ben"])
     wait_for(lambda: watched.figure("clients", kind="cache") == 1, "the client to be sent away")
     assert watched.figure("goodbyes_total", code="REMOTE_UNAUTHORIZED") == 1
     assert watched.ben.run("comment", "LAT-1", TEXTS[1], "--actor", "human:ben").returncode == 1
-    # By itself a refused client returns after up to 30 s; a command makes it try at once.
+    # A refused client retries after up to 30 s; a command makes it retry at once.
     wait_for(lambda: watched.figure("connections_refused_total", code="REMOTE_UNAUTHORIZED") >= 1, "it to be refused")
     assert watched.figure("changes_total") == len(watched.changes())
 
 
-def test_no_token_and_nothing_that_was_typed_is_in_the_log(watched: Watched) -> None:
+def test_no_token_and_no_typed_text_is_in_the_log(watched: Watched) -> None:
     log = watched.server.log.read_text()
     assert len(watched.lines()) > 10
     for secret in (*watched.tokens.values(), *TEXTS, "by hand"):
@@ -293,13 +293,13 @@ def test_no_token_and_nothing_that_was_typed_is_in_the_log(watched: Watched) -> 
     assert all(line["ms"] >= 0 for line in requests_ if line.get("outcome") != "found")
 
 
-def test_strangers_do_not_fill_the_log(watched: Watched) -> None:
+def test_unknown_clients_do_not_fill_the_log(watched: Watched) -> None:
     before = len(watched.lines())
     with requests.Session() as stranger:
         for _ in range(300):
             stranger.get(watched.server.url + "/healthz/x", timeout=60)
     assert watched.figure("http_requests_total", route="(none)", method="GET") >= 300
-    watched.ask("GET", "/projects/board", watched.tokens["web"])  # somebody known
+    watched.ask("GET", "/projects/board", watched.tokens["web"])  # a known client
 
     def told() -> int:
         lines = watched.lines()[before:]
@@ -309,9 +309,9 @@ def test_strangers_do_not_fill_the_log(watched: Watched) -> None:
     assert len(watched.lines()) - before < 150
 
 
-def test_without_a_server_the_files_tell(watched: Watched) -> None:
+def test_without_a_server_status_reads_the_files(watched: Watched) -> None:
     head, server = len(watched.changes()), watched.server
-    server.kill()  # its socket stays, and nobody listens
+    server.kill()  # its socket remains, without a listener
     assert (server.data / "status.sock").exists()
     done = server.programs.run("lattice-remote", ["status", "--json"], cwd=server.log.parent, env=server.env)
     found = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""Directories and environments of every kind: each works, or says in one line why not and what to do."""
+"""Directories and environments of every kind work, or are refused in one line with the reason and the next step."""
 
 import json
 import os
@@ -19,7 +19,7 @@ INIT = ("init", "--project-code", "NEW", *ANA, "--no-setup-claude", "--no-setup-
 
 @pytest.fixture
 def clone(shared_board: tuple[Server, Client, Client], tmp_path: Path) -> Client:
-    """What ``git clone`` leaves of a project with a remote: its address, and nothing else."""
+    """Create the result of ``git clone`` of a project with a remote: its address, and nothing else."""
     return fresh(shared_board[1], tmp_path / "clone")
 
 
@@ -31,7 +31,7 @@ def fresh(ana: Client, directory: Path) -> Client:
 
 
 def works_in(client: Client, cwd: Path | None = None, env: dict[str, str] | None = None) -> None:
-    """A write is there for a read that follows, and for the server."""
+    """Require that a write is there for a following read, and on the server."""
     made = client.run("create", "Here too", *ANA, "--quiet", cwd=cwd, env=env)
     assert (made.returncode, made.stderr) == (0, "")
     listed = client.run("list", "--quiet", cwd=cwd, env=env)
@@ -40,7 +40,7 @@ def works_in(client: Client, cwd: Path | None = None, env: dict[str, str] | None
 
 
 def says(done: subprocess.CompletedProcess[str], *words: str, code: int = 1) -> None:
-    """It ends with one line that has all these words."""
+    """Require one line of error that contains all these words."""
     assert done.returncode == code, done
     assert len(done.stderr.splitlines()) == 1, done.stderr
     for word in words:
@@ -50,7 +50,7 @@ def says(done: subprocess.CompletedProcess[str], *words: str, code: int = 1) -> 
 # --- directories ---
 
 
-def test_init_in_a_fresh_clone_says_what_it_is_and_leaves_it_as_it_is(clone: Client) -> None:
+def test_init_in_a_fresh_clone_reports_the_remote_and_changes_nothing(clone: Client) -> None:
     for _ in range(2):
         done = clone.run(*INIT)
         says(done, "this is a cache of project board", "nothing to initialise", code=0)
@@ -71,7 +71,7 @@ def test_init_below_a_cache_creates_its_own_project_with_a_notice(clone: Client)
     assert not (inner / ".lattice" / "remote.json").exists()
 
 
-def test_a_copy_within_a_local_project_is_a_copy(clone: Client) -> None:
+def test_a_cache_within_a_local_project_is_a_cache(clone: Client) -> None:
     outer = clone.elsewhere(clone.dir.parent)
     assert outer.run(*INIT).returncode == 0
     works_in(clone)
@@ -79,7 +79,7 @@ def test_a_copy_within_a_local_project_is_a_copy(clone: Client) -> None:
     assert "Around it" not in clone.ok("list")
 
 
-def test_deep_below_and_with_files_of_there(clone: Client) -> None:
+def test_commands_work_in_a_deep_directory_with_relative_paths(clone: Client) -> None:
     deep = clone.dir / "a" / "b" / "c"
     deep.mkdir(parents=True)
     works_in(clone, cwd=deep)
@@ -92,7 +92,7 @@ def test_deep_below_and_with_files_of_there(clone: Client) -> None:
 
 
 def without_its_remote(ana: Client, directory: Path) -> Client:
-    """A copy in a git repository that is at a commit from before the remote was added."""
+    """A cache in a git repository, at a commit from before the remote was added."""
     other = ana.elsewhere(directory)
     git(other.dir, "init", "-q", "-b", "main")
     git(other.dir, "commit", "-q", "--allow-empty", "-m", "before")
@@ -109,7 +109,7 @@ def without_its_remote(ana: Client, directory: Path) -> Client:
 GONE = ("is a cache of project board", "remote.json is gone", "lattice remote add origin", "--project board")
 
 
-def test_a_copy_without_its_remote_json_is_no_local_project(
+def test_a_cache_without_its_remote_json_is_not_a_local_project(
     shared_board: tuple[Server, Client, Client], tmp_path: Path
 ) -> None:
     server, ana, _ben = shared_board
@@ -146,7 +146,7 @@ def test_a_copy_without_its_remote_json_is_no_local_project(
     wait_for(lambda: not differences(server.lattice_dir(), other.lattice_dir), "the copy to be current")
 
 
-def test_remote_add_attaches_a_copy_again(shared_board: tuple[Server, Client, Client], tmp_path: Path) -> None:
+def test_remote_add_reattaches_a_cache(shared_board: tuple[Server, Client, Client], tmp_path: Path) -> None:
     server, ana, _ben = shared_board
     other = without_its_remote(ana, tmp_path / "repo")
     (plan, *_) = sorted((other.lattice_dir / "plans").glob("*.md"))
@@ -159,7 +159,7 @@ def test_remote_add_attaches_a_copy_again(shared_board: tuple[Server, Client, Cl
     assert not differences(server.lattice_dir(), other.lattice_dir)
 
 
-def test_lattice_root_names_the_project(clone: Client) -> None:
+def test_lattice_root_selects_the_project(clone: Client) -> None:
     elsewhere = clone.dir.parent / "elsewhere"
     elsewhere.mkdir()
     for root in (str(clone.dir), "../clone", "../elsewhere/../clone"):
@@ -175,7 +175,9 @@ ODD_NAMES = [b"with spaces", "naïve ☃".encode(), b"two\nlines", b"not \xff ut
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_a_directory_of_any_name(shared_board: tuple[Server, Client, Client], tmp_path: Path, name: bytes) -> None:
+def test_a_directory_may_have_any_name(
+    shared_board: tuple[Server, Client, Client], tmp_path: Path, name: bytes
+) -> None:
     client = fresh(shared_board[1], tmp_path / os.fsdecode(name))
     works_in(client)
     task = client.ok("create", "With a file", *ANA, "--quiet").strip()
@@ -185,10 +187,8 @@ def test_a_directory_of_any_name(shared_board: tuple[Server, Client, Client], tm
     assert client.run("remote", "status").returncode == 0
 
 
-def test_a_path_that_is_longer_than_a_socket_may_have(
-    shared_board: tuple[Server, Client, Client], tmp_path: Path
-) -> None:
-    """The kernel takes 108 bytes: the socket goes elsewhere, the same place for everybody who looks for it."""
+def test_a_path_may_be_longer_than_a_socket_path(shared_board: tuple[Server, Client, Client], tmp_path: Path) -> None:
+    """The kernel limits socket paths to 108 bytes, so all programs use the same other place."""
     client = fresh(shared_board[1], tmp_path / ("d" * 200) / ("e" * 200))
     works_in(client)
     runtime = tmp_path / ("r" * 120)
@@ -200,7 +200,7 @@ def test_a_path_that_is_longer_than_a_socket_may_have(
     assert client.run("remote", "agent", "stop", env=env).returncode == 0
 
 
-def test_through_a_link(shared_board: tuple[Server, Client, Client], clone: Client) -> None:
+def test_a_cache_is_found_through_a_symlink(shared_board: tuple[Server, Client, Client], clone: Client) -> None:
     server, ana, _ = shared_board
     works_in(clone)
     link = clone.dir.parent / "link"
@@ -212,7 +212,7 @@ def test_through_a_link(shared_board: tuple[Server, Client, Client], clone: Clie
     assert differences(clone.lattice_dir, server.lattice_dir()) == []
 
 
-def test_a_directory_that_was_removed_under_the_shell(clone: Client) -> None:
+def test_a_removed_working_directory_is_reported(clone: Client) -> None:
     works_in(clone)
 
     def run_where_nothing_is(argv: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -227,13 +227,13 @@ def test_a_directory_that_was_removed_under_the_shell(clone: Client) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-# --- several at once ---
+# --- several caches ---
 
 
-def test_worktrees_and_projects_of_several_servers_have_one_agent(
+def test_worktrees_and_projects_of_several_servers_share_one_agent(
     shared_board: tuple[Server, Client, Client], sandbox: Sandbox, tmp_path: Path
 ) -> None:
-    """And git sees nothing of a copy but its address."""
+    """Git sees nothing of a cache but its address."""
     _, ana, _ = shared_board
     repository = fresh(ana, tmp_path / "repository")
     works_in(repository)
@@ -279,7 +279,9 @@ NOWHERE = "/dev/null/nowhere"
 """Where nobody can make anything, not even root."""
 
 
-def test_no_home_that_can_be_written(shared_board: tuple[Server, Client, Client], tmp_path: Path) -> None:
+def test_commands_work_with_a_home_that_cannot_be_written(
+    shared_board: tuple[Server, Client, Client], tmp_path: Path
+) -> None:
     server, ana, _ = shared_board
     token = server.token("human:ana")
     named = {"LATTICE_TOKEN": token, "LATTICE_REMOTE_URL": server.url}
@@ -293,8 +295,8 @@ def test_no_home_that_can_be_written(shared_board: tuple[Server, Client, Client]
     assert "lattice remote login" in client.run("list", env=env).stderr
 
 
-def test_no_place_for_the_agent(clone: Client) -> None:
-    """Commands do without it, and say so in one line."""
+def test_commands_work_without_a_place_for_the_agent(clone: Client) -> None:
+    """Commands run without an agent, and report it in one line."""
     env = {"LATTICE_REMOTE_RUNTIME_DIR": NOWHERE}
     made = clone.run("create", "Without an agent", *ANA, "--quiet", env=env)
     says(made, "no background agent", NOWHERE, "LATTICE_REMOTE_RUNTIME_DIR", "LATTICE_REMOTE_AGENT=off", code=0)
@@ -305,7 +307,7 @@ def test_no_place_for_the_agent(clone: Client) -> None:
     assert clone.run("list", env={**env, "LATTICE_REMOTE_AGENT": "off"}).stderr == ""
 
 
-def test_no_home_at_all(shared_board: tuple[Server, Client, Client], clone: Client) -> None:
+def test_commands_work_without_a_home(shared_board: tuple[Server, Client, Client], clone: Client) -> None:
     server = shared_board[0]
     env = {name: value for name, value in clone.env.items() if name not in ("HOME", "XDG_CONFIG_HOME")}
     env |= {"LATTICE_TOKEN": server.token("human:ana"), "LATTICE_REMOTE_URL": server.url, "LATTICE_REMOTE_AGENT": "off"}
@@ -313,11 +315,11 @@ def test_no_home_at_all(shared_board: tuple[Server, Client, Client], clone: Clie
     assert (made.returncode, made.stderr) == (0, "")
 
 
-# --- what can't be written ---
+# --- read-only caches ---
 
 
 @pytest.mark.parametrize("agent", ["on", "off"])
-def test_a_copy_that_can_only_be_read(shared_board: tuple[Server, Client, Client], clone: Client, agent: str) -> None:
+def test_a_read_only_cache_is_reported(shared_board: tuple[Server, Client, Client], clone: Client, agent: str) -> None:
     server = shared_board[0]
     works_in(clone)
     before = clone.ok("list", "--quiet")
@@ -351,12 +353,12 @@ def protect(directory: Path, *, writable: bool) -> None:
 def cold(
     client: Client, env: dict[str, str], *argv: str, prefix: Sequence[str] = ()
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``lattice`` as a person starts it, in exactly this environment."""
+    """Run ``lattice`` as a user starts it, in exactly this environment."""
     command = [*prefix, str(BIN / "lattice"), *argv]
     return subprocess.run(command, cwd=client.dir, env=env, capture_output=True, text=True, check=False, timeout=60)
 
 
 def without_privileges(client: Client, env: dict[str, str], *argv: str) -> subprocess.CompletedProcess[str]:
-    """Run it so that the modes of files count for root too."""
+    """Run a command so that file modes apply to root too."""
     drop = ("setpriv", "--bounding-set=-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
     return cold(client, env, *argv, prefix=drop)

@@ -1,4 +1,4 @@
-"""Commands of third-party plugins: here they may read; on the server they may write, where both sides say so."""
+"""Commands of third-party plugins: reads run locally; writes run on the server if both sides declare them."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ ALLOWED = ["deploy note", "deploy from", "deploy escape", "list", "no such"]
 
 
 def people(sandbox: Sandbox, *, installed_there: bool, allowed: list[str]) -> tuple[Server, Client]:
-    """A server and a client that has the plugin."""
+    """A server, and a client with the plugin."""
     server = sandbox.server()
     server.project()
     (server.data / "config.json").write_text(json.dumps({"plugin_commands": allowed}))
@@ -31,11 +31,11 @@ def people(sandbox: Sandbox, *, installed_there: bool, allowed: list[str]) -> tu
 
 @pytest.fixture
 def cold() -> Sandbox:
-    """Programs as a person starts them: what is forked from a warm one has loaded its plugins before."""
+    """Start programs afresh; programs forked from a preloaded one have loaded their plugins already."""
     return Sandbox(Programs())
 
 
-def test_a_plugin_reads_locally_is_refused_its_writes_with_advice_and_is_routed_if_both_sides_declare_it(
+def test_a_plugin_reads_locally_is_refused_writes_with_advice_and_is_routed_if_both_sides_declare_it(
     cold: Sandbox,
 ) -> None:
     with cold as sandbox:
@@ -79,7 +79,7 @@ def test_a_plugin_reads_locally_is_refused_its_writes_with_advice_and_is_routed_
         assert 'allows "no such", which is not a command of an' in log and 'allows "list", which is not' in log
 
 
-def test_a_plugin_that_is_not_allowed_or_not_there_is_a_clear_line(cold: Sandbox) -> None:
+def test_a_plugin_that_is_not_allowed_or_not_installed_is_one_line(cold: Sandbox) -> None:
     with cold as sandbox:
         server, ana = people(sandbox, installed_there=True, allowed=[])
         note = ("deploy", "note", "LAT-1", "live", *ANA)

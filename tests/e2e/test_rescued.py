@@ -1,4 +1,4 @@
-"""What other programs write into a copy is restored, kept whole, and can be applied on the server (I4)."""
+"""Writes of other programs to a cache are reverted, rescued, and can be applied on the server (I4)."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def new_task(client: Client, title: str) -> str:
 def write_into(
     client: Client, tmp_path: Path, *commands: tuple[str, ...], new_plan: str | None = None
 ) -> dict[str, bytes]:
-    """Write into a copy what plain lattice writes into the same files; return what was written by path."""
+    """Write to a cache as plain lattice writes to the same files; return the written text by path."""
     client.ok("remote", "pull")
     other = client.elsewhere(tmp_path / "plain")
     shutil.copytree(client.lattice_dir, other.lattice_dir, ignore=shutil.ignore_patterns(".*", "*.json.lock", "locks"))
@@ -60,7 +60,7 @@ def entries(client: Client) -> list[dict[str, Any]]:
     return found
 
 
-def test_a_comment_is_kept_named_shown_and_applied(shared_board: Board, tmp_path: Path) -> None:
+def test_a_comment_is_rescued_listed_shown_and_applied(shared_board: Board, tmp_path: Path) -> None:
     server, ana, ben = shared_board
     task = new_task(ana, "Beside the server")
     written = write_into(ana, tmp_path, ("comment", task, "straight into the copy", *MINE))
@@ -112,7 +112,7 @@ def test_a_new_task_gets_its_events_its_plan_and_the_servers_number(shared_board
     restored(server, ana)
 
 
-def test_an_attached_file_is_kept_with_its_description(shared_board: Board, tmp_path: Path) -> None:
+def test_an_attached_file_is_rescued_with_its_description(shared_board: Board, tmp_path: Path) -> None:
     server, ana, _ben = shared_board
     task = new_task(ana, "Attach beside the server")
     attached = tmp_path / "figures.csv"
@@ -172,7 +172,7 @@ READS = (
 )
 
 
-def test_a_lattice_without_our_plugin_reads_and_can_not_write(shared_board: Board) -> None:
+def test_lattice_without_our_plugin_reads_and_cannot_write(shared_board: Board) -> None:
     server, ana, _ben = shared_board
     task = new_task(ana, "For everybody to see")
     ana.ok("remote", "pull")
@@ -194,7 +194,7 @@ def test_a_lattice_without_our_plugin_reads_and_can_not_write(shared_board: Boar
 
 
 @pytest.mark.parametrize("how", ["removed", "a directory", "a directory with a lock", "a link"])
-def test_what_keeps_plain_lattice_out_comes_back(shared_board: Board, how: str) -> None:
+def test_the_write_barrier_against_plain_lattice_is_restored(shared_board: Board, how: str) -> None:
     _server, ana, _ben = shared_board
     ana.ok("list")
     locks = ana.lattice_dir / "locks"
@@ -209,7 +209,7 @@ def test_what_keeps_plain_lattice_out_comes_back(shared_board: Board, how: str) 
     wait_for(lambda: locks.is_file() and not locks.is_symlink() and locks.read_text() == text, "the file of locks")
 
 
-def test_a_cache_that_is_made_local_can_be_written_by_plain_lattice(shared_board: Board, tmp_path: Path) -> None:
+def test_plain_lattice_can_write_to_a_cache_made_local(shared_board: Board, tmp_path: Path) -> None:
     server, ana, _ben = shared_board
     other = ana.elsewhere(tmp_path / "other")
     other.ok("remote", "add", "origin", f"{server.url}/board")
@@ -221,7 +221,7 @@ def test_a_cache_that_is_made_local_can_be_written_by_plain_lattice(shared_board
     assert "On my own" in other.ok("list") and "On my own" not in ana.ok("list")
 
 
-def test_a_server_that_was_copied_from_a_cache_can_write(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_a_server_copied_from_a_cache_can_write(sandbox: Sandbox, tmp_path: Path) -> None:
     server = sandbox.server()
     server.project()
     locks = server.lattice_dir() / "locks"

@@ -1,4 +1,4 @@
-"""A token is in the file that keeps it and in the variable that names it, and nowhere else that anybody could look."""
+"""Tokens appear only in the file that stores them and the variable that names them."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.e2e
 
 
 class Watcher:
-    """Reads the command line of every process, again and again, and the environment of the agents."""
+    """Repeatedly reads the command line of every process, and the environment of the agents."""
 
     def __init__(self) -> None:
         self.command_lines: set[bytes] = set()
@@ -44,7 +44,7 @@ def read(place: Path) -> bytes:
     try:
         return place.read_bytes()
     except OSError:
-        return b""  # it has ended
+        return b""  # the process has exited
 
 
 def said(done: subprocess.CompletedProcess[str]) -> bytes:
@@ -52,7 +52,7 @@ def said(done: subprocess.CompletedProcess[str]) -> bytes:
 
 
 def everything_a_person_does(server: Server, ana: Client, tokens: list[str]) -> Iterator[bytes]:
-    """Yield what each command prints: those that work, those that fail, and those that fail badly."""
+    """Yield the output of each command: successes, errors and crashes."""
     first, second, wrong = tokens
     url, by = server.url, ("--actor", "human:ana")
     secret_url = url.replace("http://", f"http://user:{wrong}@")
@@ -94,7 +94,7 @@ def everything_a_person_does(server: Server, ana: Client, tokens: list[str]) -> 
 
 
 def server_id(server: Server) -> str:
-    """Return the id of the first token: a command line may hold that."""
+    """Return the id of the first token, which a command line may contain."""
     return next(word for word in server.admin("token", "list").split() if word.startswith("tok_"))
 
 
@@ -104,10 +104,10 @@ def files_below(root: Path) -> Iterator[Path]:
             yield path
 
 
-def test_a_token_is_nowhere_but_where_it_is_kept() -> None:
+def test_a_token_appears_only_where_it_is_stored() -> None:
     with Sandbox() as sandbox:
         server, ana = sandbox.server(), sandbox.client("ana")
-        ana.programs = warm()  # server, worker and agent are started as ever
+        ana.programs = warm()  # server, worker and agent are started as usual
         server.project()
         server.start()
         tokens = [server.token("human:ana"), server.token("human:ana"), "ltr_" + "w" * 43]
@@ -128,7 +128,7 @@ def test_a_token_is_nowhere_but_where_it_is_kept() -> None:
         assert kept.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_token_in_a_command_line_is_remarked_on(sandbox: Sandbox) -> None:
+def test_a_token_in_a_command_line_causes_a_warning(sandbox: Sandbox) -> None:
     server, ana = sandbox.server(), sandbox.client("ana")
     server.project()
     server.start()

@@ -1,4 +1,4 @@
-"""A session belongs to the token that started it, whatever happens to server, journal and token since."""
+"""A session belongs to the token that started it, through changes of server, journal and token."""
 
 import json
 import shutil
@@ -32,9 +32,9 @@ def comment(client: Client, session: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def people() -> Iterator[tuple[Server, Client, Client, Client]]:
-    """A server; ana at her laptop and at her desktop, with a token each; ben. All may be any agent.
+    """A server; Ana at her laptop and at her desktop, with a token each; Ben. Each may be any agent.
 
-    Each test has sessions of its own name, and leaves a running server behind.
+    Each test uses its own session names and leaves a running server.
     """
     with Sandbox(warm()) as sandbox:
         server = sandbox.started_server()
@@ -47,7 +47,7 @@ def people() -> Iterator[tuple[Server, Client, Client, Client]]:
         yield (server, *clients)
 
 
-def test_only_the_token_that_started_it_acts_as_it(people: tuple[Server, Client, Client, Client]) -> None:
+def test_only_the_token_that_started_a_session_acts_as_it(people: tuple[Server, Client, Client, Client]) -> None:
     _, laptop, desktop, ben = people
     session = start(laptop, "Argus")
     assert comment(laptop, session).returncode == 0
@@ -66,7 +66,7 @@ def test_only_the_token_that_started_it_acts_as_it(people: tuple[Server, Client,
     assert "No active session named 'Argus-1'" in laptop.run("session", "end", session).stderr
 
 
-def test_it_survives_restart_rotation_a_copy_and_the_loss_of_the_journal(
+def test_a_session_survives_restart_rotation_a_backup_and_the_loss_of_the_journal(
     people: tuple[Server, Client, Client, Client],
 ) -> None:
     server, laptop, _, ben = people
@@ -113,7 +113,9 @@ def test_a_session_without_a_known_owner_grants_no_actor(people: tuple[Server, C
     assert comment(laptop, session).returncode == 0
 
 
-def test_of_a_token_that_is_gone_its_actors_other_token_ends_it(people: tuple[Server, Client, Client, Client]) -> None:
+def test_a_session_of_a_deleted_token_is_ended_by_its_actors_other_token(
+    people: tuple[Server, Client, Client, Client],
+) -> None:
     server, laptop, desktop, ben = people
     session = start(laptop, "Gone")
     server.admin("token", "revoke", tokens(server)["human:ana"][0])

@@ -63,7 +63,7 @@ class Place(NamedTuple):
     """A server, and a directory of a group of this machine.
 
     Attributes:
-        pid: of the process whose mount namespace shows the interpreter, which may be below another user's home.
+        pid: process whose mount namespace shows the interpreter, which may be below another user's home.
     """
 
     sandbox: Sandbox
@@ -80,7 +80,7 @@ def _as_root(*argv: str) -> None:
 
 
 def _readable() -> str:
-    """Return commands that mount what the interpreter and this checkout need over homes that others cannot enter."""
+    """Return commands that mount the interpreter's files and this checkout over homes that others cannot enter."""
     lines = ["mount --make-rprivate /"]
     for needed in {str(Path(sys.base_prefix).resolve()), str(ROOT)}:
         parents = [parent for parent in reversed(Path(needed).parents) if not parent.stat().st_mode & 0o001]
@@ -114,7 +114,7 @@ def place(sandbox: Sandbox) -> Iterator[Place]:
     ) as holder:
         assert holder.stdout is not None
         yield Place(sandbox, server, shared, int(holder.stdout.readline()))
-        holder.communicate()  # closes its standard input, at whose end it exits
+        holder.communicate()  # close its stdin; it exits at end of file
     _as_root("chown", "-R", str(os.geteuid()), str(sandbox.root))
 
 
@@ -149,7 +149,7 @@ def test_users_of_one_group_work_in_one_cache(place: Place) -> None:
     assert list(watches.iterdir()) == []
 
 
-def test_a_user_who_may_only_read_is_refused_with_the_reason(place: Place) -> None:
+def test_a_user_with_read_access_only_is_refused_writes_with_the_reason(place: Place) -> None:
     server = place.server
     ana, ben = (User(place, name, uid, 0o022) for name, uid in (("ana", 54_001), ("ben", 54_002)))
     for user in (ana, ben):
@@ -169,7 +169,7 @@ def test_a_user_who_may_only_read_is_refused_with_the_reason(place: Place) -> No
         user.ok("lattice", "remote", "agent", "stop")
 
 
-def test_a_user_who_may_not_read_gets_one_line(place: Place) -> None:
+def test_a_user_without_read_access_gets_one_line(place: Place) -> None:
     server, shared = place.server, place.shared
     ana, eve = (User(place, name, uid, 0o077) for name, uid in (("ana", 54_001), ("eve", 54_003)))
     _log_in(ana, server)

@@ -1,4 +1,4 @@
-"""Signing in with a real browser, and what a page of another site can't do to somebody who is signed in."""
+"""Signing in with a real browser, and requests of other sites in a signed-in browser."""
 
 import contextlib
 import functools
@@ -49,7 +49,7 @@ def signed_in(browser: Browser, server: Server, token: str) -> Iterator[Person]:
 
 @pytest.fixture
 def ana(signed_in: Person) -> Iterator[Person]:
-    """Somebody who is signed in, and stays so."""
+    """A user who stays signed in."""
     yield signed_in
     for page in signed_in.context.pages:
         page.close()
@@ -63,7 +63,7 @@ def revoke(server: Server, token: str) -> None:
 # --- signing in and out ---
 
 
-def test_a_person_signs_in_sees_the_projects_and_signs_out(browser: Browser, server: Server, token: str) -> None:
+def test_a_user_signs_in_sees_the_projects_and_signs_out(browser: Browser, server: Server, token: str) -> None:
     with Person(browser, server.url) as person:
         addresses: list[str] = []
         person.context.on("request", lambda request: addresses.append(request.url))
@@ -95,10 +95,10 @@ def test_a_wrong_token_is_reported_and_the_user_can_try_again(browser: Browser, 
         expect(page.get_by_label("Token")).to_have_value("")
         page.get_by_label("Token").fill(token)
         page.get_by_role("button", name="Sign in").click()
-        page.wait_for_url("**/projects/board")  # where one wanted to be
+        page.wait_for_url("**/projects/board")  # the page requested before signing in
 
 
-def test_a_token_that_is_revoked_signs_its_browsers_out_and_no_other(browser: Browser, server: Server) -> None:
+def test_a_revoked_token_signs_out_its_own_browsers_only(browser: Browser, server: Server) -> None:
     mine, yours = server.token("human:ana"), server.token("human:ben")
     with Person(browser, server.url) as ana, Person(browser, server.url) as phone, Person(browser, server.url) as ben:
         for person, token in ((ana, mine), (phone, mine), (ben, yours)):
@@ -113,7 +113,7 @@ def test_a_token_that_is_revoked_signs_its_browsers_out_and_no_other(browser: Br
         expect(pages[2].get_by_role("heading", name="Projects")).to_be_visible()
 
 
-def test_signing_out_leaves_the_others_of_the_same_token_in(
+def test_signing_out_keeps_other_browsers_of_the_token_signed_in(
     browser: Browser, server: Server, ana: Person, token: str
 ) -> None:
     with Person(browser, server.url) as phone:
@@ -139,7 +139,7 @@ def test_pages_fit_their_window_light_and_dark(browser: Browser, server: Server)
 
 
 def fits(page: Page, name: str) -> None:
-    """Keep pictures of the page, wide and narrow, light and dark; nothing of it lies beside its window."""
+    """Save pictures of the page, wide and narrow, light and dark; require that nothing overflows the window."""
     for width in (1280, 375):
         page.set_viewport_size({"width": width, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -153,7 +153,7 @@ def fits(page: Page, name: str) -> None:
 
 
 class OtherSite:
-    """A web server of somebody else."""
+    """A web server of another site."""
 
     def __init__(self, host: str, port: int, directory: Path) -> None:
         self._url = f"http://{host}:{port}"
@@ -162,7 +162,7 @@ class OtherSite:
         """Whether a browser sends it, and what it asks for, the cookies of the server that is tested."""
 
     def shows(self, html: str) -> str:
-        """Make a page, and return its address."""
+        """Serve a page, and return its address."""
         name = f"{len(list(self._directory.iterdir()))}.html"
         (self._directory / name).write_text(f"<!doctype html><title>elsewhere</title>{html}")
         return f"{self._url}/{name}"
@@ -177,7 +177,7 @@ class _Quiet(SimpleHTTPRequestHandler):
     scope="module", params=["localhost", "127.0.0.1"], ids=["another site", "another port of the same site"]
 )
 def elsewhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OtherSite]:
-    """To a browser, localhost is another site than 127.0.0.1; another port is not, and gets strict cookies."""
+    """To a browser, localhost is another site than 127.0.0.1. Another port is the same site and gets strict cookies."""
     directory = tmp_path_factory.mktemp("elsewhere")
     with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(directory))) as listening:
         thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01})
@@ -191,13 +191,11 @@ def elsewhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @contextlib.contextmanager
 def answers_of(person: Person, server: Server) -> Iterator[list[Response]]:
-    """Collect what our server answers to this browser."""
+    """Collect our server's responses to this browser."""
     answers: list[Response] = []
 
     def note(answer: Response) -> None:
-        if (
-            answer.url.startswith(server.url) and "/pages/" not in answer.url
-        ):  # the style and the icon are for everybody
+        if answer.url.startswith(server.url) and "/pages/" not in answer.url:  # the style and the icon are public
             answers.append(answer)
 
     person.context.on("response", note)
@@ -216,7 +214,7 @@ def test_another_site_writes_nothing(server: Server, ana: Person, elsewhere: Oth
         page.wait_for_url(target)
         page.goto(elsewhere.shows(fetched))
         expect(page).to_have_title("done")
-        [post] = [answer for answer in answers if answer.request.method == "POST"]  # what was fetched is withheld
+        [post] = [answer for answer in answers if answer.request.method == "POST"]  # the browser withholds the response
         assert post.status == (403 if elsewhere.gets_cookies else 401)
         listed = ana.context.request.get("/projects/board/tasks")
         assert listed.json()["data"] == []

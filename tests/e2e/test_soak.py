@@ -1,4 +1,4 @@
-"""The soak, in short: ``make soak`` runs longer ones. A failing seed prints the command that repeats it."""
+"""A short soak; ``make soak`` runs longer ones. A failing seed prints the command that repeats it."""
 
 import pytest
 
@@ -10,7 +10,7 @@ SEEDS, COMMANDS = 25, 5
 
 
 @pytest.mark.parametrize("seed", range(1, SEEDS + 1))
-def test_nothing_is_lost_doubled_or_different_when_everything_breaks(seed: int) -> None:
+def test_nothing_is_lost_duplicated_or_different_under_all_faults(seed: int) -> None:
     result = one(seed, COMMANDS, every=3)
     assert result.failure is None, f"{result.failure}\nmake soak SEEDS=1 FIRST={seed} COMMANDS={COMMANDS} EVERY=3"
     assert result.figures["acknowledged"] + result.figures["refused"] + result.figures["unknown"] > 0

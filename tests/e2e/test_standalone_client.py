@@ -1,4 +1,4 @@
-"""The client of examples/standalone_client.py, written from SPEC.md, beside real servers and caches (I3, I5, I6)."""
+"""examples/standalone_client.py, written from SPEC.md, with real servers and caches (I3, I5, I6)."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ Board = tuple[Server, Client, Client]
 
 
 class Standalone:
-    """A directory that the client keeps current, at an address."""
+    """A directory that the client keeps current, and its server's address."""
 
     def __init__(self, server: Server, name: str, url: str = "") -> None:
         self.directory = server.log.parent / name
@@ -115,7 +115,7 @@ def test_its_edits_arrive_and_conflicts_keep_both_texts(shared_board: Board) -> 
     assert hers.with_name(f"{hers.name}.mine").read_text() == "# Rewritten here\n"
 
 
-def test_cut_anywhere_each_command_runs_once(shared_board: Board) -> None:
+def test_with_cut_connections_each_command_runs_once(shared_board: Board) -> None:
     server, ana, _ben = shared_board
     task = ana.ok("create", "Cut", "--actor", "human:ana", "--quiet").strip()
     cuts = random.Random(1)
@@ -130,7 +130,7 @@ def test_cut_anywhere_each_command_runs_once(shared_board: Board) -> None:
     assert [comments.count(f"number {n}.") for n in range(12)] == [1] * 12
 
 
-def test_killed_anywhere_the_files_follow(shared_board: Board) -> None:
+def test_after_kills_the_files_converge(shared_board: Board) -> None:
     server, ana, ben = shared_board
     task = ana.ok("create", "Killed", "--actor", "human:ana", "--quiet").strip()
     eve, moments = Standalone(server, "ela"), random.Random(2)
@@ -177,7 +177,7 @@ def test_files_that_another_program_damaged_are_repaired_when_they_change(sandbo
     assert eve.is_equal
 
 
-def test_a_new_epoch_and_a_killed_server(sandbox: Sandbox) -> None:
+def test_it_follows_a_new_epoch_and_a_killed_server(sandbox: Sandbox) -> None:
     server = sandbox.started_server()
     eve = Standalone(server, "eve")
     eve.ok("create", "Before", "--actor", "human:eve")
@@ -195,7 +195,7 @@ def test_a_new_epoch_and_a_killed_server(sandbox: Sandbox) -> None:
     assert eve.is_equal
 
 
-def test_smallest_part_of_it_is_a_correct_client(shared_board: Board, tmp_path: Path) -> None:
+def test_its_smallest_part_is_a_correct_client(shared_board: Board, tmp_path: Path) -> None:
     server, ana, _ben = shared_board
     tree = standalone_client.Tree(tmp_path / "files", tmp_path / "new")
     tree["tasks/of-another-project.json"] = b"{}"

@@ -26,7 +26,7 @@ def write(client: Client, path: str, text: str) -> None:
 
 
 def text_of(client: Client, task: str, version: object, *options: str) -> str:
-    """Return a version's text; not through a pipe of lines, which would change how they end."""
+    """Return a version's text; text-mode pipes would change its line endings."""
     shown = client.ok("remote", "history", task, "--show", str(version), "--json", *options)
     text: str = json.loads(shown)["data"]["text"]
     return text
@@ -64,7 +64,7 @@ def test_versions_are_listed_with_their_authors_and_shown_byte_by_byte(two: tupl
     assert len(table) == 3 and table[0].split() == ["CHANGE", "TIME", "ACTOR", "SIZE", "COMMAND"]
 
 
-def test_a_restored_version_is_a_new_edit_that_everyone_gets(two: tuple[Server, Client, Client]) -> None:
+def test_a_restored_version_is_a_new_edit_that_reaches_all_clients(two: tuple[Server, Client, Client]) -> None:
     server, ana, ben = two
     task, path = planned(ana, ben)
     first = versions(ana, task)[2]["seq"]
@@ -78,7 +78,7 @@ def test_a_restored_version_is_a_new_edit_that_everyone_gets(two: tuple[Server, 
     assert "already has the text" in ana.ok("remote", "history", task, "--restore", str(first))
 
 
-def test_a_restore_sends_the_edit_that_waits_in_the_file_first(two: tuple[Server, Client, Client]) -> None:
+def test_a_restore_sends_the_pending_edit_of_the_file_first(two: tuple[Server, Client, Client]) -> None:
     _, ana, ben = two
     task, path = planned(ana, ben)
     first = versions(ana, task)[2]["seq"]
@@ -88,7 +88,7 @@ def test_a_restore_sends_the_edit_that_waits_in_the_file_first(two: tuple[Server
     assert [each["bytes"] for each in versions(ana, task)[:2]] == [len(FIRST.encode()), len("not sent yet\n")]
 
 
-def test_notes_have_a_history_of_their_own_and_an_archived_task_keeps_it(two: tuple[Server, Client, Client]) -> None:
+def test_notes_have_their_own_history_and_an_archived_task_keeps_it(two: tuple[Server, Client, Client]) -> None:
     _, ana, ben = two
     task, path = planned(ana, ben)
     notes = path.replace("plans/", "notes/")
@@ -117,8 +117,8 @@ def test_wrong_names_are_refused_in_one_line(two: tuple[Server, Client, Client])
         assert answer.returncode == 1 and said in answer.stderr and answer.stderr.count("\n") == 1, asked
 
 
-def test_a_text_whose_beginning_is_not_kept_is_completed_from_the_file(two: tuple[Server, Client, Client]) -> None:
-    """The journal may begin with a change that only appended."""
+def test_a_text_whose_start_is_not_retained_is_completed_from_the_file(two: tuple[Server, Client, Client]) -> None:
+    """The journal may start with a change that only appended."""
     server, ana, ben = two
     task, path = planned(ana, ben)
     whole = "".join(f"line {number} {'x' * 200}\n" for number in range(40))

@@ -1,4 +1,4 @@
-"""Plan and notes edited in the hosted dashboard, in a real browser: saved, merged, in conflict, never lost."""
+"""Plans and notes edited in the hosted dashboard, in a real browser: saved, merged, in conflict, never lost."""
 
 import json
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ def opened(it: Board, page: Page, task: str) -> None:
 
 
 def planned(it: Board, title: str, text: str) -> str:
-    """Make a task with this plan."""
+    """Create a task with this plan."""
     task = it.made(title)
     it.text(task).write_bytes(text.encode())
     return task
@@ -54,7 +54,7 @@ def refuse(dialog: Dialog) -> None:
     dialog.dismiss()
 
 
-def test_a_plan_is_edited_in_the_page_and_notes_are_begun(it: Board) -> None:
+def test_a_plan_is_edited_and_notes_are_started_in_the_page(it: Board) -> None:
     task = planned(it, "Planned in the page", "# Plan\r\n\r\none\r\n")
     with it.person("human:planner") as person:
         page = it.open(person)
@@ -78,7 +78,7 @@ def test_a_plan_is_edited_in_the_page_and_notes_are_begun(it: Board) -> None:
     assert {entry["actor"] for entry in log if "edit" in entry["command"]} == {"human:planner"}
 
 
-def test_lines_of_two_people_are_merged_and_the_same_line_is_a_conflict_that_is_shown(it: Board) -> None:
+def test_different_lines_are_merged_and_the_same_line_is_a_visible_conflict(it: Board) -> None:
     task = planned(it, "Planned by two", "one\ntwo\nthree\nfour\nfive\n")
     with it.person() as person:
         page = it.open(person)
@@ -111,7 +111,7 @@ def test_lines_of_two_people_are_merged_and_the_same_line_is_a_conflict_that_is_
         assert it.text(task).read_text() == "ONE\ntheirs and mine\nthree\nfour\nFIVE\n"
 
 
-def test_ones_own_text_is_saved_over_a_conflict_knowingly(it: Board) -> None:
+def test_the_users_text_is_saved_over_a_conflict_deliberately(it: Board) -> None:
     task = planned(it, "Put over", "one\n")
     with it.person() as person:
         page = it.open(person)
@@ -125,8 +125,8 @@ def test_ones_own_text_is_saved_over_a_conflict_knowingly(it: Board) -> None:
         assert it.text(task).read_text() == "mine\n"
 
 
-def test_nothing_typed_is_lost(it: Board) -> None:
-    """Not by Escape, not by a server that is gone, not by loading the page anew."""
+def test_typed_text_is_not_lost(it: Board) -> None:
+    """It survives Escape, a stopped server, and a reload of the page."""
     task = planned(it, "Typed in", "one\n")
     with it.person() as person:
         page = it.open(person)
@@ -139,7 +139,7 @@ def test_nothing_typed_is_lost(it: Board) -> None:
         press_save(page)
         expect(said(page)).to_contain_text("The server cannot be reached. Your text is still here.")
         it.server.start()
-        page.once("dialog", lambda dialog: dialog.accept())  # leave all the same
+        page.once("dialog", lambda dialog: dialog.accept())  # leave anyway
         page.reload()
         opened(it, page, task)
         expect(field(page)).to_have_value("one\ntyped\n")
@@ -152,7 +152,7 @@ def test_nothing_typed_is_lost(it: Board) -> None:
     assert it.text(task).read_text() == "one\ntyped\n"
 
 
-def test_what_can_not_be_edited_is_shown(it: Board) -> None:
+def test_a_text_that_cannot_be_edited_is_shown(it: Board) -> None:
     task = planned(it, "Archived with its plan", "kept\n")
     with it.person() as person:
         page = it.open(person)

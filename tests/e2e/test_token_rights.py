@@ -1,4 +1,4 @@
-"""Rights of a token: to read only, and changed while its client is connected."""
+"""Rights of a token: read-only tokens, and edits while the client is connected."""
 
 import contextlib
 import http.client
@@ -84,7 +84,7 @@ def _checked_out(client: Client, url: str) -> None:
     (client.lattice_dir / "remote.json").write_text(json.dumps({"url": url, "project": "board"}))
 
 
-def test_a_token_made_for_a_server_goes_there_without_a_login_and_nowhere_else(sandbox: Sandbox) -> None:
+def test_a_token_for_a_server_works_without_a_login_and_for_no_other_server(sandbox: Sandbox) -> None:
     server = sandbox.started_server()
     create = ("token", "create", "--project", "board", "--actor", "human:ana", "--for")
     token = server.admin(*create, f"{server.url.upper()}/").split()[-1]

@@ -1,4 +1,4 @@
-"""The main job, as a user sees it: what one does arrives at the other, and messages say what to do next."""
+"""The main use: writes reach the other machine, and messages name the next step."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def new_task(client: Client, title: str) -> str:
     return client.ok("create", title, "--actor", "human:ana", "--quiet").strip()
 
 
-def test_what_one_creates_the_other_sees(shared_board: Board) -> None:
+def test_a_created_task_reaches_the_other_client(shared_board: Board) -> None:
     _server, ana, ben = shared_board
     task = new_task(ana, "Seen by ben")
     wait_for(lambda: "Seen by ben" in ben.ok("list"), "the task in ben's list")
@@ -38,14 +38,14 @@ def test_what_one_creates_the_other_sees(shared_board: Board) -> None:
     wait_for(lambda: "I see it" in ana.ok("comments", task), "ben's comment in ana's copy")
 
 
-def test_ones_own_write_is_in_the_files_when_the_command_returns(shared_board: Board) -> None:
+def test_a_write_is_in_the_files_when_its_command_returns(shared_board: Board) -> None:
     _server, ana, _ben = shared_board
     for n in range(5):
         task = new_task(ana, f"Own write {n}")
         assert plan_of(ana, task).is_file()
 
 
-def test_an_edited_plan_passes_the_gate_and_reaches_everybody(shared_board: Board) -> None:
+def test_an_edited_plan_permits_the_start_and_reaches_all_clients(shared_board: Board) -> None:
     _server, ana, ben = shared_board
     task = new_task(ana, "With a plan")
     for status in ("in_planning", "planned"):
@@ -58,7 +58,7 @@ def test_an_edited_plan_passes_the_gate_and_reaches_everybody(shared_board: Boar
     assert plan_of(ben, task).read_text() == plan.read_text()
 
 
-def test_notes_made_by_hand_arrive_with_push_where_no_agent_runs(shared_board: Board) -> None:
+def test_notes_made_by_hand_are_sent_by_push_without_an_agent(shared_board: Board) -> None:
     _server, ana, ben = shared_board
     task = new_task(ana, "With notes")
     notes = ana.lattice_dir / "notes" / plan_of(ana, task).name
@@ -71,7 +71,7 @@ def test_notes_made_by_hand_arrive_with_push_where_no_agent_runs(shared_board: B
     assert (ben.lattice_dir / "notes" / notes.name).read_text() == notes.read_text()
 
 
-def test_edits_of_two_people_in_different_places_are_merged(shared_board: Board) -> None:
+def test_edits_of_two_users_in_different_places_are_merged(shared_board: Board) -> None:
     _server, ana, ben = shared_board
     task = new_task(ana, "Merged")
     lines = [f"line {n}" for n in range(20)]
@@ -90,7 +90,7 @@ def test_edits_of_two_people_in_different_places_are_merged(shared_board: Board)
     assert plan.read_bytes() == theirs.read_bytes()
 
 
-def test_a_real_conflict_keeps_both_texts_once_and_is_reported(shared_board: Board) -> None:
+def test_a_conflict_keeps_both_texts_once_and_is_reported(shared_board: Board) -> None:
     server, ana, ben = shared_board
     task = new_task(ana, "Conflict")
     ben.ok("remote", "pull")
@@ -113,7 +113,7 @@ def test_a_real_conflict_keeps_both_texts_once_and_is_reported(shared_board: Boa
     assert differences(ben.lattice_dir, server.lattice_dir()) == []
 
 
-def test_a_plain_lattice_command_on_the_server_is_seen_by_clients(shared_board: Board) -> None:
+def test_a_plain_lattice_command_on_the_server_reaches_clients(shared_board: Board) -> None:
     """I12."""
     server, ana, ben = shared_board
     task = new_task(ana, "Behind its back")
@@ -135,7 +135,7 @@ def test_a_directory_without_a_remote_behaves_as_without_the_package(sandbox: Sa
     assert not (plain.lattice_dir / "cache_state.json").exists()
 
 
-def test_adding_a_remote_with_an_unknown_token_is_refused_and_touches_nothing(shared_board: Board) -> None:
+def test_adding_a_remote_with_an_unknown_token_is_refused_and_changes_nothing(shared_board: Board) -> None:
     server, ana, _ben = shared_board
     mine = ana.elsewhere(ana.dir.parent / "mine")
     mine.ok("init", "--project-code", "OWN", "--actor", "human:me", "--no-setup-agents", "--no-setup-claude")
@@ -148,7 +148,7 @@ def test_adding_a_remote_with_an_unknown_token_is_refused_and_touches_nothing(sh
     assert "OWN-2" in mine.ok("create", "Still local", "--actor", "human:me")
 
 
-def test_the_token_is_kept_per_user_and_never_in_the_project(shared_board: Board) -> None:
+def test_the_token_is_stored_per_user_and_never_in_the_project(shared_board: Board) -> None:
     _server, ana, _ben = shared_board
     tokens = Path(ana.env["XDG_CONFIG_HOME"]) / "lattice" / "tokens.json"
     assert stat.S_IMODE(tokens.stat().st_mode) == 0o600
@@ -157,7 +157,7 @@ def test_the_token_is_kept_per_user_and_never_in_the_project(shared_board: Board
         assert not path.is_file() or secret.encode() not in path.read_bytes()
 
 
-def test_without_the_agent_everything_works_too(shared_board: Board) -> None:
+def test_everything_works_without_the_agent(shared_board: Board) -> None:
     server, ana, ben = shared_board
     off = {"LATTICE_REMOTE_AGENT": "off"}
     done = ben.run("create", "Direct", "--actor", "human:ben", "--quiet", env=off)
@@ -168,7 +168,7 @@ def test_without_the_agent_everything_works_too(shared_board: Board) -> None:
     assert differences(ben.lattice_dir, server.lattice_dir()) == []
 
 
-def test_agents_of_a_killed_machine_are_replaced_by_the_next_command(shared_board: Board) -> None:
+def test_the_next_command_replaces_agents_of_a_killed_machine(shared_board: Board) -> None:
     _server, ana, _ben = shared_board
     pid = answer(ana, "remote", "agent", "status")["pid"]
     os.kill(pid, 9)
@@ -177,7 +177,7 @@ def test_agents_of_a_killed_machine_are_replaced_by_the_next_command(shared_boar
     assert plan_of(ana, task).is_file()
 
 
-def test_changes_of_the_files_by_others_are_repaired_without_a_request(shared_board: Board) -> None:
+def test_changes_of_files_by_other_programs_are_repaired_without_a_request(shared_board: Board) -> None:
     server, ana, _ben = shared_board
     task = plan_of(ana, new_task(ana, "Altered")).stem
     ana.ok("remote", "pull")
@@ -213,7 +213,7 @@ def test_without_the_agent_verify_reports_and_sync_repairs(shared_board: Board) 
     assert differences(ana.lattice_dir, server.lattice_dir()) == []
 
 
-def test_files_altered_without_an_agent_are_repaired_by_the_next_one(shared_board: Board) -> None:
+def test_files_changed_without_an_agent_are_repaired_by_the_next_one(shared_board: Board) -> None:
     server, ana, _ben = shared_board
     ana.ok("remote", "agent", "stop")
     (ana.lattice_dir / "ids.json").write_text("{}\n")
@@ -221,7 +221,7 @@ def test_files_altered_without_an_agent_are_repaired_by_the_next_one(shared_boar
     wait_for(lambda: not differences(ana.lattice_dir, server.lattice_dir()), "the files to be the server's again")
 
 
-def test_status_names_its_evidence(shared_board: Board) -> None:
+def test_status_states_its_evidence(shared_board: Board) -> None:
     _server, ana, _ben = shared_board
     ana.ok("list")
     assert answer(ana, "remote", "status")["connected"] is True

@@ -1,4 +1,4 @@
-"""``resource acquire --wait``: in order, at once, holding nothing up; and who is gone takes nothing."""
+"""``resource acquire --wait``: served in order and at once, blocking nothing; a lost waiter acquires nothing."""
 
 import json
 import os
@@ -23,14 +23,14 @@ def holders(server: Server) -> list[str]:
 
 
 def waiters(server: Server) -> int:
-    """Return how many requests stand in line, as the running server says; their first tries are over."""
+    """Return the running server's number of queued requests, after their first attempts."""
     status = statussocket.ask(server.data)
     assert status is not None, "the server runs"
     return sum(project["waiting"] for project in json.loads(status)["projects"])
 
 
 class Board:
-    """A server with a resource that ana holds, and three clients on two machines."""
+    """A server with a resource that Ana holds, and three clients on two machines."""
 
     def __init__(self, sandbox: Sandbox) -> None:
         self.server = sandbox.server()
@@ -45,7 +45,7 @@ class Board:
         self.ana.ok("resource", "acquire", "gpu", *ANA)
 
     def wait(self, client: Client, actor: str, *more: str) -> "subprocess.Popen[str]":
-        """Begin to wait as an agent, and return once it stands in line."""
+        """Start waiting as an agent, and return once the request is queued."""
         before = waiters(self.server)
         process = client.popen("resource", "acquire", "gpu", "--wait", "--actor", f"agent:{actor}", *more)
         wait_for(lambda: waiters(self.server) > before, "it to stand in line")
@@ -60,7 +60,7 @@ def board(sandbox: Sandbox) -> Board:
     return Board(sandbox)
 
 
-def test_waiters_of_several_machines_are_served_in_order_also_across_a_worker_that_dies(board: Board) -> None:
+def test_waiters_of_several_machines_are_served_in_order_across_a_killed_worker(board: Board) -> None:
     waiting = [board.wait(board.clients[n % 3], f"w{n}", "--timeout", "60") for n in range(5)]
     board.release("human:ana")
     for n, process in enumerate(waiting):
@@ -75,7 +75,7 @@ def test_waiters_of_several_machines_are_served_in_order_also_across_a_worker_th
 
 
 @pytest.mark.parametrize("how", ["ctrl-c", "killed"])
-def test_a_waiter_that_is_gone_takes_nothing_and_lets_the_next_one_through(board: Board, how: str) -> None:
+def test_a_lost_waiter_acquires_nothing_and_lets_the_next_one_through(board: Board, how: str) -> None:
     first = board.wait(board.clients[1], "gone", "--timeout", "60")
     second = board.wait(board.clients[2], "next", "--timeout", "60")
     before = waiters(board.server)
@@ -89,7 +89,7 @@ def test_a_waiter_that_is_gone_takes_nothing_and_lets_the_next_one_through(board
     assert holders(board.server) == []
 
 
-def test_a_restarted_server_and_a_killed_agent_lose_no_waiter_and_no_place(board: Board) -> None:
+def test_a_restarted_server_and_a_killed_agent_lose_no_waiter_and_no_position(board: Board) -> None:
     first = board.wait(board.clients[2], "first", "--timeout", "60")
     second = board.wait(board.clients[1], "second", "--timeout", "60")
     status = json.loads(board.clients[2].ok("remote", "agent", "status", "--json"))["data"]
@@ -107,7 +107,7 @@ def test_a_restarted_server_and_a_killed_agent_lose_no_waiter_and_no_place(board
     assert acquired == ["agent:second", "agent:first"], "each once"
 
 
-def test_a_waiter_whose_token_is_revoked_is_refused_on_every_surface_and_takes_nothing(board: Board) -> None:
+def test_a_waiter_with_a_revoked_token_is_refused_on_every_surface_and_acquires_nothing(board: Board) -> None:
     server = board.server
     command = board.wait(board.clients[2], "cem", "--timeout", "60")
     url, text = f"http://127.0.0.1:{server.port}/projects/board", board.tokens[2]
@@ -133,7 +133,7 @@ def test_a_waiter_whose_token_is_revoked_is_refused_on_every_surface_and_takes_n
     assert holders(server) == []
 
 
-def test_the_end_of_a_holders_time_wakes_and_words_and_codes_are_local_lattices(board: Board, sandbox: Sandbox) -> None:
+def test_expiry_wakes_a_waiter_and_texts_and_codes_are_local_lattices(board: Board, sandbox: Sandbox) -> None:
     local = sandbox.client("local")
     local.ok("init", "--project-code", "LAT", "--no-setup-claude", "--no-setup-agents", *ANA)
     for client, name in ((local, "cpu"), (board.ana, "cpu")):

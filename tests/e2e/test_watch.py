@@ -1,4 +1,4 @@
-"""``lattice remote watch``: a terminal, a script, a command for each change; cut off, resumed, and ended."""
+"""``lattice remote watch``: a terminal, a script, a command for each change; disconnects, resumption, and exit."""
 
 import json
 import os
@@ -22,7 +22,7 @@ ANA = ("--actor", "human:ana")
 
 @pytest.fixture(scope="module")
 def people() -> Iterator[tuple[Server, Client, Client]]:
-    """A server, ana who writes and ben who watches; each test begins at the number that the one before has left."""
+    """A server, Ana who writes, and Ben who watches; each test starts at the previous one's last number."""
     with Sandbox(warm()) as sandbox:
         server = sandbox.started_server()
         ana, ben = sandbox.client("ana"), sandbox.client("ben")
@@ -38,7 +38,7 @@ def head(client: Client) -> int:
 
 
 def resume_point(stderr: str) -> str:
-    """Return what the last line of a watcher says to go on with."""
+    """Return the position for resuming from the last line of a watcher."""
     return stderr.splitlines()[-1].rpartition("--since ")[2]
 
 
@@ -102,14 +102,14 @@ def test_a_position_before_the_retention_has_its_own_exit_code(people: tuple[Ser
     assert "there is no task 'LAT-99'" in ben.run("remote", "watch", "--task", "LAT-99").stderr
 
 
-def test_a_command_runs_for_each_change_in_order_one_at_a_time_and_goes_on_after_a_failure(
+def test_a_command_runs_for_each_change_in_order_one_at_a_time_and_after_a_failure(
     people: tuple[Server, Client, Client], tmp_path: Path
 ) -> None:
     _, ana, ben = people
     out, n = tmp_path / "out", head(ana)
     for count in range(4):
         ana.ok("create", f"Task {count}", *ANA)
-    # It says when it begins and ends, and fails for one of them; the next one's lines must not come between.
+    # The command prints a line at its start and at its end, and fails once; lines of two runs must not mix.
     script = (
         f'echo "begin $LATTICE_CHANGE" >> {out}; grep -c "\\"seq\\": $LATTICE_CHANGE" >> {out}; sleep 0.1; '
         f'echo "end $LATTICE_CHANGE" >> {out}; test "$LATTICE_CHANGE" != {n + 2}'
@@ -124,7 +124,7 @@ def test_a_command_runs_for_each_change_in_order_one_at_a_time_and_goes_on_after
     assert slow.returncode == 0 and f"change {n + 4}: the command took longer than 0.2 s and was ended" in slow.stderr
 
 
-def test_ctrl_c_ends_the_command_that_runs_and_says_where_to_go_on(
+def test_ctrl_c_stops_the_running_command_and_prints_the_position_to_resume(
     people: tuple[Server, Client, Client], tmp_path: Path
 ) -> None:
     _, ana, ben = people
@@ -141,7 +141,7 @@ def test_ctrl_c_ends_the_command_that_runs_and_says_where_to_go_on(
     wait_for(lambda: not Path(f"/proc/{int(pid.read_text())}").exists(), "the command to have ended")
 
 
-def test_a_terminal_gets_a_view_and_nothing_that_others_wrote_acts_on_it(
+def test_a_terminal_gets_a_view_and_texts_of_others_cannot_control_it(
     people: tuple[Server, Client, Client],
 ) -> None:
     _, ana, ben = people
@@ -159,7 +159,7 @@ def test_a_terminal_gets_a_view_and_nothing_that_others_wrote_acts_on_it(
     while time.monotonic() < deadline:
         try:
             shown += os.read(ours, 65536)
-        except OSError:  # the terminal's other end is closed: it has ended
+        except OSError:  # the terminal's other end is closed: the watcher has exited
             break
     os.close(ours)
     assert process.wait(timeout=60) == 0
@@ -168,7 +168,7 @@ def test_a_terminal_gets_a_view_and_nothing_that_others_wrote_acts_on_it(
     )
 
 
-def test_a_reader_that_leaves_ends_it_without_a_traceback(people: tuple[Server, Client, Client]) -> None:
+def test_a_closed_reader_ends_it_without_a_traceback(people: tuple[Server, Client, Client]) -> None:
     _, ana, ben = people
     n = head(ana)
     ana.ok("create", "Another", *ANA)
@@ -178,7 +178,7 @@ def test_a_reader_that_leaves_ends_it_without_a_traceback(people: tuple[Server, 
     assert process.stdout is not None
     first = process.stdout.readline()
     deadline = time.monotonic() + 20
-    while process.poll() is None:  # it notices with the next change
+    while process.poll() is None:  # the watcher notices at the next change
         assert time.monotonic() < deadline
         ana.ok("comment", "LAT-1", "more", *ANA)
     _, err = process.communicate(timeout=20)

@@ -1,4 +1,4 @@
-"""Who did what, when, through which token: the same answer at every client and at the server, running or not."""
+"""The audit log: actor, time and token of each change, the same at every client and at the server, running or not."""
 
 import json
 from typing import Any

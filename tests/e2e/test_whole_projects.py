@@ -1,4 +1,4 @@
-"""Whole projects brought and taken, by real programs: pushed, cloned, kept, imported, exported, renamed."""
+"""Whole projects with real programs: pushed, cloned, imported, exported, renamed."""
 
 import json
 import os
@@ -23,7 +23,7 @@ READS = (["list", "--json"], ["list"], ["show", "OWN-1", "--json"], ["show", "OW
 
 @pytest.fixture(scope="module")
 def master(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A local project's ``.lattice``; to be copied, not changed."""
+    """A local project's ``.lattice``; tests copy it and must not change it."""
     return sample_project(tmp_path_factory.mktemp("master"))
 
 
@@ -35,7 +35,7 @@ def server(sandbox: Sandbox) -> Iterator[Server]:
 
 
 def own(sandbox: Sandbox, master: Path, name: str = "ana") -> Client:
-    """A machine with a directory that holds a project of its own."""
+    """A machine with a directory that contains its own project."""
     client = sandbox.client(name)
     shutil.copytree(master, client.lattice_dir)
     return client
@@ -45,8 +45,8 @@ def answers(client: Client) -> list[str]:
     return [client.ok(*line) for line in READS]
 
 
-def test_what_a_pushed_project_has_names_for_can_be_used_afterwards(sandbox: Sandbox, server: Server) -> None:
-    """Whatever lattice took, and no rule of paths forbids."""
+def test_names_in_a_pushed_project_can_be_used_afterwards(sandbox: Sandbox, server: Server) -> None:
+    """These are names that lattice accepted and that no rule of paths forbids."""
     resources, session = ("gpu.0", "con", "x.json", "two words", "-x", "a..b"), "Argus.1"
     ana = sandbox.client("ana")
     lattice(ana.dir, "init", "--project-code", "OWN", "--actor", "human:ana")
@@ -72,7 +72,9 @@ def test_what_a_pushed_project_has_names_for_can_be_used_afterwards(sandbox: San
         assert (refused.returncode, json.loads(refused.stdout)["error"]["code"]) == (1, code)
 
 
-def test_a_local_project_is_pushed_and_the_directory_is_a_copy(sandbox: Sandbox, server: Server, master: Path) -> None:
+def test_a_local_project_is_pushed_and_its_directory_becomes_a_cache(
+    sandbox: Sandbox, server: Server, master: Path
+) -> None:
     """I3, I4."""
     ana = own(sandbox, master)
     (ana.lattice_dir / "plans" / "scratch.md~").write_text("an editor's")
@@ -108,7 +110,7 @@ def test_a_local_project_is_pushed_and_the_directory_is_a_copy(sandbox: Sandbox,
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
-def test_a_clone_that_is_ended_leaves_nothing_behind(sandbox: Sandbox, server: Server, number: signal.Signals) -> None:
+def test_a_stopped_clone_leaves_nothing_behind(sandbox: Sandbox, server: Server, number: signal.Signals) -> None:
     ana = sandbox.client("ana")
     with FaultProxy(server.port) as proxy:
         proxy.stall()
@@ -124,7 +126,7 @@ def test_a_clone_that_is_ended_leaves_nothing_behind(sandbox: Sandbox, server: S
     assert list(ana.dir.iterdir()) == []
 
 
-def test_an_interrupted_clone_continues_where_it_was(sandbox: Sandbox, server: Server) -> None:
+def test_an_interrupted_clone_resumes(sandbox: Sandbox, server: Server) -> None:
     """I3, I4, I5."""
     ana = sandbox.client("ana")
     ana.ok("remote", "login", server.url, stdin=(token := server.token("human:ana", "agent:*")))
@@ -156,7 +158,7 @@ def test_an_interrupted_clone_continues_where_it_was(sandbox: Sandbox, server: S
             assert 0 < len(missing) < len(paths)
             paths = missing
             half = next(path for path in missing if path.startswith("plans/"))
-            (staging / half).write_text("# cut off in the mid")  # as a kill leaves it: a plan without its base
+            (staging / half).write_text("# cut off in the mid")  # as after a kill: a plan without its base
             (staging / ".remote/base" / half).unlink(missing_ok=True)
         sent, size = proxy.to_clients, sum(server.lattice_dir().joinpath(path).stat().st_size for path in paths)
         proxy.flow()
@@ -168,13 +170,13 @@ def test_an_interrupted_clone_continues_where_it_was(sandbox: Sandbox, server: S
 
 
 def missing_in(cache: Path) -> list[str]:
-    """Return the files that a cache still lacks, as it has stored them."""
+    """Return the files that a cache lacks according to its own records."""
     missing: list[str] = json.loads((cache / "cache_state.json").read_text())["missing"]
     return missing
 
 
 def fill_with_long_plans(server: Server, tasks: int) -> None:
-    """Add tasks, each with a plan that can't be compressed well, to a project of a stopped server."""
+    """Add tasks with incompressible plans to a project of a stopped server."""
     lattice(server.lattice_dir().parent, "create", "One", *ANA)
     fill(server.lattice_dir(), tasks)
     for plan in server.lattice_dir().glob("plans/*.md"):
@@ -199,7 +201,7 @@ def test_two_clones_into_one_directory_do_not_disturb_each_other(sandbox: Sandbo
     assert not differences(ana.dir / "work" / ".lattice", server.lattice_dir())
 
 
-def test_a_clone_under_nohup_outlives_its_terminal(sandbox: Sandbox, server: Server) -> None:
+def test_a_clone_under_nohup_survives_its_terminal(sandbox: Sandbox, server: Server) -> None:
     ana = sandbox.client("ana")
     with FaultProxy(server.port) as proxy:
         proxy.stall()
@@ -219,7 +221,7 @@ def test_a_clone_under_nohup_outlives_its_terminal(sandbox: Sandbox, server: Ser
     assert process.returncode == 0, errors
 
 
-def test_a_server_project_with_tasks_refuses_and_nothing_is_overwritten(
+def test_a_push_to_a_server_project_with_tasks_is_refused_and_overwrites_nothing(
     sandbox: Sandbox, server: Server, master: Path
 ) -> None:
     ana, ben = own(sandbox, master), own(sandbox, master, "ben")
@@ -240,7 +242,7 @@ def test_a_server_project_with_tasks_refuses_and_nothing_is_overwritten(
     assert tree_of(server.lattice_dir()) == before
 
 
-def test_hooks_stay_out_and_what_was_here_is_kept(sandbox: Sandbox, server: Server, master: Path) -> None:
+def test_hooks_are_not_pushed_and_local_files_are_kept(sandbox: Sandbox, server: Server, master: Path) -> None:
     """I9."""
     ana = own(sandbox, master)
     add_hooks(ana.lattice_dir)
@@ -253,8 +255,8 @@ def test_hooks_stay_out_and_what_was_here_is_kept(sandbox: Sandbox, server: Serv
     assert not differences(ana.lattice_dir, server.lattice_dir())
 
 
-def test_a_push_goes_on_where_it_was_cut_off(sandbox: Sandbox, server: Server, master: Path) -> None:
-    """I6. Client and server are killed while it is under way, at any moment; in the end it is there, once."""
+def test_a_cut_push_resumes(sandbox: Sandbox, server: Server, master: Path) -> None:
+    """I6: client and server are killed at any moment of the push; in the end it has run once."""
     ana = own(sandbox, master)
     (ana.dir / "big.bin").write_bytes(os.urandom(1 << 20) * 24)
     lattice(ana.dir, "attach", "OWN-1", "big.bin", *ANA)
@@ -301,7 +303,7 @@ def test_a_push_goes_on_where_it_was_cut_off(sandbox: Sandbox, server: Server, m
     assert "all is well" in server.admin("fsck")
 
 
-def test_a_removed_remote_leaves_a_plain_local_project(sandbox: Sandbox, server: Server, master: Path) -> None:
+def test_removing_the_remote_leaves_a_plain_local_project(sandbox: Sandbox, server: Server, master: Path) -> None:
     server.admin("import", "--from", str(master.parent), "--project", "web")
     ana = sandbox.client("ana")
     ana.add_remote(server, server.token("human:ana", "agent:*", slug="web"), slug="web")
@@ -320,7 +322,9 @@ def test_a_removed_remote_leaves_a_plain_local_project(sandbox: Sandbox, server:
     assert "No issues found" in lattice(ana.dir, "doctor")
 
 
-def test_hooks_of_a_server_do_not_become_local_ones_unasked(sandbox: Sandbox, server: Server, master: Path) -> None:
+def test_hooks_of_a_server_do_not_become_local_ones_without_a_request(
+    sandbox: Sandbox, server: Server, master: Path
+) -> None:
     """I9: plain lattice would run them as shell commands on this machine."""
     copied = sandbox.root / "hooked"
     shutil.copytree(master, copied / ".lattice")
@@ -335,7 +339,7 @@ def test_hooks_of_a_server_do_not_become_local_ones_unasked(sandbox: Sandbox, se
     assert not (ana.lattice_dir / ".remote/rescued").exists()
 
 
-def test_a_fresh_git_clone_fills_itself_or_says_how_to_log_in(sandbox: Sandbox, server: Server, master: Path) -> None:
+def test_a_fresh_git_clone_is_filled_or_says_how_to_log_in(sandbox: Sandbox, server: Server, master: Path) -> None:
     server.admin("import", "--from", str(master.parent), "--project", "web")
     token = server.token("human:ana", slug="web")
     ana = sandbox.client("ana")
@@ -364,7 +368,7 @@ def git(client: Client, *argv: str) -> str:
     return done.stdout
 
 
-def test_renamed_archived_and_deleted_projects_tell_their_clients(
+def test_renamed_archived_and_deleted_projects_are_reported_to_their_clients(
     sandbox: Sandbox, server: Server, master: Path
 ) -> None:
     ana = sandbox.client("ana")
@@ -394,7 +398,7 @@ def test_renamed_archived_and_deleted_projects_tell_their_clients(
     assert "all is well" in server.admin("fsck")
 
 
-def test_an_export_of_a_project_at_work_is_of_one_moment(sandbox: Sandbox, server: Server) -> None:
+def test_an_export_of_a_busy_project_is_a_snapshot(sandbox: Sandbox, server: Server) -> None:
     """I12."""
     ana = sandbox.client("ana")
     ana.add_remote(server, server.token("human:ana", "agent:*"))
