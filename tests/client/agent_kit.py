@@ -1,4 +1,4 @@
-"""What tests of the agent share: it is a real process, asked as a command asks."""
+"""Helpers for tests of the agent, which runs as a real process."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ from lattice_remote.client import agent_client, agent_runtime
 
 @pytest.fixture(autouse=True)
 async def agent_ends(home: Path) -> AsyncIterator[None]:
-    """Whatever agent a test has started ends with it."""
+    """Stop the agent that a test has started."""
     yield
     for pid in [int(file.read_text()) for file in list(home.glob("run/*.pid"))]:  # noqa: ASYNC240
         with contextlib.suppress(ProcessLookupError):
@@ -39,7 +39,7 @@ def is_zombie(pid: int) -> bool:
 
 
 async def ask(do: str, directory: Path, **fields: object) -> dict[str, Any]:
-    """Ask as a command does, which blocks its own process: in a thread, as the server lives in this one."""
+    """Send a request as a command does. It runs in a thread, as the call blocks and the server runs in this process."""
     return await asyncio.to_thread(agent_client.send_request, request(do, directory, **fields))
 
 

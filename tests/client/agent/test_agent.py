@@ -1,4 +1,4 @@
-"""The background process, as commands meet it: started, shared, killed, idle, and its caches removed."""
+"""The agent process: start, sharing, replacement, idle exit, removed caches."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ from lattice_remote.client import agent_client, agent_runtime
 from lattice_remote.errors import RemoteError
 
 
-async def test_the_first_command_starts_it_and_the_next_ones_share_it(server: FakeServer, tmp_path: Path) -> None:
+async def test_the_first_command_starts_the_agent_and_later_ones_share_it(server: FakeServer, tmp_path: Path) -> None:
     assert await status() is None
     one, two = make_cache(tmp_path / "a", server.url), make_cache(tmp_path / "b", server.url)
     await run(one, "put", "tasks/x.json", "x")
@@ -32,7 +32,7 @@ async def test_the_first_command_starts_it_and_the_next_ones_share_it(server: Fa
     assert oct(os.stat(found["socket"]).st_mode)[-3:] == "600"
 
 
-async def test_two_started_at_once_leave_one(server: FakeServer, directory: Path) -> None:
+async def test_of_two_agents_started_at_once_one_remains(server: FakeServer, directory: Path) -> None:
     answers = await asyncio.gather(*(ask("ready", directory) for _ in range(3)))
     assert all(answer["current"] for answer in answers)
     found = await status()
@@ -40,10 +40,10 @@ async def test_two_started_at_once_leave_one(server: FakeServer, directory: Path
     assert sum(server.connections.values()) == 1
 
 
-async def test_threads_of_one_program_start_one(
+async def test_threads_of_one_program_start_one_agent(
     server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each start costs half a second of a processor: forty at once kept an MCP server waiting for ten."""
+    """A start costs half a second of CPU time. Forty at once delayed an MCP server by ten seconds."""
     starts: list[object] = []
     popen = subprocess.Popen
 
@@ -86,7 +86,7 @@ async def test_a_stale_socket_is_no_obstacle(server: FakeServer, directory: Path
     assert (await ask("ready", directory))["current"]
 
 
-async def test_an_idle_agent_leaves(server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_idle_agent_exits(server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LATTICE_REMOTE_AGENT_IDLE_S", "0.2")
     await ask("ready", directory)
     await until(lambda: not os.path.exists(agent_runtime.locate().socket))
@@ -121,14 +121,14 @@ async def test_a_cache_that_disappears_is_dropped(server: FakeServer, tmp_path: 
     assert not one.exists()
 
 
-async def test_one_cache_in_trouble_disturbs_no_other(server: FakeServer, tmp_path: Path) -> None:
+async def test_a_failing_cache_does_not_affect_others(server: FakeServer, tmp_path: Path) -> None:
     good, bad = make_cache(tmp_path / "a", server.url), make_cache(tmp_path / "b", server.url)
     (bad / "tasks").symlink_to(tmp_path)
     assert "in the way" in (await ask("ready", bad))["message"]
     assert (await ask("ready", good))["current"]
 
 
-async def test_no_place_for_a_socket_means_no_agent(
+async def test_without_a_runtime_directory_no_agent_starts(
     server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LATTICE_REMOTE_RUNTIME_DIR", "/dev/null")  # a short path: a long one is replaced
@@ -154,10 +154,10 @@ async def test_a_directory_of_another_user_gets_no_request(
     assert heard == []
 
 
-async def test_an_agent_that_is_leaving_is_waited_for(server: FakeServer, directory: Path) -> None:
+async def test_a_command_waits_for_an_exiting_agent(server: FakeServer, directory: Path) -> None:
     await ask("ready", directory)
     before = agent_pid()
-    _, writer = await asyncio.open_unix_connection(agent_runtime.locate().socket)  # keeps it for a moment
+    _, writer = await asyncio.open_unix_connection(agent_runtime.locate().socket)  # delays its exit
     assert await asyncio.to_thread(agent_client.send_if_running, {"do": "agent-stop"})
     async with asyncio.timeout(8):
         assert (await ask("ready", directory))["current"]
@@ -165,7 +165,7 @@ async def test_an_agent_that_is_leaving_is_waited_for(server: FakeServer, direct
     writer.close()
 
 
-async def test_an_agent_that_can_not_start_costs_no_long_wait(
+async def test_an_agent_that_cannot_start_delays_no_command(
     server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LATTICE_REMOTE_AGENT_IDLE_S", "no number")
@@ -173,13 +173,15 @@ async def test_an_agent_that_can_not_start_costs_no_long_wait(
         assert (await ask("ready", directory))["current"]
 
 
-async def test_off_means_off(server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_disabled_agent_is_not_started(
+    server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LATTICE_REMOTE_AGENT", "off")
     assert (await run(directory, "put", "tasks/x.json", "x"))["exit_code"] == 0
     assert tree(directory) == server.files and agent_pid() is None
 
 
-async def test_nonsense_is_answered_and_survived(server: FakeServer, directory: Path) -> None:
+async def test_the_agent_answers_malformed_requests_and_keeps_running(server: FakeServer, directory: Path) -> None:
     await ask("ready", directory)
     files = [{"index": 0, "name": 7, "data": None}]
     unnamed = request("run", directory, id="0" * 32, argv=["x"], files=files, agent=agent_runtime.locate().name)
@@ -207,13 +209,13 @@ async def test_a_request_for_another_agent_or_cache_is_refused(server: FakeServe
             answer = await asyncio.to_thread(agent_client._exchange, stream, {**mine, **changed}, None)
         assert answer == {"ok": True, "not_mine": True}
     asked = len(server.requests)
-    for other in others:  # the command then does the steps itself, and finds that it means another one
+    for other in others:  # the command runs the request itself and detects the replaced remote
         with pytest.raises(RemoteError, match="was replaced while this command ran"):
             await ask("run", directory, cache=other, id=os.urandom(16).hex(), argv=["put", "x", "x"], files=[])
     assert len(server.requests) == asked
 
 
-async def test_an_interrupted_command_gives_up_its_wait(server: FakeServer, directory: Path) -> None:
+async def test_an_interrupted_command_releases_its_connection(server: FakeServer, directory: Path) -> None:
     asked = request("run", directory, own_connection=True, id=os.urandom(16).hex(), argv=["slow"], files=[])
     await ask("ready", directory)
     place = agent_runtime.locate()
@@ -224,18 +226,18 @@ async def test_an_interrupted_command_gives_up_its_wait(server: FakeServer, dire
     await until(lambda: sum(connection.close_code is None for connection in server.connections) == 1)
 
 
-async def test_memory_stays_small(server: FakeServer, directory: Path) -> None:
+async def test_agent_memory_is_bounded(server: FakeServer, directory: Path) -> None:
     await ask("ready", directory)
     assert resident_kib() < 60 * 1024
 
 
-async def test_an_error_keeps_its_code(directory: Path, server: FakeServer) -> None:
+async def test_an_error_keeps_its_exit_code(directory: Path, server: FakeServer) -> None:
     with pytest.raises(RemoteError) as error:
         await run(directory, "refuse")
     assert error.value.code == "REMOTE_FORBIDDEN"
 
 
-def test_the_agent_imports_nothing_that_it_does_not_need() -> None:
+def test_the_agent_imports_no_unneeded_modules() -> None:
     import subprocess
 
     heavy = {"typer", "rich", "lattice", "click"}

@@ -1,4 +1,4 @@
-"""The agent when things go wrong around it: frozen, upgraded, hostile neighbours, caches in trouble."""
+"""Agent failures: frozen processes, upgrades, other users of the runtime directory, failing caches."""
 
 import asyncio
 import contextlib
@@ -43,7 +43,7 @@ def frozen(pid: int) -> Iterator[None]:
 # --- frozen ---
 
 
-async def test_beside_a_frozen_agent_commands_do_the_steps_themselves_and_say_so(
+async def test_commands_run_without_a_frozen_agent_and_report_it(
     server: FakeServer, directory: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await ask("ready", directory)
@@ -67,7 +67,7 @@ async def test_beside_a_frozen_agent_commands_do_the_steps_themselves_and_say_so
     assert tree(directory) == server.files and agent_pid() == pid
 
 
-async def test_an_agent_that_freezes_half_way_is_not_waited_for(
+async def test_a_command_does_not_wait_for_an_agent_that_freezes_during_a_request(
     server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await ask("ready", directory)
@@ -91,7 +91,7 @@ async def test_an_agent_that_freezes_half_way_is_not_waited_for(
 
 
 def hold(lock: Path) -> subprocess.Popen[bytes]:
-    """Start a process that has taken a lock and keeps it until its input ends."""
+    """Start a process that holds a lock until its stdin is closed."""
     script = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
     holder = subprocess.Popen(
         [sys.executable, "-c", script, str(lock)],
@@ -104,7 +104,7 @@ def hold(lock: Path) -> subprocess.Popen[bytes]:
     return holder
 
 
-async def test_beside_a_frozen_process_that_holds_the_cache_commands_work_and_say_so(
+async def test_commands_work_while_a_frozen_process_locks_the_cache_and_report_it(
     server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await ask("ready", directory)
@@ -130,14 +130,14 @@ async def test_beside_a_frozen_process_that_holds_the_cache_commands_work_and_sa
 
 
 def upgrade(package: Path, version: str) -> None:
-    """Replace the package as an installer does: by new files."""
+    """Replace the package with new files, as an installer does."""
     text = (package / "__init__.py").read_text().replace(lattice_remote.__version__, version)
     (package / "new.py").write_text(text)
     os.replace(package / "new.py", package / "__init__.py")
 
 
 def command(environment: dict[str, str], directory: Path) -> dict[str, object]:
-    """Ask from a process that imports the package from where ``PYTHONPATH`` says."""
+    """Run a command in a process that imports the package through ``PYTHONPATH``."""
     script = "import json, sys; from lattice_remote.client import agent_client as a; print(json.dumps([\
         a.send_request(json.loads(sys.argv[1])), a.send_if_running({'do': 'agent-status'})]))"
     asked = json.dumps(request("ready", directory))
@@ -149,9 +149,7 @@ def command(environment: dict[str, str], directory: Path) -> dict[str, object]:
     return dict(agent)
 
 
-async def test_an_agent_whose_package_was_upgraded_leaves_and_the_next_command_starts_the_new_one(
-    server: FakeServer, directory: Path, tmp_path: Path
-) -> None:
+async def test_an_upgraded_package_replaces_the_agent(server: FakeServer, directory: Path, tmp_path: Path) -> None:
     package = tmp_path / "installed" / "lattice_remote"
     source = Path(lattice_remote.__file__).parent
     await asyncio.to_thread(shutil.copytree, source, package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -169,7 +167,7 @@ async def test_an_agent_whose_package_was_upgraded_leaves_and_the_next_command_s
     await until(lambda: not list(Path(agent_runtime.locate().directory).glob("*.sock")))
 
 
-async def test_an_agent_that_speaks_another_language_is_not_asked(
+async def test_an_agent_with_another_protocol_gets_no_request(
     server: FakeServer, directory: Path, tmp_path: Path
 ) -> None:
     package = tmp_path / "former" / "lattice_remote"
@@ -187,10 +185,10 @@ async def test_an_agent_that_speaks_another_language_is_not_asked(
     await until(lambda: not is_alive(int(str(old["pid"]))))
 
 
-# --- neighbours ---
+# --- the runtime directory ---
 
 
-def test_a_directory_that_others_could_write_to_is_cleared_of_what_they_left(home: Path) -> None:
+def test_files_of_others_are_removed_from_a_directory_that_was_writable(home: Path) -> None:
     place = agent_runtime.locate()
     os.mkdir(place.directory)
     os.chmod(place.directory, 0o777)  # noqa: S103 - that is what must be put right
@@ -230,7 +228,7 @@ def test_a_socket_of_another_user_gets_no_request(home: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("length", [60, 120, 240])
-def test_a_path_that_is_too_long_for_a_socket_gets_a_short_one(
+def test_a_socket_path_that_is_too_long_is_shortened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
     long = f"{tmp_path}/{'d' * length}"
@@ -259,7 +257,7 @@ async def test_the_log_is_bounded(server: FakeServer, directory: Path) -> None:
     assert kept[-1].startswith(f"line {_MAX_LOG_BYTES // 100 + 9:08}") and kept[0].startswith("line ")
 
 
-async def test_it_stops_soon_beside_a_long_command(server: FakeServer, directory: Path) -> None:
+async def test_the_agent_stops_soon_during_a_long_command(server: FakeServer, directory: Path) -> None:
     await ask("ready", directory)
     pid = agent_pid()
     assert pid is not None
@@ -274,10 +272,10 @@ async def test_it_stops_soon_beside_a_long_command(server: FakeServer, directory
     assert (await slow)["exit_code"] == 0
 
 
-# --- its caches ---
+# --- caches ---
 
 
-async def test_a_cache_that_another_clone_replaces_is_opened_anew(server: FakeServer, tmp_path: Path) -> None:
+async def test_a_cache_replaced_by_another_clone_is_reopened(server: FakeServer, tmp_path: Path) -> None:
     one, two = make_cache(tmp_path / "a", server.url), make_cache(tmp_path / "b", server.url)
     await run(one, "put", "tasks/x.json", "x")
     await ask("ready", two)
@@ -297,9 +295,9 @@ async def test_a_cache_that_another_clone_replaces_is_opened_anew(server: FakeSe
 
 @contextlib.contextmanager
 def full_disk(root: Path) -> Iterator[None]:
-    """Make ``root`` a disk of its own that is full but for one page.
+    """Mount a disk at ``root`` that has one free page.
 
-    Where nothing can be mounted a file takes the place of a directory, which fails the cache's writes as well.
+    Without the right to mount, replace a directory with a file, which also fails the cache's writes.
     """
     root.mkdir()
     mounted = subprocess.run(
@@ -322,7 +320,7 @@ def fill_up(directory: Path) -> None:
 
 
 async def latency_ms(directories: list[Path], rounds: int) -> float:
-    """Return the median time of a write, one after the other on each cache."""
+    """Return the median latency of one write at a time to each cache."""
     times = []
     for n in range(rounds):
         for directory in directories:
@@ -332,7 +330,7 @@ async def latency_ms(directories: list[Path], rounds: int) -> float:
     return statistics.median(times) * 1000
 
 
-async def test_of_twenty_caches_three_in_trouble_are_not_noticed_by_the_others(
+async def test_three_failing_caches_do_not_slow_seventeen_others(
     server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = [make_cache(tmp_path / f"good{n}", server.url) for n in range(17)]

@@ -1,4 +1,4 @@
-"""What an agent holds on to does not grow with what happens to it."""
+"""Resource leaks of the agent: descriptors, tasks and threads stay bounded."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ TASKS = 11 * CACHES + 1
 
 
 def held(foreign: frozenset[str]) -> dict[str, int]:
-    """Count what this process has open, but for what was open before: the server's side is in it as well."""
+    """Count the resources of this process, including the server's. Descriptors in ``foreign`` are excluded."""
     gc.collect()
     return {
         "descriptors": sum(name not in foreign for name in open_files()),
@@ -35,15 +35,15 @@ def held(foreign: frozenset[str]) -> dict[str, int]:
 
 
 def grown(before: dict[str, int], now: dict[str, int]) -> dict[str, int]:
-    """Return the counts that are greater than they were."""
+    """Return the counts that have grown."""
     return {name: count for name, count in now.items() if count > before[name]}
 
 
 def open_files() -> list[str]:
-    """Return what the descriptors lead to."""
+    """Return the targets of the open descriptors."""
     found = []
     for number in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # that of the listing itself
+        with contextlib.suppress(OSError):  # the listing's own descriptor
             found.append(os.readlink(f"/proc/self/fd/{number}"))
     return found
 
@@ -54,7 +54,7 @@ def resident_kib() -> int:
 
 
 async def fill_pool(size: int = 4) -> None:
-    """Start all threads of the loop's pool: else one more comes whenever more work is done at once than ever before."""
+    """Start all threads of the loop's pool, which otherwise grows at each new peak of concurrent work."""
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(size))
     all_here = threading.Barrier(size)
     await asyncio.gather(*(asyncio.to_thread(all_here.wait, 30) for _ in range(size)))
@@ -63,7 +63,7 @@ async def fill_pool(size: int = 4) -> None:
 async def test_twenty_caches_leak_nothing_over_many_reconnects(
     server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    foreign = frozenset(open_files())  # what earlier tests have left may be closed at any moment
+    foreign = frozenset(open_files())  # descriptors of earlier tests may be closed at any moment
     monkeypatch.setattr(link, "MIN_ATTEMPT_GAP_S", 0.01)
     monkeypatch.setattr(dial, "MAX_DELAY_S", 0.01)
     await fill_pool()
@@ -75,12 +75,12 @@ async def test_twenty_caches_leak_nothing_over_many_reconnects(
 
     async def settled() -> None:
         await until(lambda: all(s._is_current() and s.cache.known.is_complete for s in services), 30)
-        # Anything that still ends (a connection of before the cut, a task) has ended once this is stable.
+        # Stable counts mean that old connections and tasks have ended.
         await until(lambda: sum(connection.close_code is None for connection in server.connections) == CACHES, 30)
 
     await settled()
     await asyncio.gather(*(run(service, "put", "tasks/x.json", "x") for service in services))
-    await until(lambda: len(asyncio.all_tasks()) == TASKS, 30)  # else what is still under way is counted in
+    await until(lambda: len(asyncio.all_tasks()) == TASKS, 30)  # otherwise work in progress is counted
     before, memory = held(foreign), resident_kib()
     greetings = server.greetings
     for n in range(ROUNDS):
@@ -92,7 +92,7 @@ async def test_twenty_caches_leak_nothing_over_many_reconnects(
         server.requests.clear()
         await settled()
     assert server.greetings - greetings >= CACHES * ROUNDS
-    # Earlier tests leave threads of the system that may end only now: less than before is no leak.
+    # System threads of earlier tests may end late: lower counts are not a leak.
     try:
         await until(lambda: not grown(before, held(foreign)), 30)
     except AssertionError:

@@ -1,4 +1,4 @@
-"""What other hands do to a cache is put right without being asked; what a person wrote is not lost (I3, I4)."""
+"""Automatic repair of local changes to the cache; texts that a user wrote are kept (I3, I4)."""
 
 import asyncio
 import contextlib
@@ -36,7 +36,7 @@ REMOVALS = int(os.environ.get("REMOVALS", "10"))
 
 @contextlib.asynccontextmanager
 async def looked_after(directory: Path, file_watcher: FileWatcher | None = None) -> AsyncIterator[Service]:
-    """A service as the agent has it, which has compared its files once."""
+    """Start a service as the agent does and wait for its first comparison."""
     service, file_watcher = Service(str(directory)), file_watcher or FileWatcher()
     service.start(TOKEN)
     service.look_after(file_watcher, asyncio.Semaphore(1))
@@ -77,7 +77,7 @@ async def equal(directory: Path, server: FakeServer, timeout_s: float = 60.0) ->
     await until(same, timeout_s)
 
 
-async def test_a_large_content_comes_back_too(server: FakeServer, directory: Path, kept: Service) -> None:
+async def test_a_large_content_is_restored(server: FakeServer, directory: Path, kept: Service) -> None:
     path, content = "artifacts/payload/big.bin", os.urandom(300_000)
     server.files[path] = content
     server.change(AnnounceFile(path, len(content), digest_of(content)))
@@ -133,7 +133,7 @@ def move_directory_in(directory: Path) -> None:
 
 
 def keep_the_time(directory: Path) -> None:
-    """Alter a file and put its size and modification time back, as a clever tool may."""
+    """Alter a file but restore its size and modification time."""
     place = directory / "tasks/task_2.json"
     before = place.stat()
     place.write_bytes(b'{"id": 3}\n')
@@ -141,7 +141,7 @@ def keep_the_time(directory: Path) -> None:
 
 
 def create_a_task(directory: Path) -> None:
-    """As a program does that knows nothing of remotes; a plan of no task is not an edit."""
+    """Create a task as a program without lattice-remote does. A plan without a task is not an edit."""
     for place in ("tasks/{}.json", "events/{}.jsonl", "plans/{}.md"):
         (directory / place.format("task_01HYYYYYYYYYYYYYYYYYYYYYYY")).write_bytes(b"{}\n")
 
@@ -177,7 +177,7 @@ async def test_every_kind_of_foreign_change_is_repaired(
     assert kept._repaired()["last_path"] is not None and kept.cache.is_whole()
 
 
-async def test_our_own_writes_are_not_fetched_again(server: FakeServer, kept: Service, directory: Path) -> None:
+async def test_the_agents_own_writes_are_not_fetched_again(server: FakeServer, kept: Service, directory: Path) -> None:
     server.frames.clear()
     for n in range(40):
         server.append("events/task_1.jsonl", f"{n}\n".encode())
@@ -191,7 +191,7 @@ async def test_our_own_writes_are_not_fetched_again(server: FakeServer, kept: Se
     assert kept._repaired()["count"] == 1
 
 
-async def test_what_a_command_without_the_agent_writes_is_not_fetched_again(
+async def test_writes_of_a_command_without_the_agent_are_not_fetched_again(
     server: FakeServer, kept: Service, directory: Path
 ) -> None:
     server.frames.clear()
@@ -208,7 +208,7 @@ async def test_what_a_command_without_the_agent_writes_is_not_fetched_again(
     assert kept._repaired()["count"] == 1
 
 
-async def test_a_file_that_was_only_touched_is_left_alone(server: FakeServer, kept: Service, directory: Path) -> None:
+async def test_a_touched_file_is_not_fetched(server: FakeServer, kept: Service, directory: Path) -> None:
     place = directory / "tasks/task_1.json"
     inode = place.stat().st_ino
     server.frames.clear()
@@ -218,7 +218,7 @@ async def test_a_file_that_was_only_touched_is_left_alone(server: FakeServer, ke
     assert place.stat().st_ino == inode and kept._repaired()["count"] == 0
 
 
-async def test_a_file_that_is_touched_again_and_again_is_fetched_less_and_less(
+async def test_a_repeatedly_touched_file_is_fetched_at_growing_intervals(
     server: FakeServer, kept: Service, directory: Path
 ) -> None:
     cache = kept.cache
@@ -234,7 +234,7 @@ async def test_a_file_that_is_touched_again_and_again_is_fetched_less_and_less(
     await equal(directory, server)
 
 
-async def test_when_everything_is_touched_only_what_differs_is_fetched(
+async def test_when_all_files_are_touched_only_differing_ones_are_fetched(
     server: FakeServer, kept: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(100):
@@ -257,17 +257,17 @@ async def test_when_everything_is_touched_only_what_differs_is_fetched(
     alter(directory)
     server.frames.clear()
     is_away = False
-    care.touched(None)  # the system does not tell of further names
+    care.touched(None)  # the file watcher lost events
     kept._connection.changed.notify()
     await equal(directory, server)
     await until(lambda: not kept._replicator.repairs.count_due())
     assert fetched(server) == ["tasks/task_1.json"] and kept._repaired()["count"] == 1
 
 
-async def test_a_file_that_is_altered_behind_a_scan_is_found_by_the_next_one(
+async def test_a_file_altered_after_it_was_scanned_is_found_by_the_next_scan(
     server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """I4: the watch begins during the first scan, and reports nothing from before."""
+    """I4: the watch starts during the first scan and reports no earlier changes."""
     server.files |= {"tasks/task_1.json": b'{"id": 1}\n'}
     loop, scans = asyncio.get_running_loop(), 0
 
@@ -313,7 +313,7 @@ async def test_a_repair_that_failed_is_repeated(
     await equal(directory, server)
 
 
-async def test_edits_of_plans_and_notes_are_left_alone(server: FakeServer, kept: Service, directory: Path) -> None:
+async def test_edits_of_plans_and_notes_are_not_reverted(server: FakeServer, kept: Service, directory: Path) -> None:
     (directory / PLAN).write_bytes(b"# Plan\nmine\n")
     (directory / f"notes/{TASK}.md").write_bytes(b"note\n")
     (directory / f"plans/{TASK}.md.swp").write_bytes(b"an editor's")
@@ -327,7 +327,7 @@ async def test_edits_of_plans_and_notes_are_left_alone(server: FakeServer, kept:
     await equal(directory, server)
 
 
-async def test_a_plan_that_an_editor_writes_anew_is_an_edit(server: FakeServer, kept: Service, directory: Path) -> None:
+async def test_a_plan_that_an_editor_recreates_is_an_edit(server: FakeServer, kept: Service, directory: Path) -> None:
     server.frames.clear()
     place = directory / PLAN
     place.unlink()
@@ -341,7 +341,7 @@ async def equal_but(directory: Path, server: FakeServer, path: str) -> None:
     await until(lambda: {**tree(directory), path: b""} == {**server.files, path: b""})
 
 
-async def test_what_was_changed_while_no_agent_ran_is_found_at_its_start(server: FakeServer, directory: Path) -> None:
+async def test_the_agent_finds_earlier_changes_at_its_start(server: FakeServer, directory: Path) -> None:
     server.files["context.md"] = b"# Ours\n"
     async with looked_after(directory):
         pass
@@ -357,7 +357,7 @@ async def test_what_was_changed_while_no_agent_ran_is_found_at_its_start(server:
         assert rescued(directory)["tasks/task_1.json"] == [b'{"id": 9}\n']
 
 
-async def test_a_text_written_by_hand_is_kept_once_and_said_until_it_is_dropped(
+async def test_a_text_written_by_hand_is_rescued_once_and_reported_until_dropped(
     server: FakeServer, kept: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(integrity_monitor, "STRAY_S", 0.0)
@@ -381,10 +381,10 @@ async def test_a_text_written_by_hand_is_kept_once_and_said_until_it_is_dropped(
     assert tree(directory) == server.files
 
 
-async def test_a_change_of_the_server_does_not_swallow_a_text_written_by_hand(
+async def test_a_server_change_does_not_discard_a_text_written_by_hand(
     server: FakeServer, service: Service, directory: Path
 ) -> None:
-    """Also where nobody watches: a command without the agent."""
+    """Also for a command without the agent, which has no file watcher."""
     server.files["context.md"] = b"# Ours\n"
     await ready(service)
     (directory / "context.md").write_bytes(b"# Mine\n")
@@ -406,7 +406,7 @@ async def test_a_change_of_the_server_does_not_swallow_a_text_written_by_hand(
         ("context.md", b"# Ours, and a picture \0\n"),
     ],
 )
-async def test_every_kind_of_foreign_content_is_kept(
+async def test_every_kind_of_foreign_content_is_rescued(
     server: FakeServer,
     kept: Service,
     directory: Path,
@@ -430,7 +430,7 @@ async def test_a_file_too_large_to_copy_is_moved(
     assert rescued(directory) == {"context.md": [b"more than ten bytes"], "recording.wav": [b"more than that again"]}
 
 
-async def test_a_full_store_is_reported_and_nothing_is_overwritten(
+async def test_a_full_rescue_store_is_reported_and_nothing_is_overwritten(
     server: FakeServer, kept: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "MAX_FILES", 2)
@@ -441,9 +441,7 @@ async def test_a_full_store_is_reported_and_nothing_is_overwritten(
     assert len(rescued(directory)) == 2 and "3 later files were not kept" in notice
 
 
-async def test_no_rescued_text_takes_the_place_of_another(
-    server: FakeServer, service: Service, directory: Path
-) -> None:
+async def test_a_rescued_text_does_not_overwrite_another(server: FakeServer, service: Service, directory: Path) -> None:
     server.files["context.md"] = b"# Ours\n"
     await ready(service)
     for n in range(10):
@@ -453,7 +451,7 @@ async def test_no_rescued_text_takes_the_place_of_another(
     assert rescued(directory) == {"context.md": [f"mine {n}".encode() for n in range(10)]}
 
 
-async def test_a_process_that_keeps_rewriting_a_file_is_backed_off_and_named(
+async def test_repairs_of_a_constantly_rewritten_file_back_off_and_name_its_writer(
     server: FakeServer, kept: Service, directory: Path
 ) -> None:
     server.frames.clear()
@@ -479,7 +477,7 @@ async def test_a_process_that_keeps_rewriting_a_file_is_backed_off_and_named(
     assert [n for n in notices if "another process keeps writing ids.json" in n]  # type: ignore[attr-defined]
 
 
-async def test_changes_by_others_while_the_server_is_unreachable_are_repaired_later(
+async def test_changes_during_a_server_outage_are_repaired_afterwards(
     server: FakeServer, kept: Service, directory: Path
 ) -> None:
     await server.stop()
@@ -491,7 +489,7 @@ async def test_changes_by_others_while_the_server_is_unreachable_are_repaired_la
     await equal(directory, server)
 
 
-async def test_without_the_systems_help_the_files_are_compared_now_and_then(
+async def test_without_a_file_watcher_files_are_compared_periodically(
     server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_more(*_: object, **__: object) -> None:
@@ -506,10 +504,10 @@ async def test_without_the_systems_help_the_files_are_compared_now_and_then(
         assert "compared every" in service._repaired()["watched"]
 
 
-async def test_a_name_that_is_no_text_does_not_end_the_watch(
+async def test_a_file_name_that_is_not_utf8_does_not_stop_the_watcher(
     server: FakeServer, kept: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The library gives up on one; nothing that happens to other files may go unnoticed for that."""
+    """The library stops at such a name. Changes of other files must still be noticed."""
     monkeypatch.setattr(file_watcher, "_AGAIN_S", 0.2)
     monkeypatch.setattr(integrity_monitor, "_MIN_RESCAN_S", 0.2)
     (directory / os.fsdecode(b"caf\xe9.md")).write_bytes(b"x")
@@ -520,13 +518,13 @@ async def test_a_name_that_is_no_text_does_not_end_the_watch(
     await equal(directory, server)
 
 
-async def test_a_resync_counts_as_the_comparison(server: FakeServer, directory: Path) -> None:
+async def test_a_resync_counts_as_a_comparison(server: FakeServer, directory: Path) -> None:
     async with looked_after(directory) as service:
         assert sum(isinstance(frame, Manifest) for frame in server.frames) == 1
         await ask(service, "verify")
 
 
-def test_a_file_is_left_for_longer_the_more_often_it_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_repair_delay_grows_with_each_change(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr(verify.time, "monotonic", lambda: now[0])
     found = RepairSchedule()
@@ -549,7 +547,7 @@ PATHS += ["ids.json", "context.md", f"notes/{TASK}.md", PLAN]
 
 
 def harm_at_random(rng: random.Random, directory: Path) -> None:
-    """Do to one file of the cache what nobody should; plans and notes may only be removed."""
+    """Damage one file of the cache at random. Plans and notes are only removed."""
     place = directory / rng.choice(PATHS)
     data = rng.randbytes(rng.randrange(1, 60)).hex().encode()
     with contextlib.suppress(OSError):
@@ -596,7 +594,7 @@ def change_at_random(rng: random.Random, server: FakeServer) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_the_cache_ends_equal_after_any_fault_during_a_stream_of_changes(
+async def test_the_cache_converges_after_random_damage_during_changes(
     server: FakeServer, kept: Service, directory: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     monkeypatch.setattr(verify, "_MAX_DELAY_S", 0.2)
@@ -615,7 +613,9 @@ async def test_the_cache_ends_equal_after_any_fault_during_a_stream_of_changes(
                 await sibling.handle({"do": "ready", "token": TOKEN}, lambda _: None)
                 await sibling.close()
             case 6:
-                await asyncio.sleep(rng.random() * 0.2)  # any moment of the repairs, not a wait for something
+                await asyncio.sleep(
+                    rng.random() * 0.2
+                )  # a random moment during the repairs, not a wait for a condition
             case _:
                 change_at_random(rng, server)
         await asyncio.sleep(0)
@@ -624,7 +624,7 @@ async def test_the_cache_ends_equal_after_any_fault_during_a_stream_of_changes(
     assert kept.cache.is_whole() and kept._replicator.edits.scan() == []
 
 
-# --- a directory that is being removed ---
+# --- removal of the directory ---
 
 
 PYTHON_REMOVER = """
@@ -648,7 +648,7 @@ REMOVERS = {
 async def test_nothing_is_created_in_a_directory_that_is_being_removed(
     server: FakeServer, tmp_path: Path, remover: str
 ) -> None:
-    """``rm -rf`` reads each directory's names once: a name that appears later makes it fail."""
+    """``rm -rf`` lists each directory once and fails if a name is added later."""
     git = partial(subprocess.run, check=True, capture_output=True, cwd=tmp_path)
     git(["git", "init", "-q", "repository"])
     commit = ["-c", "user.name=ana", "-c", "user.email=ana@example.org", "commit", "-q", "--allow-empty", "-m", "one"]
@@ -678,7 +678,7 @@ async def _change_without_end(server: FakeServer, n: int) -> None:
         await asyncio.sleep(0.001)
 
 
-async def test_a_directory_that_was_removed_by_mistake_is_restored_when_it_is_quiet(
+async def test_a_removed_directory_is_restored_once_no_program_changes_it(
     server: FakeServer, kept: Service, directory: Path
 ) -> None:
     for path in ("tasks", "events", ".remote/base/plans", ".remote/tmp"):
@@ -689,10 +689,10 @@ async def test_a_directory_that_was_removed_by_mistake_is_restored_when_it_is_qu
     await until((directory / "cache_state.json").exists)
 
 
-async def test_nothing_is_restored_that_can_not_be_kept(
+async def test_a_repair_that_cannot_be_written_is_reported_and_repeated(
     server: FakeServer, kept: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a full disk, for example: reads say so, and it goes on once there is room."""
+    """For example on a full disk: reads report it, and the repair continues once there is space."""
 
     def full(path: str, data: bytes) -> None:
         raise StorageError("cannot write the cache: No space left on device")

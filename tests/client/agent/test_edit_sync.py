@@ -1,4 +1,4 @@
-"""What editors do to a file when they save it: the text arrives whole, what they keep beside it stays here (I4, I9)."""
+"""Saves by editors: the text is sent whole, and backup and swap files stay local (I4, I9)."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ Steps = Callable[[Path], Iterator[None]]
 
 
 def vim_in_place(plan: Path) -> Iterator[None]:
-    """backupcopy=yes: a swap file, a probe, a backup; then the file itself is truncated and written."""
+    """backupcopy=yes: write a swap file, a probe and a backup, then truncate and write the file."""
     swap, probe, backup = (plan.with_name(name) for name in (f".{plan.name}.swp", "4913", f"{plan.name}~"))
     swap.write_bytes(b"b0VIM 9.0")
     yield
@@ -49,7 +49,7 @@ def vim_in_place(plan: Path) -> Iterator[None]:
 
 
 def vim_by_rename(plan: Path) -> Iterator[None]:
-    """backupcopy=no: the old file becomes the backup, a new one gets its name; the backup stays."""
+    """backupcopy=no: rename the old file to a backup, which stays, and write a new file."""
     plan.rename(plan.with_name(f"{plan.name}~"))
     yield
     with plan.open("xb") as file:
@@ -60,7 +60,7 @@ def vim_by_rename(plan: Path) -> Iterator[None]:
 
 
 def emacs(plan: Path) -> Iterator[None]:
-    """A lock that is a dangling link, an auto-save file, a backup by rename, a write in place."""
+    """Create a lock as a dangling link, an auto-save file and a backup by rename, then write in place."""
     lock, auto = plan.with_name(f".#{plan.name}"), plan.with_name(f"#{plan.name}#")
     lock.symlink_to("ana@host.123:456")
     auto.write_bytes(NEW[:-8])
@@ -73,7 +73,7 @@ def emacs(plan: Path) -> Iterator[None]:
 
 
 def nano(plan: Path) -> Iterator[None]:
-    """A lock file, a truncation and a write in place, a backup of a lost session."""
+    """Create a lock file and the backup of a lost session, and write in place after a truncation."""
     plan.with_name(f".{plan.name}.swp").write_bytes(b"b0nano")
     plan.with_name(f"{plan.name}.save").write_bytes(NEW[:-8])
     with plan.open("r+b") as file:
@@ -83,14 +83,14 @@ def nano(plan: Path) -> Iterator[None]:
 
 
 def vs_code(plan: Path) -> Iterator[None]:
-    """Truncated first, then written, by two opens."""
+    """Truncate and write the file with separate opens."""
     plan.write_bytes(b"")
     yield
     plan.write_bytes(NEW)
 
 
 def jetbrains(plan: Path) -> Iterator[None]:
-    """A new file beside, the old one out of the way, then the new one in its place."""
+    """Write a new file, rename the old one away, then rename the new one to its name."""
     fresh, old = plan.with_name(f"{plan.name}___jb_tmp___"), plan.with_name(f"{plan.name}___jb_old___")
     fresh.write_bytes(NEW)
     yield
@@ -101,7 +101,7 @@ def jetbrains(plan: Path) -> Iterator[None]:
 
 
 def atomic_rename(plan: Path) -> Iterator[None]:
-    """As agents, formatters and sed -i do: written under another name, synced, renamed over it."""
+    """Write, fsync and rename a temporary file, as coding agents, formatters and sed -i do."""
     for name in (f"{plan.name}.tmp123", "sedXy12Zq"):
         scratch = plan.with_name(name)
         scratch.write_bytes(NEW[:500])
@@ -118,7 +118,7 @@ def removed_and_written(plan: Path) -> Iterator[None]:
 
 
 def slow_pipe(plan: Path) -> Iterator[None]:
-    """A program that prints a line now and then."""
+    """Write one line at a time, with pauses."""
     with plan.open("wb") as file:
         for line in NEW.splitlines(keepends=True)[::40]:
             file.write(line)
@@ -129,7 +129,7 @@ def slow_pipe(plan: Path) -> Iterator[None]:
 
 
 def desktop(plan: Path) -> Iterator[None]:
-    """What desktops and synchronisers leave beside it."""
+    """Create the files that desktops and file synchronisers add."""
     for name in (".DS_Store", f".~lock.{plan.name}#", f"{plan.stem} (copy).md", f"~syncthing~{plan.name}.tmp"):
         plan.with_name(name).write_bytes(b"not for anybody else\n")
         yield
@@ -150,12 +150,12 @@ async def live(server: FakeServer, directory: Path) -> AsyncIterator[Service]:
 
 
 def beside(directory: Path) -> set[str]:
-    """Return what stands in the plans' directory and is no plan."""
+    """Return the files in the plans' directory that are no plans."""
     return set(os.listdir(directory / "plans")) - {Path(PLAN).name}
 
 
 @pytest.mark.parametrize("editor", EDITORS, ids=lambda editor: editor.__name__)
-async def test_a_save_is_sent_once_and_whole_and_nothing_beside_it(
+async def test_a_save_is_sent_once_and_whole_without_temporary_files(
     server: FakeServer, live: Service, directory: Path, editor: Steps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(edit_sync, "SAVING_S", 60.0)  # an emptied file waits for its text, on a slow machine too
@@ -187,7 +187,7 @@ async def test_the_outcome_of_a_save_is_reported_by_the_next_command(
     assert sum("restored to the server's text: it held NUL bytes" in notice for notice in said) == 1, said
 
 
-async def test_a_copy_that_is_no_plan_is_rescued_when_it_has_long_been_left(
+async def test_an_old_file_that_is_no_plan_is_rescued(
     server: FakeServer, live: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = directory / f"plans/{TASK} (copy).md"
@@ -228,10 +228,10 @@ async def test_a_plan_renamed_by_hand_is_restored_and_the_other_kept(
     assert rescued(directory) == {"plans/parser.md": [NEW]}
 
 
-async def test_a_text_is_not_replaced_while_its_author_writes(
+async def test_a_text_is_not_replaced_while_a_program_writes_it(
     server: FakeServer, live: Service, directory: Path
 ) -> None:
-    """What is written after a rename over the file would go into a file without a name."""
+    """After a rename over the file, further writes would go to an unlinked file."""
     with (directory / PLAN).open("ab") as file:
         server.put(PLAN, OLD.replace(b"# Plan", b"# Ours"))
         await until(lambda: live._replicator.replica.position.seq == server.seq)
@@ -242,7 +242,7 @@ async def test_a_text_is_not_replaced_while_its_author_writes(
     await until(lambda: (directory / PLAN).read_bytes() == server.files[PLAN])
 
 
-async def test_a_server_text_that_waited_for_a_writer_comes_when_it_is_done(
+async def test_a_server_text_is_written_once_the_local_writer_is_done(
     server: FakeServer, live: Service, directory: Path
 ) -> None:
     with (directory / PLAN).open("ab"):
@@ -281,7 +281,7 @@ async def test_a_refused_edit_is_reported_once_and_blocks_nothing(
     assert (await ask(live, "status"))["refused_edits"] == {}
 
 
-async def test_an_edit_in_doubt_does_not_put_a_command_in_doubt_that_was_never_sent(
+async def test_an_unanswered_edit_does_not_make_an_unsent_command_uncertain(
     server: FakeServer, live: Service, directory: Path
 ) -> None:
     async def revoke(connection: ServerConnection, frame: ClientFrame) -> bool:
@@ -304,7 +304,7 @@ async def test_an_edit_in_doubt_does_not_put_a_command_in_doubt_that_was_never_s
 async def test_a_save_after_an_edit_whose_answer_was_lost_builds_on_it(
     server: FakeServer, live: Service, directory: Path, then: bytes
 ) -> None:
-    """Also what is just the text before it: the server has the edit by then, and its text must not be put in place."""
+    """Also a save of the earlier text: the server has the edit by then, whose text must not overwrite the save."""
     server.cut_before_reply = 1
     server.status = None
 
@@ -323,7 +323,7 @@ async def test_a_save_after_an_edit_whose_answer_was_lost_builds_on_it(
     assert (directory / PLAN).read_bytes() == then
 
 
-async def test_a_text_that_was_emptied_long_ago_is_not_taken_for_a_save_that_goes_on(
+async def test_a_text_emptied_long_ago_is_not_a_save_in_progress(
     server: FakeServer, service: Service, directory: Path
 ) -> None:
     server.files[PLAN] = OLD
@@ -339,7 +339,7 @@ async def test_a_text_that_was_emptied_long_ago_is_not_taken_for_a_save_that_goe
 
 
 @pytest.mark.parametrize("is_known", [True, False])
-async def test_of_a_long_text_only_the_digest_of_the_base_is_sent_unless_the_server_asks_for_it(
+async def test_a_long_base_is_sent_as_a_digest_unless_the_server_requests_it(
     server: FakeServer, service: Service, directory: Path, is_known: bool
 ) -> None:
     old = b"".join(b"line %d\n" % number for number in range(3000))
@@ -366,7 +366,7 @@ async def test_of_a_long_text_only_the_digest_of_the_base_is_sent_unless_the_ser
     assert len({frame.id for frame in (first, *later)}) == 1 + len(later)
 
 
-async def test_a_text_that_is_taken_back_while_it_is_on_its_way_is_sent_again(
+async def test_a_text_reverted_during_its_transfer_is_sent_again(
     server: FakeServer, live: Service, directory: Path
 ) -> None:
     arrived, may_go_on = asyncio.Event(), asyncio.Event()
@@ -389,7 +389,7 @@ async def test_a_text_that_is_taken_back_while_it_is_on_its_way_is_sent_again(
     assert (directory / PLAN).read_bytes() == OLD
 
 
-async def test_the_kept_token_is_one_name_also_where_a_command_brings_it(
+async def test_the_stored_token_sent_by_a_command_counts_as_the_same_token(
     server: FakeServer, live: Service, directory: Path
 ) -> None:
     credentials.store(server.url, "web", TOKEN)
@@ -418,7 +418,7 @@ def test_texts_rewritten_one_after_another_are_one_run(case: str) -> None:
     assert found == length
 
 
-def test_a_text_that_is_saved_again_and_again_prolongs_no_run() -> None:
+def test_repeated_saves_of_one_text_prolong_no_run() -> None:
     rewrites = RewriteRun()
     rewrites.extend({f"plans/{n}.md": n for n in range(21)})
     found = []

@@ -1,4 +1,4 @@
-"""Evidence of a person's save: what a crash, a power cut, git or a full disk did to a plan is never sent (I4)."""
+"""Evidence of saves: damage to a plan by a crash, power cut, git or full disk is never sent (I4)."""
 
 import asyncio
 import json
@@ -66,7 +66,7 @@ def commit(place: Path, message: str) -> None:
 
 @pytest.fixture
 async def tracked(board: FakeServer, directory: Path) -> AsyncIterator[Service]:
-    """A cache that a repository tracks at FIRST; Ben has written his paragraphs since."""
+    """A cache whose repository tracks FIRST. The server has Ben's paragraphs since."""
     async with looked_after(directory) as service:
         git(directory.parent, "init", "-q")
         commit(directory.parent, "tracks the plans")
@@ -112,7 +112,7 @@ def reset(place: Path) -> None:
 
 
 @pytest.mark.parametrize("act", [checkout, stash, reset], ids=lambda act: act.__name__)
-async def test_what_git_puts_back_is_no_edit_however_often(
+async def test_a_text_restored_by_git_is_never_an_edit(
     board: FakeServer, tracked: Service, directory: Path, act: Callable[[Path], None]
 ) -> None:
     for _ in range(3):
@@ -122,9 +122,7 @@ async def test_what_git_puts_back_is_no_edit_however_often(
     assert rescued(tracked) == [FIRST]
 
 
-async def test_a_colleagues_text_that_a_merge_brings_is_no_edit(
-    board: FakeServer, tracked: Service, directory: Path
-) -> None:
+async def test_a_text_merged_by_git_is_no_edit(board: FakeServer, tracked: Service, directory: Path) -> None:
     place, theirs = directory.parent, directory.parent.parent / "colleague"
     commit(place, "Ben's paragraphs")
     git(place, "worktree", "add", "-q", "-b", "colleague", str(theirs))
@@ -135,7 +133,7 @@ async def test_a_colleagues_text_that_a_merge_brings_is_no_edit(
     assert puts(board) == []
 
 
-async def test_an_edit_in_a_tracked_plan_is_sent_and_stays_one_when_it_is_committed(
+async def test_an_edit_of_a_tracked_plan_is_sent_and_remains_an_edit_once_committed(
     board: FakeServer, tracked: Service, directory: Path
 ) -> None:
     (directory / PLAN).write_bytes(MINE)
@@ -152,7 +150,7 @@ async def test_an_edit_in_a_tracked_plan_is_sent_and_stays_one_when_it_is_commit
     await until(lambda: board.files[PLAN] == offline)
 
 
-async def test_without_an_agent_git_is_noticed_as_well(board: FakeServer, tracked: Service, directory: Path) -> None:
+async def test_git_is_detected_without_an_agent(board: FakeServer, tracked: Service, directory: Path) -> None:
     await tracked.close()
     checkout(directory.parent)
     once = Service(str(directory))
@@ -167,7 +165,7 @@ async def test_without_an_agent_git_is_noticed_as_well(board: FakeServer, tracke
 
 
 def test_a_repository_is_read_in_every_form(tmp_path: Path) -> None:
-    """An index with a CR LF text turned into LF, a worktree, a submodule, SHA-256, a merge that waits."""
+    """An index with CR LF converted to LF, a worktree, a submodule, SHA-256, an unfinished merge."""
     text, place = b"# Plan\r\n- one\r\n", tmp_path / "main"
     for place, options in ((tmp_path / "main", ()), (tmp_path / "long", ("--object-format=sha256",))):
         (place / ".lattice/plans").mkdir(parents=True)
@@ -230,7 +228,7 @@ def test_a_hostile_repository_runs_nothing(tmp_path: Path, monkeypatch: pytest.M
     repository = Repository(str(place / ".lattice"))
     assert repository.blobs([PLAN])[PLAN].have(b"# Plan\n")
     for objects in (place / ".git/objects").glob("??"):
-        shutil.rmtree(objects)  # now git would fetch what it lacks
+        shutil.rmtree(objects)  # git would now fetch the missing objects
     assert repository.tracked() == [PLAN] and repository.blobs([PLAN])[PLAN].have(b"# Plan\n")
     assert not ran.exists(), ran.read_text()
     assert all(Path(path).stat().st_mtime_ns == at for path, at in before.items() if "objects" not in path)
@@ -252,7 +250,7 @@ NO_EDITS = {
 
 
 def damage(place: Path, content: bytes) -> None:
-    """Alter a file as a power cut does, which keeps its times."""
+    """Alter a file and keep its times, as a power cut does."""
     found = place.stat()
     place.write_bytes(content)
     os.utime(place, ns=(found.st_atime_ns, found.st_mtime_ns))
@@ -265,7 +263,7 @@ def after_reboot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def leave_without_an_end(service: Service) -> None:
-    """End a service as a kill does: its watch stays behind, unlocked."""
+    """Stop a service as a kill does: its watch record stays behind, unlocked."""
     watch = service._replicator.edits.evidence
     assert watch._watch_handle is not None
     os.close(watch._watch_handle)
@@ -275,7 +273,7 @@ async def leave_without_an_end(service: Service) -> None:
 
 @pytest.mark.parametrize("what", NO_EDITS)
 @pytest.mark.parametrize("crash", ["reboot", "killed"])
-async def test_what_a_crash_leaves_is_restored_and_said(
+async def test_crash_damage_is_repaired_and_reported(
     board: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch, what: str, crash: str
 ) -> None:
     board.files[PLAN] = THEIRS
@@ -290,10 +288,10 @@ async def test_what_a_crash_leaves_is_restored_and_said(
         assert rescued(service) == ([NO_EDITS[what]] if NO_EDITS[what].strip(b"\0") else [])
 
 
-async def test_an_unseen_text_from_before_the_reboot_waits(
+async def test_an_unseen_text_from_before_the_reboot_is_withheld(
     board: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may be a person's, or as of any earlier moment; a save after the reboot is an edit."""
+    """It may be a save or any earlier version. A save after the reboot is an edit."""
     async with looked_after(directory):
         pass
     damage(directory / PLAN, b"# Of an earlier moment\n")
@@ -310,7 +308,7 @@ async def test_an_unseen_text_from_before_the_reboot_waits(
 async def test_a_save_on_top_of_a_withheld_earlier_version_is_an_edit_of_that_version(
     board: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its lines look like rewordings of those that others have added since: the comparison of lines would be wrong."""
+    """A comparison of lines would take its lines for rewordings of lines that others added since."""
     earlier = FIRST + b"- edited by word 1\n"
     current = FIRST + b"- edited by word 2\n- edited by word 3\n"
     async with looked_after(directory):
@@ -341,7 +339,7 @@ async def test_an_edit_made_offline_survives_a_reboot(
 
 
 class LateWatching(FileWatcher):
-    """A watch that begins when the test says so."""
+    """A watch that starts when the test calls it."""
 
     def add(self, directory: str, touched: Touched) -> None:
         self.touched = touched
@@ -375,9 +373,7 @@ async def test_an_agent_that_never_reached_the_server_records_saves(board: FakeS
         await service.close()
 
 
-async def test_a_damaged_base_makes_no_edit(
-    board: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_damaged_base_is_no_edit(board: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with looked_after(directory):
         pass
     (directory / ".remote/base" / PLAN).write_bytes(b"")
@@ -388,7 +384,7 @@ async def test_a_damaged_base_makes_no_edit(
 
 
 class Disk:
-    """A file-level model of a disk: the contents that each file may have after a power cut."""
+    """Model of a disk: the possible contents of each file after a power cut."""
 
     def __init__(self, top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.top = top
@@ -419,7 +415,7 @@ class Disk:
             self.earlier.setdefault(path, []).append((self.top / path).read_bytes())
 
     def cut(self, rng: random.Random) -> dict[str, str]:
-        """Cut the power: a file that is not as it was synced is as of any earlier moment, empty, NULs or missing."""
+        """Cut the power: an unsynced file becomes any earlier version, empty, NULs or missing."""
         fates: dict[str, str] = {}
         for place in sorted(self.top.rglob("*")):
             path = place.relative_to(self.top).as_posix()
@@ -439,10 +435,10 @@ class Disk:
 
 
 @pytest.mark.parametrize("seed", range(12))
-async def test_a_power_cut_sends_nothing_and_loses_no_save_that_was_recorded(
+async def test_a_power_cut_sends_nothing_and_loses_no_recorded_save(
     board: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Whatever each file is afterwards that was not synced: the board is the same, and becomes the cache's again."""
+    """For any content of unsynced files the board is unchanged, and the cache is repaired."""
     rng, disk = random.Random(seed), Disk(directory, monkeypatch)
     others = [f"plans/task_{n:026d}.md" for n in range(6)]
     board.files |= dict.fromkeys(others, FIRST)
@@ -471,7 +467,7 @@ async def test_a_power_cut_sends_nothing_and_loses_no_save_that_was_recorded(
             assert (directory / path).read_bytes() == board.files[path], (path, fates)
 
 
-# --- many at once, emptied, a full disk ---
+# --- many at once, emptied texts, full disk ---
 
 
 @pytest.fixture
@@ -509,7 +505,7 @@ async def test_a_formatter_that_rewrites_many_plans_waits_for_a_decision(
 async def test_a_slow_formatter_is_noticed_after_a_few_plans(
     board: FakeServer, plans: tuple[Service, list[str]], directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each text is sent before the next is rewritten. A busy machine is given a minute for each."""
+    """Each text is sent before the next is rewritten, within a minute on a busy machine."""
     monkeypatch.setattr("lattice_remote.client.agent.edit_sync._RUN_PAUSE_NS", 60 * 10**9)
     service, paths = plans
     for n, path in enumerate(paths):
@@ -530,7 +526,7 @@ async def test_many_plans_that_only_grow_are_sent(
     await until(lambda: all(board.files[path].endswith(b"- one more\n") for path in paths[:30]))
 
 
-async def test_a_long_text_that_is_emptied_waits_a_short_one_is_sent(
+async def test_an_emptied_long_text_is_withheld_and_a_short_one_is_sent(
     board: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lattice_remote.client.agent.edit_sync.SAVING_S", 0.2)
@@ -545,7 +541,7 @@ async def test_a_long_text_that_is_emptied_waits_a_short_one_is_sent(
         assert board.files[PLAN] == b""
 
 
-async def test_nothing_is_sent_from_a_full_disk_and_what_it_cut_short_is_restored(
+async def test_texts_truncated_by_a_full_disk_are_restored_and_not_sent(
     board: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     board.files |= {PLAN: THEIRS, NOTES: b"# Notes\n"}
@@ -563,7 +559,7 @@ async def test_nothing_is_sent_from_a_full_disk_and_what_it_cut_short_is_restore
         assert puts(board) == [b"# Notes\n\nwhole\n"]
 
 
-async def test_a_rewritten_text_that_a_full_disk_may_have_cut_waits_for_the_user(
+async def test_a_rewritten_text_that_a_full_disk_may_have_truncated_is_withheld(
     board: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     board.files |= {PLAN: THEIRS}
@@ -585,7 +581,7 @@ async def test_a_rewritten_text_that_a_full_disk_may_have_cut_waits_for_the_user
 
 @pytest.mark.parametrize("ended", ["properly", "killed"])
 @pytest.mark.parametrize("agent", [True, False])
-async def test_the_first_read_shows_what_was_changed_while_nothing_ran_as_it_is(
+async def test_the_first_read_shows_earlier_local_changes_unaltered(
     board: FakeServer, directory: Path, ended: str, agent: bool
 ) -> None:
     board.files |= {f"tasks/task_{n}.json": b'{"n": %d}\n' % n for n in range(50)}
@@ -630,7 +626,7 @@ def test_stored_fingerprints_are_valid_until_a_reboot(directory: Path) -> None:
         assert not again.known.is_complete
 
 
-def test_the_next_agent_knows_the_withheld_texts(directory: Path) -> None:
+def test_withheld_texts_survive_a_restart_of_the_agent(directory: Path) -> None:
     cache = Cache(str(directory), read_remote(str(directory)))
     cache.prepare()
     cache.replace(PLAN, FIRST)
@@ -667,7 +663,7 @@ def test_the_withheld_texts_are_listed_while_a_thread_changes_them(
     assert found.withheld().keys() == ({PLAN, NOTES, "plans/more.md"} if change == "withhold" else {PLAN})
 
 
-async def test_a_record_is_written_to_its_end_under_the_lock_though_the_agent_stops(
+async def test_a_record_is_completed_under_the_lock_while_the_agent_stops(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, other = (Cache(str(directory), read_remote(str(directory))) for _ in range(2))

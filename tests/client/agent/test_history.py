@@ -1,4 +1,4 @@
-"""``lattice remote watch`` over the agent: every change once, in order, whatever happens to the connection."""
+"""``lattice remote watch`` over the agent: each change once and in order, despite lost connections."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ TASK = f"task_{'0' * 26}"
 
 
 class Watching:
-    """A run of the command in a thread; ``handled`` and ``notes`` are what a user sees."""
+    """A run of the command in a thread. ``handled`` and ``notes`` are its output."""
 
     def __init__(self, service: Service, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.handled: list[dict[str, Any]] = []
@@ -78,7 +78,7 @@ class Watching:
         answer.cancel()
         return None
 
-    # --- what it shows ---
+    # --- output ---
 
     def __call__(self, record: dict[str, Any], _show: object) -> None:
         self.handled.append(record)
@@ -110,7 +110,7 @@ async def begun(watching: Watching, since: Position | int | None = None) -> None
     await until(lambda: bool(watching.notes))
 
 
-async def test_it_begins_with_the_next_change_and_needs_no_connection_of_its_own(
+async def test_a_watch_starts_with_the_next_change_and_opens_no_connection(
     server: FakeServer, watching: Watching
 ) -> None:
     server.put("a", b"1")
@@ -139,7 +139,7 @@ async def test_a_change_is_described_with_the_titles_of_the_cache(server: FakeSe
     assert (first["actor"], first["token_actor"], first["token_id"]) == ("x", "x", "t")
 
 
-async def test_earlier_changes_are_replayed_in_pieces(
+async def test_earlier_changes_are_replayed_in_parts(
     server: FakeServer, watching: Watching, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(history, "_MAX_CHANGES", 1)
@@ -160,7 +160,7 @@ async def test_earlier_changes_are_replayed_in_pieces(
     ]
 
 
-async def test_after_every_cut_it_goes_on_where_it_was(server: FakeServer, watching: Watching) -> None:
+async def test_a_watch_resumes_at_its_position_after_each_cut(server: FakeServer, watching: Watching) -> None:
     await begun(watching)
     for number in range(4):
         server.put("a", str(number).encode())
@@ -171,7 +171,9 @@ async def test_after_every_cut_it_goes_on_where_it_was(server: FakeServer, watch
     assert watching.seqs == list(range(1, 9))
 
 
-async def test_a_server_that_is_away_is_reported_once_and_resumed(server: FakeServer, watching: Watching) -> None:
+async def test_an_unreachable_server_is_reported_once_and_the_watch_resumes(
+    server: FakeServer, watching: Watching
+) -> None:
     await begun(watching)
     server.put("a", b"1")
     await until(lambda: bool(watching.handled))
@@ -195,7 +197,7 @@ async def test_a_server_that_is_away_is_reported_once_and_resumed(server: FakeSe
     ],
     ids=str,
 )
-async def test_changes_before_the_retention_are_reported_and_never_skipped_silently(
+async def test_changes_before_the_retention_are_reported_as_missing(
     server: FakeServer, watching: Watching, since: Position | int, why: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in range(4):
@@ -208,7 +210,7 @@ async def test_changes_before_the_retention_are_reported_and_never_skipped_silen
     assert not watching.handled and not watching.notes
 
 
-async def test_what_has_expired_while_it_was_away_ends_it(
+async def test_a_watch_ends_if_its_next_changes_have_expired(
     server: FakeServer, watching: Watching, capsys: pytest.CaptureFixture[str]
 ) -> None:
     await begun(watching)
@@ -226,7 +228,7 @@ async def test_what_has_expired_while_it_was_away_ends_it(
     assert watching.notes[-1].startswith("watched up to change 1: resume with --since epoch1-1-")
 
 
-async def test_a_new_epoch_is_reported_and_followed_from_its_beginning(server: FakeServer, watching: Watching) -> None:
+async def test_a_new_epoch_is_reported_and_followed_from_its_start(server: FakeServer, watching: Watching) -> None:
     """I7."""
     await begun(watching)
     server.put("a", b"1")
@@ -241,10 +243,10 @@ async def test_a_new_epoch_is_reported_and_followed_from_its_beginning(server: F
     assert noted[2].startswith("watching after change 0")
 
 
-async def test_a_return_to_an_earlier_epoch_goes_on_where_that_was(
+async def test_a_watch_resumes_an_earlier_epoch_at_its_position(
     server: FakeServer, watching: Watching, service: Service
 ) -> None:
-    """I7: a backup was restored, and then the server of before was started again."""
+    """I7: a backup was restored, and then the original server was started again."""
     await begun(watching)
     server.put("a", b"1")
     await until(lambda: bool(watching.handled))
@@ -260,10 +262,10 @@ async def test_a_return_to_an_earlier_epoch_goes_on_where_that_was(
     assert [(record["epoch"], record["seq"]) for record in watching.handled][1:] == [("epoch2", 1), ("epoch1", 2)]
 
 
-async def test_a_slow_command_holds_nothing_and_misses_nothing(
+async def test_a_slow_reader_delays_no_client_and_misses_no_change(
     server: FakeServer, watching: Watching, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """I10: what it lacks stays on the server."""
+    """I10: unread changes stay on the server."""
     monkeypatch.setattr(history, "_MAX_CHANGES", 20)
     await begun(watching)
     watching.free.clear()
@@ -277,7 +279,7 @@ async def test_a_slow_command_holds_nothing_and_misses_nothing(
     assert watching.seqs == list(range(1, 101))
 
 
-async def test_large_changes_are_not_kept_in_number(
+async def test_the_agent_buffers_few_large_changes(
     server: FakeServer, watching: Watching, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(history, "_MAX_BYTES", 10_000)
@@ -289,7 +291,7 @@ async def test_large_changes_are_not_kept_in_number(
     assert len(service._changes._recent) == 2 and service._changes._recent_bytes <= 10_000
 
 
-async def test_a_refused_token_ends_it(
+async def test_a_refused_token_ends_the_watch(
     server: FakeServer, watching: Watching, capsys: pytest.CaptureFixture[str]
 ) -> None:
     await begun(watching)
@@ -299,8 +301,8 @@ async def test_a_refused_token_ends_it(
     assert watching.code == 1 and "REMOTE_UNAUTHORIZED" in capsys.readouterr().out
 
 
-async def test_an_answer_from_outside_the_tree_is_a_violation(server: FakeServer, watching: Watching) -> None:
-    """I9: changes in an answer are checked like those of the stream."""
+async def test_an_answer_with_a_path_outside_the_tree_is_a_violation(server: FakeServer, watching: Watching) -> None:
+    """I9: changes in answers are validated like those in the stream."""
 
     async def misbehave(connection: ServerConnection, frame: ClientFrame) -> bool:
         if not isinstance(frame, Replay) or len(replays(server)) > 1:

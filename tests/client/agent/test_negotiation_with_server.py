@@ -1,4 +1,4 @@
-"""Capabilities and versions of the server, and repeated requests."""
+"""Capabilities and versions of the server; repeated requests."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from lattice_remote.protocol.messages import CAPABILITIES, Call, ClientFrame, Lo
 
 
 @pytest.mark.parametrize("missing", ["", *CAPABILITIES])
-async def test_a_call_is_sent_only_to_a_server_that_names_its_surface(
+async def test_a_call_is_sent_only_to_a_server_with_its_surface(
     server: FakeServer, service: Service, directory: Path, missing: str
 ) -> None:
     server.capabilities = [name for name in server.capabilities if name != missing]
@@ -48,7 +48,7 @@ async def test_status_says_which_side_to_upgrade(server: FakeServer, service: Se
     assert "lattice-tracker" not in (await ask(service, "status"))["versions"]["differences"]
 
 
-async def test_a_request_that_is_sent_again_says_how_old_it_is(server: FakeServer, service: Service) -> None:
+async def test_a_repeated_request_states_its_age(server: FakeServer, service: Service) -> None:
     """I6."""
     server.cut_before_reply = 2
     assert (await run(service, "put", "tasks/x.json", "x"))["exit_code"] == 0
@@ -57,7 +57,7 @@ async def test_a_request_that_is_sent_again_says_how_old_it_is(server: FakeServe
     assert len({frame.id for frame in server.frames if isinstance(frame, Run)}) == 1
 
 
-async def test_a_call_that_is_sent_again_says_how_old_it_is(server: FakeServer, service: Service) -> None:
+async def test_a_repeated_call_states_its_age(server: FakeServer, service: Service) -> None:
     """I6."""
     server.cut_before_reply = 2
     call = {"surface": "mcp", "name": "tasks/x.json", "payload": "{}", "files": []}
@@ -82,7 +82,7 @@ async def test_a_request_that_an_earlier_agent_may_have_sent_is_reported_at_once
     assert 100 <= sent.age_s < 110
 
 
-async def test_a_log_that_does_not_end_is_a_violation(server: FakeServer, service: Service) -> None:
+async def test_an_endless_log_is_a_violation(server: FakeServer, service: Service) -> None:
     async def misbehave(connection: ServerConnection, frame: ClientFrame) -> bool:
         from lattice_remote.protocol.messages import LogPage, encode
 

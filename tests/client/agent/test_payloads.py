@@ -1,4 +1,4 @@
-"""Large contents of artifacts: fetched apart, or not at all, and every answer about them true."""
+"""Deferred contents: large artifacts are downloaded in the background or on demand."""
 
 import asyncio
 import os
@@ -65,7 +65,9 @@ async def test_a_deferred_content_arrives_in_the_background(
     await until(lambda: tree(directory) == server.files)
 
 
-async def test_on_demand_it_comes_when_it_is_asked_for(server: FakeServer, service: Service, directory: Path) -> None:
+async def test_an_on_demand_content_is_downloaded_when_requested(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
     on_demand(service)
     announce(server)
     await ready(service)
@@ -80,7 +82,7 @@ async def test_on_demand_it_comes_when_it_is_asked_for(server: FakeServer, servi
     assert (await ask(service, "verify"))["deferred"] == ()
 
 
-async def test_the_setting_counts_at_once(server: FakeServer, service: Service, directory: Path) -> None:
+async def test_the_setting_takes_effect_at_once(server: FakeServer, service: Service, directory: Path) -> None:
     await ask(service, "configure", name="payloads", value="on-demand")
     announce(server)
     await ready(service)
@@ -93,7 +95,7 @@ async def test_the_setting_counts_at_once(server: FakeServer, service: Service, 
             await ask(service, "configure", name=name, value=value)
 
 
-async def test_another_start_continues_from_the_files_here(server: FakeServer, directory: Path) -> None:
+async def test_a_restart_keeps_the_downloaded_files(server: FakeServer, directory: Path) -> None:
     first = Service(str(directory))
     first.start(TOKEN)
     await ready(first)
@@ -119,7 +121,7 @@ async def test_another_start_continues_from_the_files_here(server: FakeServer, d
     await second.close()
 
 
-async def test_what_becomes_another_while_it_comes_is_not_put_in_place(
+async def test_a_content_replaced_during_its_download_is_discarded(
     server: FakeServer, service: Service, directory: Path
 ) -> None:
     await ready(service)
@@ -137,7 +139,7 @@ async def test_what_becomes_another_while_it_comes_is_not_put_in_place(
     await until(lambda: not list((directory / ".remote/downloads").iterdir()))
 
 
-async def test_a_newer_content_that_is_not_fetched_leaves_no_older_one_in_its_place(
+async def test_a_newer_deferred_content_removes_the_older_file(
     server: FakeServer, service: Service, directory: Path
 ) -> None:
     announce(server)
@@ -149,10 +151,10 @@ async def test_a_newer_content_that_is_not_fetched_leaves_no_older_one_in_its_pl
     assert (await ask(service, "verify"))["deferred"] == (BIG,)
 
 
-async def test_a_content_that_is_no_longer_wanted_away_stays(
+async def test_a_content_whose_removal_is_obsolete_is_kept(
     server: FakeServer, service: Service, directory: Path
 ) -> None:
-    """It may have arrived, or be announced anew, between the decision to remove the file and its turn."""
+    """It may arrive or be announced again between the decision to remove it and the removal."""
     announce(server)
     await ready(service)
     await until((directory / BIG).exists)
@@ -170,7 +172,9 @@ async def test_present_files_are_not_fetched(server: FakeServer, service: Servic
     assert (await ask(service, "verify"))["deferred"] == ()
 
 
-async def test_another_process_that_fetches_is_noticed(server: FakeServer, service: Service, directory: Path) -> None:
+async def test_a_file_downloaded_by_another_process_is_noticed(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
     on_demand(service)
     announce(server)
     await ready(service)
@@ -185,8 +189,8 @@ async def test_another_process_that_fetches_is_noticed(server: FakeServer, servi
     assert tree(directory) == server.files
 
 
-async def test_one_that_can_not_be_had_holds_up_no_other(server: FakeServer, service: Service, directory: Path) -> None:
-    """And is tried again when it is asked for, or has become another."""
+async def test_an_unavailable_content_delays_no_other(server: FakeServer, service: Service, directory: Path) -> None:
+    """It is tried again on request or after it has changed."""
     await ready(service)
     first, second = "artifacts/payload/first", "artifacts/payload/second"
 
@@ -234,7 +238,7 @@ async def test_a_lost_server_is_reported_and_received_files_stay(
 async def test_a_damaged_list_of_missing_files_leads_to_a_full_comparison(
     server: FakeServer, directory: Path, spoil: str
 ) -> None:
-    """I5: a copy that doesn't know what it lacks knows nothing."""
+    """I5: a cache that has lost its list of missing files must compare all of them."""
     first = Service(str(directory))
     on_demand(first)
     first.start(TOKEN)
@@ -265,7 +269,9 @@ async def attach(service: Service, path: Path) -> dict[str, object]:
         return await service.handle({**request, "files": named(path)}, lambda _: None)
 
 
-async def test_a_large_file_goes_before_its_command(server: FakeServer, service: Service, tmp_path: Path) -> None:
+async def test_a_large_file_is_uploaded_before_its_command(
+    server: FakeServer, service: Service, tmp_path: Path
+) -> None:
     path = tmp_path / "large.bin"
     path.write_bytes(CONTENT)
     await ready(service)
@@ -276,7 +282,9 @@ async def test_a_large_file_goes_before_its_command(server: FakeServer, service:
     assert server.uploads == {digest_of(CONTENT): CONTENT}
 
 
-async def test_a_file_that_is_another_by_now_is_not_sent(server: FakeServer, service: Service, tmp_path: Path) -> None:
+async def test_a_file_changed_before_its_upload_is_not_sent(
+    server: FakeServer, service: Service, tmp_path: Path
+) -> None:
     path = tmp_path / "large.bin"
     path.write_bytes(CONTENT)
     described = named(path)
