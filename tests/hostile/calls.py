@@ -1,4 +1,4 @@
-"""Calls nobody would send: the operations of every surface with hostile names, values, actors and files."""
+"""Random hostile calls: operations of every surface with hostile names, values, actors and files."""
 
 import json
 import random
@@ -21,13 +21,13 @@ _IN_TEXTS = ('{"title": 7}', '{"custom_fields.k": NaN}', '{"custom_fields.k": "\
 
 
 class Calls:
-    """Makes calls from ``rng``; ``lines`` has the hostile texts, ``known`` what exists."""
+    """Makes calls from ``rng``; ``lines`` has the hostile texts, ``known`` the existing objects."""
 
     def __init__(self, rng: random.Random, known: Known, lines: Lines) -> None:
         self._rng, self._known, self._lines = rng, known, lines
 
     def call(self, actor: str, act_as: tuple[str, ...]) -> RunCall:
-        """Return the next one. Most are ordinary but for one or two values."""
+        """Return the next call. Most are ordinary except for one or two values."""
         rng = self._rng
         surface = rng.choice(["commands", "dashboard", "mcp"]) if rng.random() < 0.97 else self._text()[:32]
         made = {"commands": self._commands, "dashboard": self._post}.get(surface, self._tool)
@@ -57,7 +57,7 @@ class Calls:
         return "together", {"lines": [self._line() for _ in range(rng.choice([1, 2, 2, 3, 17]))]}
 
     def _line(self) -> list[str]:
-        """Return a command line; most print JSON, as they must."""
+        """Return a command line; most print JSON, as required."""
         path, *arguments = self._lines.line().argv or [""]
         return [path, *arguments[:1], "--json", *arguments[1:]] if self._rng.random() < 0.9 else [path, *arguments]
 

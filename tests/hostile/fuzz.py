@@ -1,9 +1,9 @@
-"""Hostile command lines and edits, thousands a minute, through the real executor: what ``make fuzz`` runs (I9).
+"""Hostile command lines and edits through the real executor, thousands a minute; ``make fuzz`` runs this (I9).
 
     python tests/hostile/fuzz.py --lines 20000 --seed 1
 
-A batch is a project of its own. After each: nothing outside it was touched, a copy that followed every change equals
-the tree, ``doctor`` finds nothing, ``rebuild --all`` changes nothing, and the worker is the one that was started.
+Each batch has its own project. After each: nothing outside it was touched, a cache that followed every change equals
+the tree, ``doctor`` finds nothing, ``rebuild --all`` changes nothing, and the worker was not replaced.
 """
 
 import argparse
@@ -45,12 +45,12 @@ _START = (
 
 
 class Broken(AssertionError):
-    """A promise does not hold; the text says which, and for what line."""
+    """A broken promise; the text names it and the line."""
 
 
 @dataclass
 class Figures:
-    """What was seen, over all batches."""
+    """Totals of all batches."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     slowest_s: float = 0.0
@@ -58,7 +58,7 @@ class Figures:
 
 
 class Batch:
-    """One project and the lines that are run in it; everything follows from ``seed``."""
+    """One project and the lines that run in it; ``seed`` determines everything."""
 
     def __init__(self, place: Place, seed: str, figures: Figures, *, unguarded: bool = False) -> None:
         self._place = place
@@ -77,7 +77,7 @@ class Batch:
         """Run ``count`` lines and check everything.
 
         Raises:
-            Broken: something does not hold.
+            Broken: a promise does not hold.
         """
         with self._place.worker(unguarded=self._unguarded) as worker:
             for argv in _START:
@@ -92,7 +92,7 @@ class Batch:
         self._place.check()
 
     def _run_one(self, worker: WorkerProcess) -> None:
-        """Run the next line, or edit, and look at what it did before there is another."""
+        """Run the next line or edit, and check its effect before the next."""
         identity = self._rng.choice(IDENTITIES)
         line = self._next(identity)
         began = time.monotonic()
@@ -139,7 +139,7 @@ class Batch:
         text = rng.choice([rng.choice(texts), (there or b"") + rng.choice(texts)])
         return Edit(secrets.token_hex(16), path, base, text, "tok_1", "human:ana")
 
-    # --- what comes back ---
+    # --- replies and changes ---
 
     def _take(
         self, line: Line | Edit | RunCall, done: RequestDone, identity: tuple[str, tuple[str, ...]] | None
@@ -212,7 +212,7 @@ class Batch:
         assert worker.reconcile().change is None, "the tree is not what the journal says"
         assert not any(CANARY.encode() in data for data in files.values()), "a canary is in the tree"
         if self._unguarded:
-            return  # without the policy a client may break its own project, though nothing else
+            return  # without the policy a client may damage its own project, and nothing else
         findings = json.loads(worker.ok("doctor", "--json"))["data"]["findings"]
         findings = [finding for finding in findings if "Stale holder" not in finding["message"]]
         if findings:
@@ -225,7 +225,7 @@ class Batch:
 
 
 def _form(path: str, files: dict[str, bytes]) -> object:
-    """Return a file in the form in which ``rebuild`` keeps it: order within a second, and unused codes, are free."""
+    """Return a file normalised as by ``rebuild``: order within a second and unused codes are free."""
     data = files.get(path)
     if data is not None and path == "events/_lifecycle.jsonl":
         return sorted(data.splitlines())
@@ -235,7 +235,7 @@ def _form(path: str, files: dict[str, bytes]) -> object:
 
 
 def _check_actor(actor: object, own: str, act_as: tuple[str, ...]) -> None:
-    """Fail if an event was written in the name of somebody whom the token may not be."""
+    """Fail if an event names an actor that the token does not allow."""
     if isinstance(actor, dict):
         kind = "human" if actor["model"] == "human" else "agent"
         actor = f"{kind}:{actor['base_name']}"
@@ -266,7 +266,7 @@ def run_batch(seed: str, count: int, figures: Figures, *, unguarded: bool = Fals
 
 
 def main() -> int:
-    """Run batches until the lines are used up; return 1 and say how to repeat it at the first that fails."""
+    """Run batches until the lines are used up; at the first failure return 1 and print how to repeat it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--lines", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=1)

@@ -1,8 +1,8 @@
-"""A worker under a second pair of eyes, which share nothing with those of the capture.
+"""A worker with an observer, which shares nothing with the capture.
 
-Started as the worker is. ``HOSTILE_REPORT`` names a file: every access of a command to something that is not its
-own is written there, by where it really leads. With ``HOSTILE_UNGUARDED`` the first wall is gone: the policy lets
-every command line through, so that what is left is the capture alone.
+It starts as the worker does. The observer writes to the file ``HOSTILE_REPORT`` each access of a command to foreign
+paths, by the real path. ``HOSTILE_UNGUARDED`` disables the policy: every command line passes, so only the capture
+remains.
 """
 
 import os
@@ -35,7 +35,7 @@ _OPEN_TO_ALL = ("/dev/null", "/dev/urandom", "/usr/share/zoneinfo", "/usr/lib/lo
 
 
 class Observer:
-    """Sees what the capture has let pass: hooks are asked in turn, and after a veto nobody else is."""
+    """Observes what the capture permits: hooks run in turn, and none runs after a veto."""
 
     def __init__(self, capture: Capture, allowed: Sequence[str], report: int) -> None:
         self._capture = capture
@@ -44,7 +44,7 @@ class Observer:
 
     def hook(self, event: str, args: tuple[object, ...]) -> None:
         if self._capture._thread != threading.get_ident():
-            return  # the worker's own doing
+            return  # the worker's own access
         if event.startswith(_NEVER) and event not in ("os.chmod", "os.chown"):
             self._tell(f"{event} {args!r}")
         for given in args[: _PATHS_OF.get(event, 0)]:
@@ -74,7 +74,7 @@ def _observe() -> None:
 def _parse_nothing_refused(
     cli: click.Group, argv: Sequence[str], identity: Identity, *, files: Collection[str], **others: object
 ) -> policy.Command:
-    """Stand for ``policy.parse``: say what the line is, and let it run, whatever it is."""
+    """Replace ``policy.parse``: parse the line and permit it in any case."""
     del identity, others
     values: dict[str, Any]
     try:

@@ -1,4 +1,4 @@
-"""Where hostile commands run, and what must not come to harm: a data directory with neighbours, each with a canary."""
+"""A place for hostile commands: a data directory with protected neighbours, each with a canary."""
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ class Place:
             (root / path).write_text(content)
         self.report = root / "report"
         self.report.write_bytes(b"")
-        spelled = f"{root.parent}//{root.name}"  # so that what a client said can be told from what the server says
+        spelled = f"{root.parent}//{root.name}"  # distinguishes a client's text from the server's own
         self.outside = [f"{spelled}/{path}" for path in canaries] + [f"../../../{path}" for path in canaries]
         self.outside += [
             self.other_task,
@@ -62,14 +62,14 @@ class Place:
         self._before = self._look()
 
     def forget_code(self) -> None:
-        """Make the project one whose tasks get short ids only from ``backfill-ids``; call before a worker starts."""
+        """Give the project's tasks short ids only through ``backfill-ids``; call before a worker starts."""
         path = self.lattice / "config.json"
         config = json.loads(path.read_text())
         del config["project_code"]
         path.write_text(json.dumps(config, sort_keys=True, indent=2) + "\n")
 
     def worker(self, *, unguarded: bool = False) -> WorkerProcess:
-        """Start a worker that is observed, at the desk and with the home of the place."""
+        """Start an observed worker in the place's desk and home."""
         return WorkerProcess(
             self.project,
             command=OBSERVED_WORKER,
@@ -78,7 +78,7 @@ class Place:
         )
 
     def environment(self, *, unguarded: bool = False) -> dict[str, str]:
-        """Return what the worker's environment has besides the test's own, to tempt it."""
+        """Return additions to the worker's environment that tempt a command."""
         home = self.root / "home"
         return {
             "HOME": str(home),
@@ -91,7 +91,7 @@ class Place:
         }
 
     def check(self) -> None:
-        """Fail if anything outside the project was read, written, made or removed since the place was made."""
+        """Fail if anything outside the project was read, written, created or removed since the place was created."""
         told = self.report.read_text()
         assert told == "", f"accesses to what is no command's business:\n{told}"
         after = self._look()
@@ -101,7 +101,7 @@ class Place:
         assert not differing, f"changed or read: {differing}"
 
     def _look(self) -> dict[str, _Seen]:
-        """Return everything outside the project's own directories, and set its times back."""
+        """Return everything outside the project's own directories, and reset its times."""
         own = {str(self.project / name) for name in (".lattice", "journal", "tmp", OWNERS_FILE)} | {str(self.report)}
         found: dict[str, _Seen] = {}
         for folder, folders, files in os.walk(self.root):

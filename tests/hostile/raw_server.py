@@ -1,4 +1,4 @@
-"""A peer that says any bytes at all in answer to a request for a WebSocket."""
+"""A raw peer that replies to a WebSocket request with any bytes."""
 
 import asyncio
 import base64
@@ -13,7 +13,7 @@ _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 
 class RawServer:
-    """Answers each connection with what ``script`` yields for the key of its request, for as long as it is read."""
+    """Replies to each connection with the output of ``script`` for its request's key, for as long as it is read."""
 
     def __init__(self, script: Callable[[bytes], Iterator[bytes]]) -> None:
         self.port = 0
@@ -55,7 +55,7 @@ class RawServer:
 
 
 def upgraded(key: bytes, *headers: bytes) -> bytes:
-    """Return a valid answer that upgrades, with further header lines."""
+    """Return a valid upgrade response with further header lines."""
     accept = base64.b64encode(hashlib.sha1(key + _GUID).digest())  # noqa: S324 - what the protocol asks for
     lines = [
         b"HTTP/1.1 101 Switching Protocols",

@@ -1,6 +1,6 @@
-"""A server to attack, as a process of its own, and what must be true of it after every attack.
+"""A server to attack, as a process of its own, and the conditions that must hold after every attack.
 
-A client of good will stays connected all the time. Attackers come from other loopback addresses than its own.
+A well-behaved client stays connected. Attackers come from other loopback addresses than its own.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ _WORKER_LINE = re.compile(r"worker board: INFO [ -~]{1,400}")
 
 
 class Target:
-    """The server, the good client, and how both were before the attacks."""
+    """The server, the well-behaved client, and the state of both before the attacks."""
 
     def __init__(
         self, server: Server, token: str, client: ClientConnection, trusting: ssl.SSLContext | None = None
@@ -56,10 +56,12 @@ class Target:
         self._rss_mib = self.rss_mib()
         self._log_read = server.log.stat().st_size
 
-    # --- the attackers' side ---
+    # --- attackers ---
 
     def open(self, *, address: str | None = None, buffer_bytes: int | None = None) -> socket.socket:
-        """Return a connection from an address of its own; with ``buffer_bytes`` it takes little of what is sent."""
+        """Return a connection from an address of its own; with ``buffer_bytes`` it receives only a little of the data
+        sent.
+        """
         raw = socket.socket()
         if buffer_bytes is not None:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
@@ -70,15 +72,15 @@ class Target:
         return raw
 
     def send(self, data: bytes) -> bytes:
-        """Send this as all that an attacker has to say, and return what he gets. Fails when nothing ends it."""
+        """Send all of an attacker's data and return the response; fail if nothing ends the connection."""
         with self.open() as raw:
-            with contextlib.suppress(OSError):  # cut already
+            with contextlib.suppress(OSError):  # already cut
                 raw.sendall(data)
                 raw.shutdown(socket.SHUT_WR)
             return read_all(raw)
 
     def upgraded(self, **options: int) -> socket.socket:
-        """Return a WebSocket connection of somebody who has a token, before its first frame."""
+        """Return a WebSocket connection with a token, before its first frame."""
         raw = self.open(**options)  # type: ignore[arg-type]
         raw.sendall(upgrade_request(self.token))
         answer = b""
@@ -87,10 +89,10 @@ class Target:
         assert answer.startswith(b"HTTP/1.1 101 ")
         return raw
 
-    # --- what must be true ---
+    # --- conditions ---
 
     def write(self) -> float:
-        """Write with the good client; return how many seconds it took."""
+        """Write with the well-behaved client; return the duration in seconds."""
         began = time.monotonic()
         self._run("comment", "LAT-1", "still here", "--actor", "human:ana")
         return time.monotonic() - began
@@ -103,11 +105,11 @@ class Target:
         return int(line.split()[1]) / 1024
 
     def open_files(self) -> int:
-        """Return how many files and sockets the server's process has open."""
+        """Return the number of files and sockets that the server's process has open."""
         return len(os.listdir(f"/proc/{self._pid}/fd"))
 
     def check(self, what: str) -> None:
-        """Fail unless the server is as well as before; print what ``what`` has cost it."""
+        """Fail unless the server is as healthy as before; print the cost of ``what``."""
         status, body = self.healthz()
         assert (status, body["status"]) == (200, "ok"), (status, body)
         write_s = min(self.write() for _ in range(3))
@@ -122,7 +124,7 @@ class Target:
             assert self.token not in line
 
     def healthz(self) -> tuple[int, dict[str, object]]:
-        """Ask how it is, as a monitor would."""
+        """Request the health check, as a monitor does."""
         with contextlib.ExitStack() as opened:
             raw = opened.enter_context(socket.create_connection(("127.0.0.1", self._server.port), timeout=5))
             if self._trusting is not None:
@@ -132,7 +134,7 @@ class Target:
         return int(head.split()[1]), json.loads(body)
 
     def new_log_lines(self) -> list[str]:
-        """Return what was logged since the last call."""
+        """Return the lines logged since the last call."""
         with self._server.log.open("rb") as log:
             log.seek(self._log_read)
             text = log.read()
@@ -149,7 +151,7 @@ class Target:
 
 @contextlib.contextmanager
 def attackable(*, tls: bool = False, **limits: int) -> Iterator[Target]:
-    """Start a server with a project ``board`` and these limits, and end it; it must have been well to its end."""
+    """Start a server with a project ``board`` and these limits, then end it; it must be healthy to its end."""
     with Sandbox(warm()) as sandbox:
         server = sandbox.server()
         server.project()
@@ -172,7 +174,7 @@ def attackable(*, tls: bool = False, **limits: int) -> Iterator[Target]:
 
 
 def _certificate(directory: Path) -> ssl.SSLContext:
-    """Put a certificate and its key into the directory, and return what trusts it."""
+    """Put a certificate and its key into the directory, and return a context that trusts it."""
     authority = trustme.CA()
     issued = authority.issue_cert("127.0.0.1")
     issued.cert_chain_pems[0].write_to_path(directory / "cert.pem")
@@ -184,7 +186,7 @@ def _certificate(directory: Path) -> ssl.SSLContext:
 
 
 def read_all(raw: socket.socket) -> bytes:
-    """Return everything up to the end of the connection."""
+    """Read the connection to its end."""
     data = b""
     with contextlib.suppress(ConnectionError):
         while piece := raw.recv(65536):
@@ -193,7 +195,7 @@ def read_all(raw: socket.socket) -> bytes:
 
 
 def upgrade_request(token: str) -> bytes:
-    """Return a request for the WebSocket of the project."""
+    """Return a request for the project's WebSocket."""
     return (
         "GET /projects/board/ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
@@ -202,7 +204,7 @@ def upgrade_request(token: str) -> bytes:
 
 
 def frame(payload: bytes, opcode: int = BINARY, *, first: int = 0x80, masked: bool = True, declared: int = -1) -> bytes:
-    """Return one WebSocket frame; ``first`` has its FIN and RSV bits, ``declared`` is the length that it claims."""
+    """Return one WebSocket frame; ``first`` has its FIN and RSV bits, ``declared`` is its claimed length."""
     size = len(payload) if declared < 0 else declared
     head = bytes([first | opcode])
     bit = 0x80 if masked else 0

@@ -1,4 +1,4 @@
-"""A token writes in its own name only: no command, option, session or edit makes it another (I9)."""
+"""A token writes in its own name only: no command, option, session or edit changes the actor (I9)."""
 
 import json
 import random
@@ -17,7 +17,7 @@ OWN = "agent:x"
 
 @pytest.fixture
 def worker(tmp_path: Path) -> Iterator[WorkerProcess]:
-    """A worker on a project in which somebody else has been at work, and has sessions."""
+    """A worker on a project that has events and sessions of another actor."""
     with WorkerProcess(make_project(tmp_path / "web")) as started:
         ana = ("--actor", "human:ana")
         for argv in (
@@ -35,7 +35,7 @@ def worker(tmp_path: Path) -> Iterator[WorkerProcess]:
 
 
 def actors(project: Path) -> dict[str, object]:
-    """Return who has written each event of a project, by its id and its log."""
+    """Return the actor of each event of a project, by event id and log."""
     found = {}
     for path in (project / ".lattice").rglob("*.jsonl"):
         for line in path.read_text().splitlines():
@@ -57,7 +57,7 @@ def run(worker: WorkerProcess, *argv: str) -> Reply | Refused:
 
 
 def is_refused(answer: Reply | Refused) -> bool:
-    """Tell whether the policy, or lattice itself, has refused a command."""
+    """Report whether the policy or lattice refused a command."""
     return isinstance(answer, Refused) or answer.exit_code != 0
 
 
@@ -101,13 +101,13 @@ def test_a_session_starts_in_the_tokens_own_name_only(worker: WorkerProcess) -> 
     assert isinstance(run(worker, "comment", "LAT-1", "mine", "--name", "X-2"), Reply)
 
 
-def test_commands_that_take_an_actor_of_their_own_are_refused(worker: WorkerProcess) -> None:
-    """``backfill-ids`` writes as somebody else when it is not told who asks."""
+def test_commands_with_an_actor_of_their_own_are_refused(worker: WorkerProcess) -> None:
+    """``backfill-ids`` writes as another actor if it does not get the client's."""
     assert isinstance(run(worker, "backfill-ids"), Refused)
     assert isinstance(run(worker, "backfill-ids", "--actor", OWN), Reply)
 
 
-def test_what_the_configuration_says_is_not_believed(worker: WorkerProcess) -> None:
+def test_an_actor_in_the_configuration_is_ignored(worker: WorkerProcess) -> None:
     path = worker.project / ".lattice/config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "default_actor": "human:ana"}))
     worker.reconcile()
@@ -117,7 +117,7 @@ def test_what_the_configuration_says_is_not_believed(worker: WorkerProcess) -> N
 
 
 @pytest.mark.parametrize("name", ["Ana-1", "X-2"])
-def test_a_session_file_that_was_changed_is_not_trusted(worker: WorkerProcess, name: str) -> None:
+def test_a_modified_session_file_is_not_trusted(worker: WorkerProcess, name: str) -> None:
     path = worker.project / f".lattice/sessions/{name}.json"
     session, before = json.loads(path.read_text()), actors(worker.project)
     for forged in (
@@ -133,7 +133,7 @@ def test_a_session_file_that_was_changed_is_not_trusted(worker: WorkerProcess, n
     assert actors(worker.project) == before
 
 
-def test_no_line_out_of_many_writes_in_another_name(worker: WorkerProcess) -> None:
+def test_no_line_of_many_writes_in_another_name(worker: WorkerProcess) -> None:
     before = actors(worker.project)
     lines = Lines(random.Random(5), Known(shorts=["LAT-1", "LAT-2"], sessions=["Ana-1", "Other-1", "X-1", "X-2"]))
     for _ in range(500):

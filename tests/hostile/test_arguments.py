@@ -1,4 +1,4 @@
-"""Hostile arguments touch nothing but their own project, and leave that valid (I9)."""
+"""Hostile arguments touch only their own project, and leave it valid (I9)."""
 
 import os
 from pathlib import Path
@@ -16,14 +16,14 @@ from lattice_remote.server.worker.policy import ROUTED
 
 
 @pytest.mark.parametrize("seed", ["short 1", "short 2"])
-def test_nothing_escapes_and_the_project_stays_valid(seed: str) -> None:
+def test_hostile_lines_stay_in_a_valid_project(seed: str) -> None:
     figures = Figures()
     run_batch(seed, 300, figures)
     assert figures.outcomes["ran"] > 30
     assert figures.outcomes["refused REMOTE_UNSUPPORTED"] > 30
 
 
-def test_without_the_policy_nothing_escapes_either() -> None:
+def test_without_the_policy_no_line_leaves_the_project_either() -> None:
     figures = Figures()
     run_batch("short 3", 300, figures, unguarded=True)
     assert figures.outcomes["refused REMOTE_UNSUPPORTED by the hook"] > 0
@@ -51,7 +51,7 @@ def test_a_command_without_an_entry_is_refused(tmp_path: Path) -> None:
         (["attach", "LAT-1", "--id=x", *ANA], 2),
     ],
 )
-def test_a_file_attached_to_another_argument_does_not_tell_where_it_was_put(
+def test_a_file_attached_to_another_argument_does_not_reveal_its_location(
     tmp_path: Path, argv: list[str], index: int
 ) -> None:
     with WorkerProcess(make_project(tmp_path / "web")) as worker:
@@ -64,13 +64,13 @@ def test_a_file_attached_to_another_argument_does_not_tell_where_it_was_put(
 
 
 @pytest.mark.parametrize("bad", [b"\xed\xa0\x80", b"\xff", b"\xc0\xaf", b"\xf4\x90\x80\x80", b"\xe2\x82"])
-def test_invalid_utf_8_is_no_frame(bad: bytes) -> None:
+def test_invalid_utf_8_is_not_a_frame(bad: bytes) -> None:
     good = encode(Run("0" * 32, ["create", "?" * len(bad)]))
     with pytest.raises(ProtocolError):
         decode_client_frame(good.replace(b"?" * len(bad), bad))
 
 
-def test_the_environment_of_the_server_means_nothing_to_a_command(tmp_path: Path) -> None:
+def test_the_environment_of_the_server_does_not_affect_a_command(tmp_path: Path) -> None:
     environment = {
         "LATTICE_ROOT": "/",
         "LATTICE_NAME": "X-1",
@@ -82,10 +82,10 @@ def test_the_environment_of_the_server_means_nothing_to_a_command(tmp_path: Path
         assert worker.reply("create", "x").exit_code == 1
 
 
-# --- that these tests can fail ---
+# --- these tests can fail ---
 
 
-def test_a_canary_that_is_read_or_changed_is_noticed(tmp_path: Path) -> None:
+def test_a_read_or_changed_canary_is_detected(tmp_path: Path) -> None:
     place = Place(tmp_path)
     place.check()
     (tmp_path / "desk/notes.md").read_text()
@@ -96,7 +96,7 @@ def test_a_canary_that_is_read_or_changed_is_noticed(tmp_path: Path) -> None:
         place.check()
 
 
-def test_the_observer_tells_what_the_capture_let_pass(tmp_path: Path) -> None:
+def test_the_observer_reports_what_the_capture_permits(tmp_path: Path) -> None:
     class Open:
         _thread = __import__("threading").get_ident()
 
@@ -117,7 +117,7 @@ def test_the_observer_tells_what_the_capture_let_pass(tmp_path: Path) -> None:
     os.close(report)
 
 
-def test_a_canary_in_an_answer_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_canary_in_a_reply_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fuzz._START", (["create", CANARY, *ANA],))
     with pytest.raises(Broken, match="a canary was read"):
         run_batch("short 4", 1, Figures())

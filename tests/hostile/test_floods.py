@@ -1,4 +1,4 @@
-"""Connections in numbers, from many addresses, by nobody who has a token."""
+"""Floods of connections from many addresses without a token."""
 
 import contextlib
 import socket
@@ -22,7 +22,7 @@ def target() -> Iterator[Target]:
 
 @pytest.fixture
 def opened() -> Iterator[list[socket.socket]]:
-    """Sockets that a test opens; closed at its end."""
+    """A test's sockets, closed at its end."""
     sockets: list[socket.socket] = []
     yield sockets
     for raw in sockets:
@@ -36,7 +36,7 @@ def wait_until_quiet(target: Target, files: int) -> None:
         time.sleep(0.01)
 
 
-def test_silent_connections_are_bounded_and_keep_no_client_out(target: Target, opened: list[socket.socket]) -> None:
+def test_silent_connections_are_bounded_and_block_no_client(target: Target, opened: list[socket.socket]) -> None:
     files = target.open_files()
     for number in range(1_500):
         opened.append(target.open(address=f"127.2.{number % 120}.1"))
@@ -51,7 +51,7 @@ def test_silent_connections_are_bounded_and_keep_no_client_out(target: Target, o
     wait_until_quiet(target, files)
 
 
-def test_one_address_is_turned_away_with_a_word(target: Target, opened: list[socket.socket]) -> None:
+def test_an_address_over_its_limit_is_refused_with_a_message(target: Target, opened: list[socket.socket]) -> None:
     opened += [target.open(address="127.3.0.1") for _ in range(PER_ADDRESS)]
     with target.open(address="127.3.0.1") as raw:
         assert read_all(raw).startswith(b"HTTP/1.1 429 Too Many Requests\r\n")
@@ -61,14 +61,14 @@ def test_one_address_is_turned_away_with_a_word(target: Target, opened: list[soc
     target.check("one address with too many")
 
 
-def test_a_storm_from_one_address_has_a_rate(target: Target) -> None:
+def test_a_storm_from_one_address_is_rate_limited(target: Target) -> None:
     request = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
     answers: list[bytes] = []
     for _ in range(20):  # 400, far above the rate of 10 a second and the 100 at once, on a slow machine too
         with contextlib.ExitStack() as stack:
             storm = [stack.enter_context(target.open(address="127.4.0.1")) for _ in range(20)]
             for raw in storm:
-                with contextlib.suppress(ConnectionError):  # it was turned away before it asked
+                with contextlib.suppress(ConnectionError):  # refused before it sent its request
                     raw.sendall(request)
             for raw in storm:
                 with contextlib.suppress(ConnectionError):
@@ -78,7 +78,7 @@ def test_a_storm_from_one_address_has_a_rate(target: Target) -> None:
     target.check("400 connections in a row")
 
 
-def test_a_storm_without_a_token_delays_no_request_with_one_from_the_same_address(target: Target) -> None:
+def test_a_storm_without_a_token_delays_no_authenticated_request_of_its_address(target: Target) -> None:
     address, stop = "127.4.1.1", threading.Event()
     refused = threading.Event()
 
@@ -108,12 +108,12 @@ def test_a_storm_without_a_token_delays_no_request_with_one_from_the_same_addres
     target.check("a storm beside requests with a token")
 
 
-def test_silent_connections_of_an_address_make_room_for_its_token(target: Target, opened: list[socket.socket]) -> None:
+def test_silent_connections_of_an_address_give_way_to_its_token(target: Target, opened: list[socket.socket]) -> None:
     address = "127.3.1.1"
     opened += [target.open(address=address) for _ in range(PER_ADDRESS)]
     end = time.monotonic() + 10
     answer = b""
-    while not answer.startswith(b"HTTP/1.1 200 "):  # the silent ones are turned out once they have had a second
+    while not answer.startswith(b"HTTP/1.1 200 "):  # silent connections are cut once they are a second old
         assert time.monotonic() < end
         with target.open(address=address) as raw, contextlib.suppress(ConnectionError):
             asking = f"GET /projects/board HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {target.token}\r\n"
@@ -122,7 +122,7 @@ def test_silent_connections_of_an_address_make_room_for_its_token(target: Target
     target.check("silent connections beside a request with a token")
 
 
-def test_heads_that_come_byte_by_byte_are_bounded(target: Target, opened: list[socket.socket]) -> None:
+def test_heads_sent_byte_by_byte_are_bounded(target: Target, opened: list[socket.socket]) -> None:
     files = target.open_files()
     slow = [target.open(address=f"127.5.{number % 30}.1") for number in range(400)]
     opened += slow
@@ -149,8 +149,8 @@ def test_heads_that_come_byte_by_byte_are_bounded(target: Target, opened: list[s
     target.check("400 heads that come byte by byte")
 
 
-def test_endless_tls_handshakes_are_bounded_and_keep_no_client_out(opened: list[socket.socket]) -> None:
-    hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"  # the beginning of one
+def test_endless_tls_handshakes_are_bounded_and_block_no_client(opened: list[socket.socket]) -> None:
+    hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"  # the start of a handshake
     with attackable(tls=True, waiting_connections=WAITING, waiting_connections_per_address=PER_ADDRESS) as target:
         files = target.open_files()
         for number in range(800):

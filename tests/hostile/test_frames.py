@@ -1,4 +1,4 @@
-"""Frames of bad will against a running server, by somebody who has a token."""
+"""Malformed frames against a running server, with a token."""
 
 import contextlib
 import secrets
@@ -62,7 +62,7 @@ def target() -> Iterator[Target]:
 
 
 def frames_of(answer: bytes) -> Iterator[tuple[int, bytes]]:
-    """Return opcode and payload of each whole frame that the server sent, all of which must be unmasked and final."""
+    """Return opcode and payload of each complete frame of the server, all of which must be unmasked and final."""
     while len(answer) >= 2:
         first, size = answer[0], answer[1]
         start = 2
@@ -79,9 +79,9 @@ def frames_of(answer: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def attack(target: Target, data: bytes) -> list[object]:
-    """Send these bytes after the upgrade; return the server's frames, each of which must be one of the protocol."""
+    """Send these bytes after the upgrade; return the server's frames, all of which must be valid."""
     with target.upgraded() as raw:
-        with contextlib.suppress(OSError):  # cut already
+        with contextlib.suppress(OSError):  # already cut
             raw.sendall(data)
             raw.shutdown(socket.SHUT_WR)
         return [decode_server_frame(payload) for opcode, payload in frames_of(read_all(raw)) if opcode == BINARY]
@@ -156,7 +156,7 @@ def test_every_input_ends_in_at_most_one_clear_error(
         assert isinstance(answers[0], Welcome | Bye)
 
 
-def test_the_server_is_well_after_all_that(target: Target) -> None:
+def test_the_server_is_healthy_afterwards(target: Target) -> None:
     target.check("garbage in frames")
 
 
@@ -169,7 +169,7 @@ def test_without_a_token_no_frame_is_read(target: Target, frames: list[bytes]) -
 
 
 def code_after(target: Target, data: bytes, *, greets: bool = True) -> int:
-    """Return the close code that these bytes lead to, 0 when there was none."""
+    """Return the close code that these bytes cause, or 0 without one."""
     with target.upgraded() as raw:
         with contextlib.suppress(OSError):
             raw.sendall((frame(HELLO) if greets else b"") + data)
@@ -186,7 +186,7 @@ def code_after(target: Target, data: bytes, *, greets: bool = True) -> int:
         (frame(b"\x91" * 60_000), False, 1002),
         (frame(b"\xff\xfe", TEXT), True, 1007),
         (frame(b"x", masked=False), True, 1002),
-        (frame(b"x", first=0xC0), True, 1002),  # as if compression had been agreed on
+        (frame(b"x", first=0xC0), True, 1002),  # as with negotiated compression
         (frame(b"x", CONTINUED), True, 1002),
         (frame(b"x" * 126, PING), True, 1002),
         (frame(b"x", PING, first=0), True, 1002),
@@ -198,7 +198,7 @@ def test_each_violation_has_its_code(target: Target, data: bytes, greets: bool, 
     assert code_after(target, data, greets=greets) == code
 
 
-def test_compression_is_not_agreed_on(target: Target) -> None:
+def test_compression_is_not_negotiated(target: Target) -> None:
     with target.open() as raw:
         offer = b"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n\r\n"
         raw.sendall(upgrade_request(target.token)[:-2] + offer)
@@ -219,7 +219,7 @@ FLOODS = {
 
 
 @pytest.mark.parametrize("data", FLOODS.values(), ids=FLOODS.keys())
-def test_a_flood_of_frames_ends_and_slows_no_other_client(
+def test_a_flood_of_frames_is_ended_and_slows_no_other_client(
     target: Target, data: bytes, request: pytest.FixtureRequest
 ) -> None:
     with target.upgraded() as raw:
@@ -232,7 +232,7 @@ def test_a_flood_of_frames_ends_and_slows_no_other_client(
     target.check(request.node.callspec.id)
 
 
-def test_unread_pongs_are_not_kept_for_ever(target: Target) -> None:
+def test_unread_pongs_are_not_kept_indefinitely(target: Target) -> None:
     with target.upgraded(buffer_bytes=4096) as raw:
         with contextlib.suppress(OSError):
             for _ in range(200):
@@ -240,7 +240,7 @@ def test_unread_pongs_are_not_kept_for_ever(target: Target) -> None:
         target.check("pongs that nobody reads")
 
 
-def test_a_client_that_never_greets_costs_no_other_client_anything(target: Target) -> None:
+def test_a_client_that_sends_no_hello_costs_other_clients_nothing(target: Target) -> None:
     silent = [target.upgraded() for _ in range(200)]
     began = time.monotonic()
     target.check("200 connections that never greet")

@@ -1,4 +1,4 @@
-"""One token that asks for much and takes little: what it costs the server, and the other tokens (I10)."""
+"""A token with many requests and slow reads: bounded cost for the server and for other tokens (I10)."""
 
 import contextlib
 import http.client
@@ -99,7 +99,7 @@ def ask(server: Server, token: str, path: str, method: str = "GET", body: object
 
 
 def send_get(server: Server, token: str, path: str, *, buffer_bytes: int = 4096) -> socket.socket:
-    """Ask and read nothing. With a small buffer the kernel drops segments, and sends them again ever later."""
+    """Send a request and read nothing. A small buffer makes the kernel drop segments and retransmit them ever later."""
     raw = socket.socket()
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
     raw.connect(("127.0.0.1", server.port))
@@ -116,7 +116,7 @@ def stalled() -> Iterator[list[socket.socket]]:
 
 
 def is_over(raw: socket.socket) -> bool:
-    """Tell whether the server has cut a connection whose answer was not read."""
+    """Report whether the server has cut a connection with an unread response."""
     raw.setblocking(False)
     try:
         while raw.recv(1 << 20):
@@ -129,10 +129,10 @@ def is_over(raw: socket.socket) -> bool:
 
 
 @pytest.mark.parametrize("path", [f"/plans/{PLANNED}", "/tasks", "/dashboard/data"])
-def test_a_hundred_answers_that_are_not_read_take_no_more_memory_than_a_few(
+def test_a_hundred_unread_responses_take_no_more_memory_than_a_few(
     server: Server, greedy: str, other: str, stalled: list[socket.socket], path: str
 ) -> None:
-    """Also while the project changes, so that no two of the answers are the same."""
+    """It holds also while the project changes, so that no two responses are equal."""
     assert len(ask(server, greedy, path)[1]) > LIST_MIB * 2**20 * (path == "/tasks")
     before, most = rss_mib(server), 0.0
     for number in range(100):
@@ -141,7 +141,7 @@ def test_a_hundred_answers_that_are_not_read_take_no_more_memory_than_a_few(
             assert ask(server, other, f"/tasks/{_first(server, other)}/comments", "POST", {"body": "still"})[0] == 201
         most = max(most, rss_mib(server) - before)
     began = time.monotonic()
-    while time.monotonic() < began + 3:  # what is asked for in its time
+    while time.monotonic() < began + 3:  # requests in time
         most = max(most, rss_mib(server) - before)
         assert ask(server, other, "")[0] == 200
     print(f"{path}: {most:+.0f} MiB at most")
@@ -150,7 +150,7 @@ def test_a_hundred_answers_that_are_not_read_take_no_more_memory_than_a_few(
 
 
 def send_write(server: Server, token: str, method: str, path: str, body: bytes, *, missing: int = 0) -> socket.socket:
-    """Ask for a write and read nothing; the last ``missing`` bytes of the body are not sent."""
+    """Send a write and read nothing; omit the last ``missing`` bytes of the body."""
     raw = socket.socket()
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     raw.connect(("127.0.0.1", server.port))
@@ -159,13 +159,13 @@ def send_write(server: Server, token: str, method: str, path: str, body: bytes, 
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     raw.settimeout(2)
-    with contextlib.suppress(ConnectionError, TimeoutError):  # the server may take no more of it
+    with contextlib.suppress(ConnectionError, TimeoutError):  # the server may refuse the rest
         raw.sendall(head.encode() + body[: len(body) - missing])
     return raw
 
 
 def most_mib(server: Server, token: str, before: float, seconds: float) -> float:
-    """Return the memory in these seconds beyond ``before``, at most; another token's requests are answered."""
+    """Return the peak memory in these seconds beyond ``before``, while another token's requests succeed."""
     most, end = 0.0, time.monotonic() + seconds
     while time.monotonic() < end:
         most = max(most, rss_mib(server) - before)
@@ -173,7 +173,7 @@ def most_mib(server: Server, token: str, before: float, seconds: float) -> float
     return most
 
 
-def test_replies_to_writes_that_are_not_read_take_a_bounded_part_of_the_memory(
+def test_unread_replies_to_writes_take_bounded_memory(
     server: Server, greedy: str, other: str, stalled: list[socket.socket]
 ) -> None:
     reply_mib = len(ask(server, greedy, f"/tasks/{LARGE}")[1]) / 2**20
@@ -187,7 +187,7 @@ def test_replies_to_writes_that_are_not_read_take_a_bounded_part_of_the_memory(
     assert most < 32 + 4 * reply_mib + 24
 
 
-def test_bodies_that_do_not_end_take_a_bounded_part_of_the_memory(
+def test_unfinished_bodies_take_bounded_memory(
     server: Server, greedy: str, other: str, stalled: list[socket.socket]
 ) -> None:
     before, most = rss_mib(server), 0.0
@@ -203,8 +203,8 @@ def _first(server: Server, token: str) -> str:
     return str(json.loads(ask(server, token, "/tasks?compact=true&limit=1")[1])["data"][0]["id"])
 
 
-def test_a_token_with_hundreds_of_reads_delays_another_by_a_turn(server: Server, greedy: str, other: str) -> None:
-    """Each read is of another filter, so that no answer serves for two."""
+def test_a_token_with_hundreds_of_reads_delays_another_by_one_turn(server: Server, greedy: str, other: str) -> None:
+    """Each read has another filter, so that no response serves two."""
     first, done = threading.Event(), list[int]()
 
     def read(number: int) -> None:
@@ -230,8 +230,8 @@ def test_a_token_with_hundreds_of_reads_delays_another_by_a_turn(server: Server,
     assert sorted(ahead)[2] <= 10, "in order of arrival, 40 would go ahead"
 
 
-def test_a_slow_reader_gets_all_of_a_long_answer(server: Server, greedy: str) -> None:
-    """It takes longer than the deadline, which is for clients that take nothing."""
+def test_a_slow_reader_gets_all_of_a_long_response(server: Server, greedy: str) -> None:
+    """It takes longer than the deadline, which applies to clients that read nothing."""
     want = ask(server, greedy, "/tasks")[1]
     with send_get(server, greedy, "/tasks", buffer_bytes=128 * 1024) as raw:
         got = bytearray()
@@ -248,7 +248,7 @@ def test_a_slow_reader_gets_all_of_a_long_answer(server: Server, greedy: str) ->
 
 @contextlib.contextmanager
 def websocket(server: Server, token: str) -> Iterator[ClientConnection]:
-    """Connect and greet; the kernel takes little of what is not read."""
+    """Connect and send the hello; the kernel buffers little unread data."""
     raw = socket.socket()
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     raw.connect(("127.0.0.1", server.port))
@@ -265,7 +265,7 @@ def websocket(server: Server, token: str) -> Iterator[ClientConnection]:
 
 
 @pytest.mark.parametrize("kind", ["versions", "files"])
-def test_websocket_clients_that_do_not_read_hold_a_bounded_part_of_the_memory(
+def test_websocket_clients_that_do_not_read_take_bounded_memory(
     server: Server, greedy: str, other: str, kind: str
 ) -> None:
     url = f"/plans/{PLANNED}"

@@ -1,4 +1,4 @@
-"""What is no request, or a request of bad will, against a running server, by somebody with no token."""
+"""Malformed and hostile HTTP requests against a running server, without a token."""
 
 import re
 import zlib
@@ -32,13 +32,13 @@ def target() -> Iterator[Target]:
 
 
 def statuses(answer: bytes) -> list[int]:
-    """Return the statuses of all answers in what came back; anything else in it is an error."""
+    """Return the statuses of all responses; other content is an error."""
     assert answer == b"" or answer.startswith(b"HTTP/1.1 "), answer[:100]
     return [int(status) for status in re.findall(rb"(?:^|(?<=[}\n]))HTTP/1\.1 (\d{3}) ", answer)]
 
 
 def mutations() -> st.SearchStrategy[bytes]:
-    """A request with a few bytes removed, put in, or said twice."""
+    """A request with a few bytes removed, inserted or repeated."""
 
     def mutated(parts: tuple[bytes, list[tuple[int, int, bytes]]]) -> bytes:
         data, edits = parts
@@ -74,7 +74,7 @@ LINE_ENDS = st.sampled_from(["\r\n", "\r\n", "\n", "\r", "\r\n ", "\r\n\t"])
 
 
 def structured() -> st.SearchStrategy[bytes]:
-    """A request of ordinary parts in extraordinary order."""
+    """A request of ordinary parts in unusual order."""
     path = st.sampled_from(
         ["/", "/healthz", "/projects/board", "/projects/board/ws", "*", "http://x/healthz", "/%00", "/%2e%2e/"]
     )
@@ -97,7 +97,7 @@ def test_every_request_but_a_health_check_is_refused(target: Target, data: bytes
         assert status != 200 or b"/healthz" in data or b"HEAD" in data
 
 
-def test_the_server_is_well_after_all_that(target: Target) -> None:
+def test_the_server_is_healthy_afterwards(target: Target) -> None:
     target.check("garbage over HTTP")
 
 
@@ -166,7 +166,7 @@ def test_a_token_never_reaches_the_log(target: Target) -> None:
     assert not any("ltr_secret" in line or target.token in line for line in lines)
 
 
-def test_no_client_writes_lines_or_control_characters_into_the_log(target: Target) -> None:
+def test_no_client_writes_lines_or_control_characters_to_the_log(target: Target) -> None:
     target.new_log_lines()
     evil = "\x1b[2J\r\n2030-01-01 00:00:00,000 INFO root: all is well\x9b\u202e"
     target.send(b"GET /projects/\x1b[2J/ws HTTP/1.1\r\nHost: x\r\n\r\n")

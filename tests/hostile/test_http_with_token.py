@@ -1,4 +1,4 @@
-"""Requests of bad will over HTTP by somebody who has a token: nothing is a 500, hangs, or makes memory grow."""
+"""Hostile HTTP requests with a token: none causes a 500, a hang, or growing memory."""
 
 import contextlib
 import json
@@ -26,15 +26,15 @@ def target() -> Iterator[Target]:
 def ask(
     target: Target, method: str, path: str, headers: list[tuple[str, str]], body: bytes = b"", *, ends: bool = False
 ) -> bytes:
-    """Send one request with the token; return all that comes back, of a stream its beginning. Fails when nothing does.
+    """Send one request with the token and return the response, or the start of a stream; fail without one.
 
-    With ``ends`` nothing more is to come from here.
+    With ``ends`` the client sends no further data.
     """
     lines = [f"{method} {path} HTTP/1.1", "Host: x", "Connection: close", f"Authorization: Bearer {target.token}"]
     head = "\r\n".join([*lines, *(f"{name}: {value}" for name, value in headers)])
     with target.open() as raw:
         raw.settimeout(20)
-        with contextlib.suppress(ConnectionError):  # answered and cut already
+        with contextlib.suppress(ConnectionError):  # answered and already cut
             raw.sendall(head.encode("latin-1") + b"\r\n\r\n" + body)
         if ends:
             with contextlib.suppress(OSError):
@@ -126,7 +126,7 @@ requests_of_bad_will = st.tuples(
 
 
 def framed(body: bytes, how: str) -> tuple[list[tuple[str, str]], bytes]:
-    """Return a body in one of the ways in which it may come, some of them lies."""
+    """Return a body in one of the possible framings, some of them false."""
     match how:
         case "length":
             return [("Content-Length", str(len(body)))], body
@@ -159,19 +159,19 @@ def test_every_request_is_answered_and_none_with_500(
         assert json.loads(content) is not None
 
 
-def test_the_server_is_well_after_all_that(target: Target) -> None:
+def test_the_server_is_healthy_afterwards(target: Target) -> None:
     target.check("requests of bad will with a token")
 
 
-def test_where_to_go_on_may_be_any_text(target: Target) -> None:
+def test_a_resume_position_may_be_any_text(target: Target) -> None:
     for position in POSITIONS:
         by_header = ask(target, "GET", STREAM, [("Last-Event-ID", position)])
-        assert statuses(by_header) in ([200], [400]), position  # 400: no header may be so
+        assert statuses(by_header) in ([200], [400]), position  # 400: not a valid header
         assert b"event: " in by_header or b"id: " in by_header or statuses(by_header) == [400]
     target.check("hostile positions")
 
 
-def test_a_key_is_one_key_or_refused(target: Target) -> None:
+def test_an_idempotency_key_is_single_and_valid_or_refused(target: Target) -> None:
     body = b'{"title": "a task"}'
     typed = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
     for key in KEYS:
@@ -184,7 +184,7 @@ def test_a_key_is_one_key_or_refused(target: Target) -> None:
 
 
 def test_a_flood_of_streams_is_bounded_and_delays_no_other_client(target: Target) -> None:
-    """They take nothing, while much is told: what each leaves is bounded, and so is their number."""
+    """They read nothing while many events are sent; the backlog of each and their number are bounded."""
     request = f"GET {STREAM} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {target.token}\r\n\r\n".encode()
     streams: list[socket.socket] = []
     try:
@@ -198,7 +198,7 @@ def test_a_flood_of_streams_is_bounded_and_delays_no_other_client(target: Target
             assert statuses(ask(target, "POST", "/projects/board/tasks", typed, body)) == [201]
         assert max(target.write() for _ in range(10)) < WRITE_BOUND_S
         target.check("110 streams of which nothing is taken")
-        for _ in range(130):  # those from before may have been cut meanwhile
+        for _ in range(130):  # earlier ones may have been cut by now
             raw = target.open()
             raw.sendall(request)
             streams.append(raw)

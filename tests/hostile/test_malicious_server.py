@@ -1,6 +1,6 @@
-"""A server that wants the client's machine: nothing outside the cache is written, nothing runs, nothing grows (I9).
+"""A malicious server: it cannot write outside the cache, run anything, or exhaust the client's machine (I9).
 
-What the user gets is one line that says so, and a client that does not come back in a loop.
+The user gets one line of error, and the client does not retry in a loop.
 """
 
 import asyncio
@@ -74,7 +74,7 @@ def without_agent(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def outside(directory: Path) -> dict[str, bytes]:
-    """Return every file around a cache that a server could want to write, links not followed."""
+    """Return every file around a cache that a server could want to write, without following symlinks."""
     root = directory.parent.parent
     return {
         str(path.relative_to(root)): path.read_bytes()
@@ -95,7 +95,7 @@ def trouble(service: Service) -> RemoteError:
 
 
 async def attempts_stay_few(service: Service, server: FakeServer) -> None:
-    """Insist that the client backs off: of the seconds that follow it spends hardly any on connections."""
+    """Require that the client backs off: it spends little of the following seconds on connections."""
     before = len(server.requests)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(1.0):
@@ -146,7 +146,7 @@ HOSTILE = [
 
 
 def frames_with(path: str) -> Iterator[ServerFrame]:
-    """Every frame in which a server can name a path."""
+    """Return every frame in which a server can name a path."""
     digest = b"d" * 32
     operations = [
         PutFile(path, b"evil"),
@@ -193,13 +193,13 @@ async def test_a_path_outside_the_tree_ends_the_connection_and_writes_nothing(
     assert outside(directory) == before and tree(directory) == inside
 
 
-# --- what is in the way ---
+# --- obstacles in the cache ---
 
 
 @pytest.mark.parametrize(
     "place", ["tasks", ".remote", ".remote/tmp", ".remote/base", ".remote/base/plans", "artifacts", "artifacts/payload"]
 )
-async def test_a_link_that_replaces_a_directory_is_reported_and_not_followed(
+async def test_a_symlink_that_replaces_a_directory_is_reported_and_not_followed(
     server: FakeServer, directory: Path, tmp_path: Path, place: str
 ) -> None:
     victim = tmp_path / "victim"
@@ -212,7 +212,7 @@ async def test_a_link_that_replaces_a_directory_is_reported_and_not_followed(
 
 
 async def _message_of(directory: Path) -> str:
-    """Return what a command is told that opens the cache."""
+    """Return the error message of a command that opens the cache."""
     try:
         service = Service(str(directory))
     except RemoteError as error:
@@ -233,7 +233,7 @@ def no_files(victim: Path) -> bool:
 
 
 @pytest.mark.parametrize("name", [".remote/lock", ".gitignore", "config.json", "cache_state.json"])
-async def test_a_link_that_replaces_a_file_never_reaches_its_target(
+async def test_a_symlink_that_replaces_a_file_never_reaches_its_target(
     server: FakeServer, directory: Path, tmp_path: Path, name: str
 ) -> None:
     victim = tmp_path / "authorized_keys"
@@ -261,7 +261,7 @@ async def test_a_pipe_among_the_files_blocks_no_command(server: FakeServer, dire
     assert tree(directory) == server.files
 
 
-async def test_directories_that_become_links_meanwhile_lead_nowhere(
+async def test_directories_that_turn_into_symlinks_during_a_write_are_not_followed(
     server: FakeServer, service: Service, directory: Path, tmp_path: Path
 ) -> None:
     await ask(service, "ready")
@@ -278,16 +278,16 @@ async def test_directories_that_become_links_meanwhile_lead_nowhere(
         over.set()
         swapper.join()
     assert no_files(victim)
-    await ready(service)  # an attempt of the last swap may still fail
+    await ready(service)  # the last swap may still make an attempt fail
     await ask(service, "sync")
     assert tree(directory) == server.files
 
 
 def swap(place: Path, victim: Path, over: threading.Event) -> None:
-    """Put a link in place of a directory and take it away again, until it is ``over``."""
+    """Replace a directory with a symlink and restore it, repeatedly, until it is ``over``."""
     aside = place.with_name(".aside")
     while not over.is_set():
-        with contextlib.suppress(OSError):  # it was made anew in that moment
+        with contextlib.suppress(OSError):  # it was created again in that moment
             place.rename(aside)
             place.symlink_to(victim)
             time.sleep(0.0005)
@@ -299,7 +299,7 @@ def swap(place: Path, victim: Path, over: threading.Event) -> None:
         time.sleep(0.0005)
 
 
-async def test_a_file_with_a_second_name_is_not_written_into(
+async def test_a_file_with_a_second_hard_link_is_not_written_to(
     server: FakeServer, service: Service, directory: Path, tmp_path: Path
 ) -> None:
     server.files["events/x.jsonl"] = b"one\n"
@@ -310,14 +310,14 @@ async def test_a_file_with_a_second_name_is_not_written_into(
     assert (tmp_path / "backup.jsonl").read_bytes() == b"one\n"
 
 
-# --- without measure ---
+# --- sizes and endless streams ---
 
 
 def allow_one_mib(server: FakeServer) -> None:
     trusted_servers.record(trusted_servers.name(server.url, max_cache_mib=1))
 
 
-async def test_a_huge_announcement_is_refused_before_it_takes_room(
+async def test_a_huge_announcement_is_refused_before_memory_is_allocated(
     server: FakeServer, service: Service, directory: Path
 ) -> None:
     async def endless(connection: ServerConnection, frame: ClientFrame) -> bool:
@@ -338,7 +338,7 @@ async def test_a_huge_announcement_is_refused_before_it_takes_room(
     await attempts_stay_few(service, server)
 
 
-async def test_a_huge_content_of_an_artifact_is_not_begun_and_holds_nothing_up(
+async def test_a_huge_artifact_is_not_started_and_delays_nothing(
     server: FakeServer, service: Service, directory: Path
 ) -> None:
     await ask(service, "ready")
@@ -354,7 +354,7 @@ async def test_a_huge_content_of_an_artifact_is_not_begun_and_holds_nothing_up(
 
 
 @pytest.mark.parametrize("lie", ["endless", "another size", "another digest", "nothing", "wrong content"])
-async def test_pieces_of_a_content_that_are_not_what_was_asked_for_go_nowhere(
+async def test_invalid_parts_of_an_artifact_are_discarded(
     server: FakeServer, service: Service, directory: Path, lie: str
 ) -> None:
     size, digest = 300_000, digest_of(bytes(300_000))
@@ -383,7 +383,7 @@ async def test_pieces_of_a_content_that_are_not_what_was_asked_for_go_nowhere(
     assert (directory / "artifacts/payload/x").read_bytes() == bytes(size)
 
 
-async def test_a_manifest_of_more_than_is_allowed_is_refused(
+async def test_a_manifest_over_the_limit_is_refused(
     server: FakeServer, service: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fake_server.PIECE", 1 << 16)
@@ -409,7 +409,7 @@ async def test_endless_files_stop_at_the_limit(server: FakeServer, service: Serv
     await attempts_stay_few(service, server)
     stored = bytes_in(directory)
     assert stored < 3 << 20
-    for _ in range(5):  # a new connection gains no room
+    for _ in range(5):  # a new connection does not reset the limit
         before = len(server.requests)
         service._connection.kick()
         await until(lambda before=before: len(server.requests) > before and service._replicator.trouble is not None, 20)
@@ -419,7 +419,7 @@ async def test_endless_files_stop_at_the_limit(server: FakeServer, service: Serv
         await run(service, "list")
 
 
-async def test_unrequested_answers_are_not_kept(server: FakeServer, service: Service) -> None:
+async def test_unrequested_replies_are_not_kept(server: FakeServer, service: Service) -> None:
     await ask(service, "ready")
     connection = next(iter(server.connections))
     for n in range(300):
@@ -434,7 +434,7 @@ async def test_unrequested_answers_are_not_kept(server: FakeServer, service: Ser
 
 
 @pytest.mark.parametrize("kind", ["empty pieces", "a part that brings nothing", "an empty piece of a manifest"])
-async def test_what_never_ends_is_ended(server: FakeServer, service: Service, kind: str) -> None:
+async def test_an_endless_response_is_ended(server: FakeServer, service: Service, kind: str) -> None:
     async def endless(connection: ServerConnection, frame: ClientFrame) -> bool:
         match kind, frame:
             case "empty pieces", Run():
@@ -490,7 +490,7 @@ BOMB = zlib.compress(bytes(20_000_000), 9)
     ],
     ids=["body", "headers", "first line", "deflated body", "extension", "compressed frame", "huge frame"],
 )
-async def test_bytes_without_end_or_sense_are_given_up(
+async def test_endless_or_meaningless_bytes_end_the_connection(
     tmp_path: Path, script: Callable[[bytes], Iterator[bytes]], most: int
 ) -> None:
     async with RawServer(script).running() as raw:
@@ -507,7 +507,7 @@ async def test_bytes_without_end_or_sense_are_given_up(
         assert raw.sent / max(1, raw.connections) < most
 
 
-async def test_limits_of_nothing_refuse_here_what_would_be_refused_there(
+async def test_limits_of_zero_refuse_locally_what_the_server_would_refuse(
     server: FakeServer, service: Service, directory: Path
 ) -> None:
     server.limits = Limits(0, 0)
@@ -523,11 +523,11 @@ async def test_limits_of_nothing_refuse_here_what_would_be_refused_there(
     assert service._connection.failed_attempts == 0
 
 
-# --- a server that makes its clients begin anew, or leads them nowhere ---
+# --- endless resyncs and unreachable positions ---
 
 
 @pytest.mark.parametrize("manner", ["another epoch each time", "the same epoch, but from the start"])
-async def test_beginning_anew_without_end_becomes_an_error(
+async def test_endless_resyncs_become_an_error(
     server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch, manner: str
 ) -> None:
     monkeypatch.setattr(dial, "MAX_DELAY_S", 0.05)
@@ -557,7 +557,7 @@ async def test_beginning_anew_without_end_becomes_an_error(
     assert (len(server.requests), len(server.frames)) == (connections, asked)
 
 
-async def test_a_number_that_no_change_leads_to_is_given_up(
+async def test_a_sequence_number_that_no_change_reaches_is_given_up(
     server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lattice_remote.client.agent.service.STALLED_S", 0.3)
@@ -575,7 +575,7 @@ async def test_a_number_that_no_change_leads_to_is_given_up(
     await service.close()
 
 
-async def test_a_link_that_is_only_half_there_is_never_called_connected(
+async def test_a_half_open_connection_is_never_reported_as_connected(
     server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"PING_INTERVAL_S": 0.3, "PING_TIMEOUT_S": 0.3, "ALIVE_S": 0.7}.items():
@@ -604,7 +604,7 @@ async def test_a_link_that_is_only_half_there_is_never_called_connected(
         await service.close()
 
 
-# --- what is printed, and what is run ---
+# --- output and execution ---
 
 
 async def lattice(cwd: Path, *args: str, **environment: str) -> tuple[int, bytes, bytes]:
@@ -618,11 +618,11 @@ async def lattice(cwd: Path, *args: str, **environment: str) -> tuple[int, bytes
 
 
 def is_plain(text: bytes) -> bool:
-    """Whether it is one line that does nothing to a terminal."""
+    """Report whether the text is one line without terminal control characters."""
     return text.endswith(b"\n") and text.decode()[:-1].isprintable()
 
 
-async def test_what_a_server_says_of_itself_does_nothing_to_a_terminal(server: FakeServer, directory: Path) -> None:
+async def test_texts_of_a_server_cannot_control_a_terminal(server: FakeServer, directory: Path) -> None:
     server.tokens[TOKEN] = f"human:{ESCAPES}"
 
     async def refuse(connection: ServerConnection, frame: ClientFrame) -> bool:
@@ -646,7 +646,7 @@ async def test_what_a_server_says_of_itself_does_nothing_to_a_terminal(server: F
     code, out, err = await lattice(at, "remote", "status", **with_token)
     assert code == 0 and all(is_plain(line + b"\n") for line in out.splitlines()) and b"human:" in out
     code, out, err = await lattice(at, "status", "X-1", "done", "--actor", "human:a", **with_token)
-    assert (code, out, err) == (1, ESCAPES.encode(), b"\xff\x1b[0m")  # lattice's own output is its own
+    assert (code, out, err) == (1, ESCAPES.encode(), b"\xff\x1b[0m")  # lattice's own output is not filtered
 
 
 READS = (["list"], ["show", "X-1"], ["comments", "X-1"], ["doctor"], ["next"], ["remote", "sync"])

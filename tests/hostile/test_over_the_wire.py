@@ -1,4 +1,4 @@
-"""Hostile lines, edits and wishes for files, through the whole server: nothing outside the tree is reached (I9)."""
+"""Hostile lines, edits and file requests through the whole server reach nothing outside the tree (I9)."""
 
 import random
 import secrets
@@ -44,7 +44,7 @@ async def running(place: Place, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         yield server
 
 
-async def test_lines_and_edits_through_the_server(place: Place, running: Running) -> None:
+async def test_hostile_lines_and_edits_through_the_server(place: Place, running: Running) -> None:
     rng, copy = random.Random(11), Copy()
     known = Known(shorts=["LAT-1", "LAT-2"], outside=place.outside)
     lines = Lines(rng, known)
@@ -77,7 +77,7 @@ async def test_lines_and_edits_through_the_server(place: Place, running: Running
     assert place.report.read_text() == ""
 
 
-async def test_a_wait_without_end_does_not_harm_the_server(running: Running) -> None:
+async def test_an_endless_wait_does_not_harm_the_server(running: Running) -> None:
     copy, ids = Copy(), []
     async with running.connected() as client:
         await copy.greet(client)
@@ -133,7 +133,7 @@ async def test_files_outside_the_tree_are_neither_sent_nor_stored(running: Runni
             assert isinstance(answer, Bye | Refused) or (isinstance(answer, Part) and answer.gone), path
 
 
-async def test_files_behind_planted_links_are_not_sent(place: Place, running: Running) -> None:
+async def test_files_behind_planted_symlinks_are_not_sent(place: Place, running: Running) -> None:
     copy = Copy()
     async with running.connected() as client:
         await copy.greet(client)

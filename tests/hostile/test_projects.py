@@ -1,4 +1,4 @@
-"""Whole projects that somebody made to do harm: each is refused with a reason, and touches nothing outside."""
+"""Hostile projects: each is refused with a reason, and touches nothing outside."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 def checked(tmp_path: Path, *source: str, max_bytes: int = 1 << 26) -> tuple[ImportReport, Path]:
-    """Put a candidate together and have it checked, as the server does; return the report and its place."""
+    """Build a candidate and check it as the server does; return the report and its directory."""
     place = tmp_path / secrets.token_hex(4) / "candidate"
     place.mkdir(parents=True)
     out, err = place.parent / "report", place.parent / "said"
@@ -45,7 +45,7 @@ def taken(tmp_path: Path, pack: bytes, **options: int) -> tuple[ImportReport, Pa
     return checked(tmp_path, "--pack", str(path), **options)
 
 
-def test_a_sound_project_is_taken_as_it_is(tmp_path: Path, own: Files) -> None:
+def test_a_valid_project_is_accepted_unchanged(tmp_path: Path, own: Files) -> None:
     report, place = taken(tmp_path, pack_of(own))
     assert not report.refused and not report.rebuilt and not report.warnings, report
     assert tree_of(place / ".lattice") == own
@@ -134,7 +134,7 @@ def test_a_hostile_project_is_refused_with_a_reason(tmp_path: Path, own: Files, 
         assert name in MAY_PASS, "it was taken"
 
 
-def test_a_pack_that_lies_is_refused(tmp_path: Path, own: Files) -> None:
+def test_an_inconsistent_pack_is_refused(tmp_path: Path, own: Files) -> None:
     whole = pack_of(own)
     config = entry_of("config.json", own["config.json"])
     huge = Entry("config.json", 1 << 62, bytes(32))
@@ -152,14 +152,14 @@ def test_a_pack_that_lies_is_refused(tmp_path: Path, own: Files) -> None:
         assert not [path for path in place.rglob("*") if path.is_file()], "nothing was written"
 
 
-def test_more_than_the_server_takes_is_refused_before_it_is_written(tmp_path: Path, own: Files) -> None:
+def test_a_project_over_the_servers_limits_is_refused_before_it_is_written(tmp_path: Path, own: Files) -> None:
     big = {**own, f"artifacts/payload/art_{ULID}.bin": bytes(3 << 20)}
     report, place = taken(tmp_path, pack_of(big), max_bytes=2 << 20)
     assert "limit of 2 MiB" in report.refused
     assert sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) < 2 << 20
 
 
-def test_links_and_devices_in_a_directory_are_left_out_and_never_followed(tmp_path: Path, own: Files) -> None:
+def test_symlinks_and_devices_in_a_directory_are_omitted_and_never_followed(tmp_path: Path, own: Files) -> None:
     """I9."""
     secret = tmp_path / "secret.md"
     secret.write_text("not for the board")
@@ -181,7 +181,7 @@ def test_links_and_devices_in_a_directory_are_left_out_and_never_followed(tmp_pa
 @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_damage_is_refused_or_repaired(tmp_path: Path, own: Files, data: st.DataObject) -> None:
-    """Whatever is done to a project's bytes, it is refused, or what is taken is sound and stays as it is."""
+    """After any damage to its bytes a project is refused, or the accepted part is valid and stays unchanged."""
     path = data.draw(st.sampled_from(sorted(own)))
     content = own[path]
     at = data.draw(st.integers(0, len(content)))

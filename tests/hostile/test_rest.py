@@ -1,4 +1,4 @@
-"""REST against its own description: requests that it allows, and others, made up by schemathesis on a live server."""
+"""The REST API against its OpenAPI description: valid and invalid requests by schemathesis on a live server."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def server(tmp_path: Path) -> Iterator[Process]:
 
 
 def config(port: int, token: str) -> schemathesis.Config:
-    """All checks. What is valid may still be refused: by lattice (422), or for what is there (409, 412)."""
+    """All checks. A valid request may still be refused by lattice (422) or for the current state (409, 412)."""
     lattices = ["2xx", "304", "403", "404", "409", "412", "422"]
     return schemathesis.Config.from_dict(
         {
@@ -45,7 +45,7 @@ def config(port: int, token: str) -> schemathesis.Config:
                 "positive_data_acceptance": {"expected-statuses": lattices},
                 "negative_data_rejection": {"expected-statuses": ["4xx"]},
             },
-            # A method that has no body is refused with one before anybody asks whether the method is there.
+            # A method without a body is refused for its body before the server checks that the method exists.
             "phases": {"coverage": {"unexpected-methods": ["PUT", "PATCH", "POST"]}},
             # Any body is a text.
             "operations": [{**_TEXTS, "checks": {"negative_data_rejection": {"enabled": False}}}],
@@ -61,7 +61,7 @@ def test_the_description_agrees_with_the_responses(server: Process) -> None:
             rest.task(planned=True)
         rest.ok("POST", "/resources/gpu", status=201)
     whole = schemathesis.openapi.from_url(f"{rest.root}/openapi.json", config=config(server.port, token))
-    schema = whole.exclude(path_regex="/events/stream$|^/metrics$")  # one never ends, one is for other tokens
+    schema = whole.exclude(path_regex="/events/stream$|^/metrics$")  # one never ends, one needs another token
     answered: Counter[Any] = Counter()
     failures: dict[str, str] = {}
     for event in from_schema(schema).execute():

@@ -1,4 +1,4 @@
-"""The audit hook alone: command lines that the policy would refuse, and links that somebody planted (I9)."""
+"""The audit hook alone: command lines that the policy would refuse, and planted symlinks (I9)."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def unguarded(place: Place) -> Iterator[WorkerProcess]:
-    """A worker whose policy lets everything through, with one task in its project."""
+    """A worker whose policy permits everything, with one task in its project."""
     with place.worker(unguarded=True) as worker:
         worker.ok("create", "x", *ANA)
         yield worker
@@ -59,7 +59,7 @@ LINES: list[tuple[list[str], str]] = [
 
 
 @pytest.mark.parametrize(("argv", "why"), LINES, ids=[" ".join(argv)[:60] for argv, _ in LINES])
-def test_a_line_that_reaches_out_is_stopped_on_the_way(
+def test_a_line_that_accesses_outside_paths_is_stopped_at_the_access(
     place: Place, unguarded: WorkerProcess, argv: list[str], why: str
 ) -> None:
     answer = answer_of(unguarded.run(*(word.replace("{root}", str(place.root)) for word in argv)))
@@ -72,7 +72,7 @@ def test_a_line_that_reaches_out_is_stopped_on_the_way(
     unguarded.ok("comment", "LAT-1", "goes on", *ANA)
 
 
-# --- links that somebody planted ---
+# --- planted symlinks ---
 
 LINKS = {
     "plans/{task}.md": "home/.ssh/id",
@@ -99,7 +99,7 @@ LINKS = {
 """What is replaced by a link, and where that leads."""
 
 
-def test_links_are_not_followed_out_of_the_tree(tmp_path: Path) -> None:
+def test_symlinks_are_not_followed_out_of_the_tree(tmp_path: Path) -> None:
     place = Place(tmp_path)
     with place.worker() as worker:
         task = json.loads(worker.ok("create", "x", *ANA, "--json"))["data"]["id"]
@@ -145,7 +145,7 @@ def test_links_are_not_followed_out_of_the_tree(tmp_path: Path) -> None:
         assert worker.reconcile().change is None
 
 
-def test_a_pipe_in_the_place_of_a_file_does_not_hold_the_worker(tmp_path: Path) -> None:
+def test_a_pipe_instead_of_a_file_does_not_block_the_worker(tmp_path: Path) -> None:
     place = Place(tmp_path)
     with place.worker() as worker:
         task = json.loads(worker.ok("create", "x", *ANA, "--json"))["data"]["id"]

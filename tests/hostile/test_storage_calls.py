@@ -1,4 +1,4 @@
-"""Writes of programs that nobody would send, from a seed: after each one accepted the project is sound."""
+"""Random hostile storage writes from a seed; after each accepted one the project is valid."""
 
 import json
 import random
@@ -23,7 +23,7 @@ VALUES: tuple[Any, ...] = (*PATHS, *UNICODE, *CONTROL, *TEXTS, *ACTORS, *_OTHERS
 
 
 class Sender:
-    """Makes payloads for ``storage`` out of ones that are right; most have something in them that is not."""
+    """Makes payloads for ``storage`` from valid ones; most contain a fault."""
 
     def __init__(self, rng: random.Random, worker: WorkerProcess) -> None:
         self._rng = rng
@@ -94,7 +94,7 @@ class Sender:
         return [json.loads(path.read_text()) for path in sorted(self._lattice.glob(pattern))]
 
     def _spoilt(self, value: Any) -> Any:
-        """Replace, remove, repeat or add something, at a random depth."""
+        """Replace, remove, repeat or add a value at a random depth."""
         rng = self._rng
         if isinstance(value, dict) and value and rng.random() < 0.85:
             key = rng.choice(list(value))
@@ -113,8 +113,8 @@ class Sender:
 
 
 @pytest.mark.parametrize("seed", ["1", "2"])
-def test_an_accepted_call_leaves_a_sound_project_and_writes_nothing_outside(seed: str, tmp_path: Path) -> None:
-    """I9; each answer is one of those that the protocol names, and after each write lattice finds nothing wrong."""
+def test_an_accepted_call_leaves_a_valid_project_and_writes_nothing_outside(seed: str, tmp_path: Path) -> None:
+    """I9: each reply is one that the protocol defines, and after each write lattice finds no fault."""
     place, rng = Place(tmp_path / "place"), random.Random(seed)
     statuses: dict[int, int] = {}
     with place.worker() as worker:
@@ -140,7 +140,7 @@ def require_own_name(lattice: Path) -> None:
             assert json.loads(line)["actor"] == "human:ana", line
 
 
-def test_an_answer_that_is_asked_for_again_is_the_same_and_nothing_is_written_twice(tmp_path: Path) -> None:
+def test_a_repeated_request_has_the_same_reply_and_writes_nothing_twice(tmp_path: Path) -> None:
     """I6."""
     place = Place(tmp_path / "place")
     first = beginning("Once")
@@ -165,7 +165,7 @@ def test_a_payload_of_another_form_is_refused(small_worker: WorkerProcess, paylo
         assert answer.code in ("REMOTE_PROTOCOL", "REMOTE_UNSUPPORTED", "REMOTE_INVALID")
 
 
-def test_a_hundred_thousand_events_cost_nothing(small_worker: WorkerProcess) -> None:
+def test_a_hundred_thousand_invalid_events_are_refused(small_worker: WorkerProcess) -> None:
     first = beginning()
     events = json.dumps([{"a": 1}] * 100_000)
     payload = f'{{"task": "{first["task_id"]}", "events": {events}, "base": null}}'.encode()

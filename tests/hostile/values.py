@@ -1,4 +1,4 @@
-"""Command lines nobody would type: lattice's own commands with hostile values in every parameter, from a seed."""
+"""Random hostile command lines: lattice's own commands with hostile values in every parameter, from a seed."""
 
 import random
 import secrets
@@ -134,7 +134,7 @@ HUGE = (300, 5_000, 200_000)
 
 @dataclass
 class Known:
-    """What exists, in the order in which it appeared."""
+    """Existing objects, in order of appearance."""
 
     shorts: list[str] = field(default_factory=list)
     tasks: list[str] = field(default_factory=list)
@@ -154,21 +154,21 @@ class Known:
 
 @dataclass(frozen=True)
 class Line:
-    """One command line and the files that travel with it."""
+    """One command line and the files that are sent with it."""
 
     argv: list[str]
     files: list[Attachment]
 
 
 class Lines:
-    """Makes command lines from ``rng``; ``known`` is the caller's to keep up to date."""
+    """Makes command lines from ``rng``; the caller keeps ``known`` up to date."""
 
     def __init__(self, rng: random.Random, known: Known) -> None:
         self._rng = rng
         self._known = known
 
     def line(self) -> Line:
-        """Return the next one. Most are ordinary but for one or two values; some are hostile throughout."""
+        """Return the next line. Most are ordinary except for one or two values; some are hostile throughout."""
         rng = self._rng
         path = rng.choice(list(ROUTED if rng.random() < 0.93 else ALL))
         parameters = ALL[path].params
@@ -189,7 +189,7 @@ class Lines:
         argv = self._arrange(path, options, arguments)
         return Line(argv, self._files(argv))
 
-    # --- how a line is put together ---
+    # --- lines ---
 
     def _option(self, path: str, option: click.Option, *, hostile: bool) -> list[list[str]]:
         rng = self._rng
@@ -244,7 +244,7 @@ class Lines:
         return self._rng.choice([self.hostile(), self.hostile(), value + self.hostile(), self.hostile() + value])
 
     def hostile(self) -> str:
-        """Return a text that nobody means well with."""
+        """Return a hostile text."""
         rng = self._rng
         if rng.random() < 0.004:
             return "x" * rng.choice([1 << 20, (1 << 20) + 1])
