@@ -47,7 +47,7 @@ class Proxy:
     """A proxy in front of a local server; the caller starts and stops it."""
 
     name: str
-    """Of the program."""
+    """Name of the program."""
 
     def __init__(self, directory: Path, upstream_port: int) -> None:
         self.dir = directory / self.name
@@ -56,9 +56,9 @@ class Proxy:
         self.upstream_port = upstream_port
         self.url = f"https://localhost:{self.port}"
         self.ca_file = self.dir / "authority.pem"
-        """Who vouches for it."""
+        """The certificate authority of its certificate."""
         self.answering: dict[str, Any] = {}
-        """Options of a request that it lets through."""
+        """Options of requests that the proxy accepts."""
         self._process: subprocess.Popen[bytes] | None = None
 
     def argv(self) -> list[str]:

@@ -28,10 +28,10 @@ from watch_command import Watcher
 pytestmark = pytest.mark.e2e
 
 COMMAND_S = 600
-"""How long a server may let a command run."""
+"""A server's time limit for a command."""
 ANA = ("--actor", "human:ana")
 LOGINS = 3
-"""How many failed logins an address has before it is slowed down."""
+"""Failed logins of an address before it is slowed down."""
 
 
 class Place:
@@ -40,9 +40,9 @@ class Place:
     def __init__(self, server: Server, token: str, proxy: Proxy, ana: Client, first_address: int) -> None:
         self.server, self.token, self.proxy, self.ana = server, token, proxy, ana
         self.quiet: Listening
-        """An event stream, open from the beginning, of a project in which nothing is done."""
+        """An event stream of an idle project, open from the start."""
         self.first_address = first_address
-        """The first of ten addresses of this machine, 127.0.0.N, from which nobody else asks."""
+        """The first of ten addresses of this machine, 127.0.0.N, that no other test uses."""
 
     def add(self) -> None:
         where = (self.proxy.url, "--project", "board", "--ca-file", str(self.proxy.ca_file))

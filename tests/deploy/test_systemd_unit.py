@@ -13,7 +13,8 @@ from sandbox import BIN, Sandbox
 
 UNIT = (DEPLOY / "lattice-remote.service").read_text()
 EXPOSED = 2.0
-"""Of 10, as ``systemd-analyze security`` counts what a service may do; most of Debian's have 9 or more."""
+"""Maximum of the exposure that ``systemd-analyze security`` reports, of 10; most of Debian's services have 9 or more.
+"""
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ __all__ = ["WITHOUT_ITS_LIBRARY", "Board", "card", "column", "panel", "state", "
 
 expect.set_options(timeout=20_000)
 WITHOUT_ITS_LIBRARY = "THREE is not defined"
-"""What lattice's own page complains of where the public server is out of reach that has its libraries."""
+"""The error of lattice's own page if the public server of its libraries is unreachable."""
 
 
 class Board:

@@ -15,7 +15,7 @@ ANA = ("--actor", "human:ana")
 RACER = ("--actor", "agent:racer")
 WHY = ("--triggered-by", "ev_01HZXW5R3N8QJ6T2V9B4C7D1EF", "--on-behalf-of", "team:core", "--reason", "it was asked for")
 EVERY = (*WHY, "--model", "m-1", "--session", "s-1", *ANA, "--name", "Argus-1", "--quiet")
-"""Every option that commands which write have in common, but for ``--json``."""
+"""Every common option of writing commands, except ``--json``."""
 NO_EVENT = "ev_01HZXW5R3N8QJ6T2V9B4C7D1EF"
 GIVEN = "task_01HZXW5R3N8QJ6T2V9B4C7D1EF"
 
@@ -321,7 +321,7 @@ ROWS: Mapping[str, Sequence[Line]] = {
     "dashboard": _in_both("dashboard", "--host", "127.0.0.1", "--port", "{busy}"),
     "restart": [("restart", "--port", "1")],
 }
-"""The lines, by the command that they are for."""
+"""The lines of each command."""
 
 LOCAL: Mapping[str, str] = {
     "init": "in the project it says that there is one; elsewhere it makes a local project, which has no remote",
@@ -336,7 +336,7 @@ LOCAL: Mapping[str, str] = {
     "restart": "signals a process of this machine",
     "remote": "this package's own",
 }
-"""Commands that are no business of the server, and what is expected of each in a remote project."""
+"""Commands that do not concern the server, and the expected result of each in a remote project."""
 
 EXCEPTIONS: Mapping[str, str] = {
     "remote": "this package's own: client/cli/test_commands.py",
@@ -360,10 +360,10 @@ EXCEPTIONS: Mapping[str, str] = {
     "list: fails": "a filter that fits nothing is no error",
     "list: fails with --json": "the same",
 }
-"""What needs no line, and why."""
+"""Commands and options that need no line, with the reason."""
 
 UNORDERED = {"stats", "weather"}
-"""They list what is equal by their measure in the order in which the directory happens to name it."""
+"""Commands that list equal items in directory order."""
 
 SAID_BESIDES: Mapping[str, str] = {"init": "a cache of project board"}
-"""Commands to which a remote project adds a line of its own, and what that says."""
+"""Commands to which a remote project adds a line, and its text."""

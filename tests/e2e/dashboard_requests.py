@@ -71,7 +71,7 @@ POSTS: list[tuple[str, object]] = [
     ("/", {}),
     ("/api/tasks/{0}/comment/?x=1", {"body": "with a query"}),
 ]
-"""What a page may send, and more; ``{0}`` is the first task that was made, ``{comment}`` the first comment."""
+"""Requests of a page, and more; ``{0}`` is the first created task, ``{comment}`` the first comment."""
 
 GETS = [
     *("/", "/api/config", "/api/tasks", "/api/stats", "/api/activity", "/api/archived", "/api/graph", "/api/git"),
@@ -82,7 +82,7 @@ GETS = [
 
 
 UNORDERED = ("/api/stats", "/api/activity")
-"""Sorted by times, of which those of one second are in no order."""
+"""Lists sorted by time, with no order within a second."""
 
 
 class _Dashboard(Protocol):

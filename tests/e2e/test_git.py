@@ -26,7 +26,7 @@ def new_plan(client: Client, title: str) -> tuple[str, Path]:
 
 
 TEXT = "# By Ben\n" + "\nA paragraph of his.\n" * 6
-"""What Ben writes into a plan after Ana's repository has tracked it."""
+"""Ben's text of a plan after Ana's repository has tracked it."""
 
 
 def share_tracked_plan(sandbox: Sandbox, tracked: str) -> tuple[Server, Client, Path, Path]:

@@ -97,7 +97,7 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     ("lattice_doctor", {"lattice_root": "{dir}/none"}),
     ("lattice_none", {}),
 ]
-"""One after the other; ``{comment}`` is the first comment's id, ``{dir}`` where the server was started."""
+"""Calls in sequence; ``{comment}`` is the first comment's id, ``{dir}`` the server's working directory."""
 
 RESOURCES = [
     *("lattice://tasks", "lattice://tasks/LAT-1", "lattice://tasks/status/done", "lattice://tasks/assigned/agent:bot"),

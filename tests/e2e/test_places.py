@@ -276,7 +276,7 @@ def git(directory: Path, *argv: str) -> str:
 # --- homes ---
 
 NOWHERE = "/dev/null/nowhere"
-"""Where nobody can make anything, not even root."""
+"""A path that cannot be created, not even by root."""
 
 
 def test_commands_work_with_a_home_that_cannot_be_written(

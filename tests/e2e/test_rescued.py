@@ -13,7 +13,7 @@ pytestmark = pytest.mark.e2e
 
 Board = tuple[Server, Client, Client]
 PLAIN = {"LATTICE_REMOTE_SERVER": "1"}
-"""Lattice as it is without our plugin."""
+"""The environment of lattice without our plugin."""
 MINE = ("--actor", "human:ana")
 
 

@@ -159,7 +159,7 @@ class OtherSite:
         self._url = f"http://{host}:{port}"
         self._directory = directory
         self.gets_cookies = host == "127.0.0.1"
-        """Whether a browser sends it, and what it asks for, the cookies of the server that is tested."""
+        """True if a browser sends the cookies of the tested server to this one and with the requests of its pages."""
 
     def shows(self, html: str) -> str:
         """Serve a page, and return its address."""

@@ -17,7 +17,7 @@ __all__ = ["Calls"]
 
 _READS = ("lattice_show", "lattice_list", "lattice_config", "lattice_none")
 _IN_TEXTS = ('{"title": 7}', '{"custom_fields.k": NaN}', '{"custom_fields.k": "\\ud800"}', '{"title": "t"}', "[1]")
-"""JSON objects as texts, which MCP's library reads where a tool takes an object."""
+"""JSON objects as texts, which MCP's library accepts for an object."""
 
 
 class Calls:

@@ -26,7 +26,7 @@ _PATHS_OF = {
     **dict.fromkeys(("os.chmod", "os.chown", "os.utime", "os.setxattr", "os.removexattr", "os.getxattr"), 1),
     **dict.fromkeys(("os.listxattr", "os.rename", "os.link", "os.symlink"), 2),
 }
-"""How many of an event's first arguments are paths (or descriptors, or numbers)."""
+"""The number of an event's first arguments that are paths (or descriptors, or numbers)."""
 _NEVER = (
     *("socket.", "subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.system", "os.kill", "os.ch", "os.symlink"),
     *("os.link", "ctypes.", "sqlite3.", "mmap.", "pty.", "webbrowser.", "urllib.", "_thread.", "os.putenv"),

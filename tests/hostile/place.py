@@ -15,10 +15,10 @@ from lattice_remote.server.worker.caller import OWNERS_FILE
 __all__ = ["CANARY", "OBSERVED_WORKER", "Place"]
 
 CANARY = "canary-c41e5b0d"
-"""Stands in every file that is no command's business; it must never be seen anywhere else."""
+"""Content of every file that no command may access; it must never appear in another place."""
 OBSERVED_WORKER = (sys.executable, "-P", "-X", "utf8", str(Path(__file__).with_name("observed_worker.py")))
 _LONG_AGO = (1_000_000_000, 1_000_000_001)
-"""Access and modification time of the canaries: a later access is noted by a file system mounted with relatime."""
+"""Access and modification time of the canaries: relatime records a later access."""
 
 
 @dataclass(frozen=True)

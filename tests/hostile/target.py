@@ -25,12 +25,12 @@ from sandbox import Sandbox, Server
 __all__ = ["BINARY", "EXAMPLES", "WRITE_BOUND_S", "Target", "attackable", "frame", "read_all", "upgrade_request"]
 
 BINARY = 2
-"""The opcode of a frame."""
+"""The opcode of a binary frame."""
 
 EXAMPLES = int(os.environ.get("HOSTILE_EXAMPLES", "60"))
-"""How many examples each property has; ``make hostile`` takes more."""
+"""Number of examples of each property; ``make hostile`` uses more."""
 WRITE_BOUND_S = 8.0
-"""The longest that a write of the good client may take, on a machine that may be busy with other tests."""
+"""Maximum duration of a write of the well-behaved client, on a machine that may be busy with other tests."""
 _GROWTH_MIB = 64
 _LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING) [\w.]+: [ -~]{1,400}")
 _WORKER_LINE = re.compile(r"worker board: INFO [ -~]{1,400}")

@@ -88,7 +88,7 @@ def attack(target: Target, data: bytes) -> list[object]:
 
 
 INTEGERS = st.integers(-(2**63), 2**64 - 1)
-"""As many as MessagePack has."""
+"""The range of MessagePack."""
 PAYLOADS = st.one_of(
     st.sampled_from(VALID),
     st.binary(max_size=200),

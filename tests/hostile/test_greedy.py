@@ -35,13 +35,14 @@ from sandbox import Sandbox, Server, wait_for
 
 TASKS, DESCRIPTION_BYTES = 240, 100_000
 LIST_MIB = TASKS * DESCRIPTION_BYTES / 2**20
-"""A list of 23 MiB."""
+"""The size of the list, 23 MiB."""
 PLANNED, PLAN_BYTES = "task_01M8173J64RGGH4YR2NPR00000", 7_000_000
 LARGE, LARGE_BYTES = "task_01M8173J64RGGH4YR2NPR99999", 3_900_000
 """A task that each command about it prints."""
 BOUND_MIB = 32 + 2 * LIST_MIB + 32 + 24
-"""Outstanding answers of one token and the last of them, one on its way from the reader, those that are shared while
-nothing changes, and 192 KiB for each of 100 connections."""
+"""Unread responses of one token and the last of them, one on its way from the reader, the responses shared while
+nothing changes, and 192 KiB for each of 100 connections.
+"""
 UNSENT_MIB = MAX_UNSENT_BYTES_PER_TOKEN / 2**20
 
 

@@ -118,7 +118,7 @@ HOSTILE = {
     "not UTF-8": lambda own: {**own, log_of(own): b"\xff\xfe\n"},
 }
 MAY_PASS = {"short ids that are a list", "events of another task", "events without data"}
-"""What rebuilding mends, or lattice takes; then it must be sound."""
+"""Faults that a rebuild repairs or lattice accepts; the result must be valid."""
 
 
 @pytest.mark.parametrize("name", HOSTILE)

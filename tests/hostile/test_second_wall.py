@@ -96,7 +96,7 @@ LINKS = {
     "archive": "data/projects/other/.lattice/archive",
     "archive/tasks": "home",
 }
-"""What is replaced by a link, and where that leads."""
+"""Paths replaced by a symlink, and the symlink's target."""
 
 
 def test_symlinks_are_not_followed_out_of_the_tree(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def _leaves(group: click.Group, words: tuple[str, ...] = ()) -> dict[str, click.
 
 
 ALL = _leaves(cli)
-"""Every command that the installed lattice has, by its words."""
+"""Every command of the installed lattice, by its words."""
 
 PATHS = (
     *(
@@ -144,7 +144,7 @@ class Known:
     resources: list[str] = field(default_factory=list)
     sessions: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
-    """Paths on the server that are no command's business, and ids of another project."""
+    """Paths on the server that no command may access, and ids of another project."""
 
     @property
     def all(self) -> list[str]:
