@@ -230,7 +230,7 @@ async def test_a_repeatedly_touched_file_is_fetched_at_growing_intervals(
     os.utime(directory / "ids.json")
     await until(lambda: (due := kept._replicator.repairs.next_due_s()) is not None and due > 0.3)
     assert fetched(server).count("ids.json") == 3 and kept._repaired()["count"] == 0
-    alter(directory)  # others are put right at once all the same
+    alter(directory)  # other files are still repaired at once
     await equal(directory, server)
 
 
@@ -466,7 +466,7 @@ async def test_repairs_of_a_constantly_rewritten_file_back_off_and_name_its_writ
     stranger = asyncio.ensure_future(rewrite())
     await until(lambda: bool(kept._repaired()["contested"]))
     began = len(fetched(server))
-    alter(directory)  # others are put right at once all the same
+    alter(directory)  # other files are still repaired at once
     await until(lambda: (directory / "tasks/task_1.json").read_bytes() == server.files["tasks/task_1.json"])
     assert len(fetched(server)) - began <= 3
     assert kept._repaired()["contested"] == ["ids.json"]

@@ -1,4 +1,4 @@
-"""What a cache does, against a server that can be made to do anything."""
+"""The agent's service of one cache, against a fake server with scripted misbehaviour."""
 
 import asyncio
 import base64
@@ -44,7 +44,7 @@ async def test_a_directory_with_only_a_remote_is_filled(server: FakeServer, serv
     assert (directory / "locks").read_bytes() == LOCKS_TEXT and (directory / ".gitignore").read_text().startswith("#")
 
 
-async def test_changes_arrive_by_themselves(server: FakeServer, service: Service, directory: Path) -> None:
+async def test_changes_arrive_without_a_request(server: FakeServer, service: Service, directory: Path) -> None:
     await ready(service)
     server.put("tasks/task_2.json", b"two")
     server.append("events/task_2.jsonl", b"line\n")
@@ -72,7 +72,7 @@ async def test_an_announced_file_is_fetched(server: FakeServer, service: Service
     await until(lambda: tree(directory) == server.files)
 
 
-async def test_a_command_returns_when_its_change_is_in_the_files(
+async def test_a_command_returns_once_its_change_is_in_the_cache(
     server: FakeServer, service: Service, directory: Path
 ) -> None:
     answer = await run(service, "put", "tasks/task_9.json", "nine")
@@ -80,7 +80,7 @@ async def test_a_command_returns_when_its_change_is_in_the_files(
     assert (directory / "tasks/task_9.json").read_bytes() == b"nine"
 
 
-async def test_the_exit_code_is_the_servers(service: Service) -> None:
+async def test_a_command_has_the_servers_exit_code(service: Service) -> None:
     assert (await run(service, "fail"))["exit_code"] == 7
 
 
@@ -94,7 +94,7 @@ async def test_a_drifted_file_is_fetched_before_the_answer(
     assert (directory / "events/task_1.jsonl").read_bytes() == b"one\ntwo\n"
 
 
-async def test_the_copy_goes_on_where_it_stood(server: FakeServer, directory: Path) -> None:
+async def test_a_restarted_service_resumes_at_its_sequence_number(server: FakeServer, directory: Path) -> None:
     first = Service(str(directory))
     first.start(TOKEN)
     await ready(first)
@@ -121,7 +121,7 @@ async def test_a_new_epoch_leads_to_a_resync(server: FakeServer, service: Servic
     await until(lambda: tree(directory) == server.files)
 
 
-async def test_the_age_is_that_of_the_last_word(server: FakeServer, service: Service) -> None:
+async def test_the_age_counts_from_the_last_message(server: FakeServer, service: Service) -> None:
     await ready(service)
     await server.stop()
     await until(lambda: not service._connection.is_open)
@@ -133,7 +133,7 @@ async def test_the_age_is_that_of_the_last_word(server: FakeServer, service: Ser
     )
 
 
-async def test_a_copy_that_was_never_filled_has_nothing_to_show(server: FakeServer, directory: Path) -> None:
+async def test_a_cache_that_was_never_filled_is_an_error(server: FakeServer, directory: Path) -> None:
     await server.stop()
     service = Service(str(directory))
     service.start(TOKEN)
@@ -210,7 +210,7 @@ async def test_a_command_whose_answer_is_lost_may_have_taken_effect(
     assert error.value.sent and error.value.code == "REMOTE_UNKNOWN_OUTCOME"
 
 
-async def test_a_server_that_comes_back_in_time_is_waited_for(server: FakeServer, service: Service) -> None:
+async def test_a_command_waits_for_a_server_that_returns_in_time(server: FakeServer, service: Service) -> None:
     await ready(service)
     await server.stop()
     running = asyncio.ensure_future(run(service, "put", "tasks/x.json", "x"))
@@ -219,9 +219,7 @@ async def test_a_server_that_comes_back_in_time_is_waited_for(server: FakeServer
     assert (await running)["exit_code"] == 0
 
 
-async def test_a_server_that_accepts_and_closes_is_not_asked_in_a_hot_loop(
-    server: FakeServer, service: Service
-) -> None:
+async def test_connections_to_a_server_that_closes_them_back_off(server: FakeServer, service: Service) -> None:
     async def close(connection: ServerConnection, frame: ClientFrame) -> bool:
         connection.transport.abort()
         return True
@@ -237,7 +235,7 @@ async def test_a_server_that_accepts_and_closes_is_not_asked_in_a_hot_loop(
 # --- tokens ---
 
 
-async def test_a_refused_token_is_named(server: FakeServer, directory: Path) -> None:
+async def test_a_refused_token_is_reported(server: FakeServer, directory: Path) -> None:
     service = Service(str(directory))
     service.start("wrong")
     with pytest.raises(Rejected, match="lattice remote login") as error:
@@ -263,7 +261,7 @@ async def test_a_command_that_was_sent_before_its_token_ended_may_have_taken_eff
     assert error.value.code == "REMOTE_UNAUTHORIZED"
 
 
-async def test_no_token_at_all_says_how_to_log_in(directory: Path) -> None:
+async def test_a_missing_token_suggests_login(directory: Path) -> None:
     service = Service(str(directory))
     service.start(None)
     answer = await ask(service, "ready", None)
@@ -283,7 +281,7 @@ async def test_each_command_writes_with_its_own_token(server: FakeServer, servic
     assert [hello.follow for hello in hellos] == [True, False], "one connection for each token"
 
 
-async def test_a_better_token_replaces_a_refused_one(server: FakeServer, directory: Path) -> None:
+async def test_a_valid_token_replaces_a_refused_one(server: FakeServer, directory: Path) -> None:
     service = Service(str(directory))
     service.start("wrong")
     await until(lambda: service._connection.is_refused)
@@ -301,7 +299,7 @@ async def test_a_better_token_replaces_a_refused_one(server: FakeServer, directo
         (403, refusal_body("REMOTE_FORBIDDEN", "\x1b[31m\nred"), "REMOTE_FORBIDDEN", "red"),
     ],
 )
-async def test_a_refusal_before_the_upgrade_is_understood(
+async def test_a_refusal_before_the_upgrade_is_reported(
     server: FakeServer, service: Service, status: int, body: bytes, code: str, text: str
 ) -> None:
     server.status, server.error_body = HTTPStatus(status), body
@@ -325,10 +323,10 @@ async def test_a_refusal_before_the_upgrade_is_understood(
         (503, b"null"),
     ],
 )
-async def test_another_programs_refusal_blames_no_token_and_ends_no_retries(
+async def test_a_refusal_by_a_proxy_blames_no_token_and_is_retried(
     server: FakeServer, service: Service, status: int, body: bytes
 ) -> None:
-    """Between client and server there are proxies and login pages, for a while."""
+    """Proxies and login pages may answer temporarily instead of the server."""
     await ready(service)
     server.status, server.error_body = HTTPStatus(status), body
     server.cut()
@@ -366,7 +364,7 @@ async def test_a_refused_command_is_an_error(service: Service) -> None:
     assert error.value.code == "REMOTE_FORBIDDEN"
 
 
-async def test_an_argument_that_is_no_text_is_refused_here(service: Service) -> None:
+async def test_an_argument_that_is_not_utf8_is_refused_locally(service: Service) -> None:
     with pytest.raises(Misuse, match="UTF-8"):
         await run(service, "comment", "\udcff")
     with pytest.raises(Misuse, match="too many"):
@@ -382,7 +380,7 @@ async def test_an_unknown_request_is_refused(service: Service) -> None:
 
 
 async def edited(server: FakeServer, service: Service, directory: Path) -> Path:
-    """Fill a cache that has a plan, and edit the plan."""
+    """Fill a cache with a plan and edit the plan."""
     server.files[PLAN] = b"# Plan\n"
     await ready(service)
     (directory / PLAN).write_bytes(b"# Plan\nmine\n")
@@ -453,7 +451,7 @@ async def test_a_text_edited_while_it_is_sent_is_the_next_edit(
 async def test_a_save_after_an_edit_whose_answer_was_lost_builds_on_it(
     server: FakeServer, service: Service, directory: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
 ) -> None:
-    """I6: else both would be taken for edits of the same text, and the second be a conflict with the first."""
+    """I6: otherwise both are edits of the same base, and the second conflicts with the first."""
     monkeypatch.setattr("lattice_remote.client.connection.connection.SENT_PATIENCE_S", 0.3)
     plan = await edited(server, service, directory)
 
@@ -482,9 +480,7 @@ async def test_a_save_after_an_edit_whose_answer_was_lost_builds_on_it(
     assert server.files[PLAN] == plan.read_bytes() == b"# Plan\nmine\nand more\n"
 
 
-async def test_an_archived_plan_does_not_take_an_edit_with_it(
-    server: FakeServer, service: Service, directory: Path
-) -> None:
+async def test_an_edit_of_an_archived_plan_is_kept(server: FakeServer, service: Service, directory: Path) -> None:
     plan = await edited(server, service, directory)
     server.change(MoveFile(PLAN, f"archive/{PLAN}", digest_of(b"# Plan\n")))
     await until((directory / f"archive/{PLAN}").exists)
@@ -494,7 +490,7 @@ async def test_an_archived_plan_does_not_take_an_edit_with_it(
     assert (directory / MINE).read_bytes() == b"# Plan\nmine\n"
 
 
-async def test_a_text_that_waits_for_an_edit_is_no_file_in_transfer(
+async def test_a_text_blocked_by_an_edit_is_no_file_in_transfer(
     server: FakeServer, service: Service, directory: Path
 ) -> None:
     plan = await edited(server, service, directory)
@@ -523,7 +519,7 @@ async def test_an_unsent_edit_survives_a_sync(server: FakeServer, service: Servi
     assert plan.read_bytes() == b"# Plan\nmine\n"
 
 
-# --- comparing ---
+# --- comparison ---
 
 
 async def test_verify_lists_differences_and_changes_nothing(
@@ -567,7 +563,7 @@ def is_there(directory: Path) -> bool:
 
 
 def outside(directory: Path) -> set[str]:
-    """Return every file around a cache, links not followed."""
+    """Return every file outside the cache, without following links."""
     root = directory.parent.parent
     return {str(path.relative_to(root)) for path in root.rglob("*") if directory not in path.parents and path.is_file()}
 
@@ -584,7 +580,7 @@ def outside(directory: Path) -> set[str]:
         "a\\b",
     ],
 )
-async def test_a_path_out_of_the_cache_ends_the_connection(
+async def test_a_path_outside_the_cache_ends_the_connection(
     server: FakeServer, service: Service, directory: Path, path: str
 ) -> None:
     await ready(service)
@@ -628,7 +624,7 @@ async def test_unrequested_parts_are_ignored(server: FakeServer, service: Servic
     assert not (directory / "tasks/x.json").exists()
 
 
-async def test_a_huge_announcement_takes_no_room(server: FakeServer, service: Service, directory: Path) -> None:
+async def test_a_huge_announcement_allocates_no_memory(server: FakeServer, service: Service, directory: Path) -> None:
     await ready(service)
     server.change(AnnounceFile("events/huge.jsonl", 1 << 60, digest_of(b"")))
     server.files["events/huge.jsonl"] = b"small after all"
@@ -653,9 +649,7 @@ async def test_a_bad_frame_ends_only_the_connection(server: FakeServer, service:
     assert (await ask(service, "ready"))["current"]
 
 
-async def test_a_server_that_says_nothing_is_given_up(
-    server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_silent_server_times_out(server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     async def silence(_: ServerConnection, frame: ClientFrame) -> bool:
         return True
 
@@ -669,7 +663,7 @@ async def test_a_server_that_says_nothing_is_given_up(
     ("answer", "says"),
     [(b"220 ready\r\n\r\n", "not a lattice-remote server"), (b"", "closes the connection without an answer")],
 )
-async def test_something_else_on_the_port_is_named(tmp_path: Path, answer: bytes, says: str) -> None:
+async def test_another_service_on_the_port_is_reported(tmp_path: Path, answer: bytes, says: str) -> None:
     async def babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(answer)
         await writer.drain()
@@ -686,7 +680,7 @@ async def test_something_else_on_the_port_is_named(tmp_path: Path, answer: bytes
     await other.wait_closed()
 
 
-# --- trouble on this side ---
+# --- local failures ---
 
 
 async def test_a_full_disk_is_reported_and_corrupts_nothing(
@@ -710,10 +704,10 @@ async def test_a_full_disk_is_reported_and_corrupts_nothing(
     assert tree(directory) == server.files
 
 
-async def test_once_there_is_space_again_a_command_runs_at_once(
+async def test_a_command_runs_at_once_when_there_is_space_again(
     server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An earlier failure says nothing of the disk by now."""
+    """An earlier failure does not prove that the disk is still full."""
     await ready(service)
     service._connection._backoff.uniform = lambda _low, _high: 300.0
 
@@ -728,7 +722,7 @@ async def test_once_there_is_space_again_a_command_runs_at_once(
     assert server.files["tasks/y.json"] == b"y"
 
 
-async def test_what_blocks_plain_writes_is_back_with_the_next_connection(
+async def test_the_write_guard_is_restored_at_the_next_connection(
     server: FakeServer, service: Service, directory: Path
 ) -> None:
     await ask(service, "ready")
@@ -738,7 +732,7 @@ async def test_what_blocks_plain_writes_is_back_with_the_next_connection(
     await until(lambda: (directory / "locks").is_file() and (directory / ".gitignore").is_file())
 
 
-async def test_a_removed_directory_is_not_made_again(server: FakeServer, service: Service, directory: Path) -> None:
+async def test_a_removed_directory_is_not_recreated(server: FakeServer, service: Service, directory: Path) -> None:
     await ready(service)
     move_away(directory)
     assert service.is_stale()
@@ -747,7 +741,7 @@ async def test_a_removed_directory_is_not_made_again(server: FakeServer, service
     assert not is_there(directory)
 
 
-async def test_another_remote_makes_a_service_stale(service: Service, directory: Path) -> None:
+async def test_a_changed_remote_makes_a_service_stale(service: Service, directory: Path) -> None:
     from lattice_remote.client.config import Remote, write_remote
 
     assert not service.is_stale()
@@ -755,7 +749,7 @@ async def test_another_remote_makes_a_service_stale(service: Service, directory:
     assert service.is_stale()
 
 
-async def test_status_names_its_evidence(server: FakeServer, service: Service) -> None:
+async def test_status_states_its_evidence(server: FakeServer, service: Service) -> None:
     await run(service, "put", "tasks/x.json", "x")
     status = await ask(service, "status")
     assert status["connected"] and status["current"] and status["seq"] == status["server_seq"] == 1
@@ -766,7 +760,9 @@ async def test_status_names_its_evidence(server: FakeServer, service: Service) -
     assert not status["connected"] and status["server_seq"] is None and "refused" in str(status["error"])
 
 
-async def test_silence_is_not_called_connected(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_silent_connection_is_not_reported_as_connected(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await ready(service)
     monkeypatch.setattr("lattice_remote.client.connection.connection.ALIVE_S", -1.0)
     assert not service.summary()["connected"]
@@ -774,10 +770,10 @@ async def test_silence_is_not_called_connected(service: Service, monkeypatch: py
         await ask(service, "pull")
 
 
-# --- what must not go on for ever, and what must not stop ---
+# --- bounded and unbounded retries ---
 
 
-async def test_a_link_outlives_any_number_of_failures(server: FakeServer, service: Service) -> None:
+async def test_a_link_survives_any_number_of_failures(server: FakeServer, service: Service) -> None:
     await ready(service)
     service._connection._backoff.streak = 5000
     await server.stop()
@@ -787,7 +783,7 @@ async def test_a_link_outlives_any_number_of_failures(server: FakeServer, servic
     await until(service._is_current)
 
 
-async def test_a_command_that_ends_every_connection_is_given_up(
+async def test_a_command_that_ends_every_connection_is_abandoned(
     server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def close(connection: ServerConnection, frame: ClientFrame) -> bool:
@@ -803,7 +799,7 @@ async def test_a_command_that_ends_every_connection_is_given_up(
     assert sum(isinstance(frame, Run) for frame in server.frames) == MAX_SENDS
 
 
-async def test_pieces_that_never_add_up_end_the_connection(server: FakeServer, service: Service) -> None:
+async def test_parts_that_never_complete_a_file_end_the_connection(server: FakeServer, service: Service) -> None:
     async def lie(connection: ServerConnection, frame: ClientFrame) -> bool:
         if isinstance(frame, Fetch):
             await connection.send(encode(Part(frame.paths[0], server.seq, 1, b"\0" * 32, 0, b"x")))
@@ -817,7 +813,7 @@ async def test_pieces_that_never_add_up_end_the_connection(server: FakeServer, s
     assert sum(isinstance(frame, Fetch) for frame in server.frames) <= 7
 
 
-async def test_comparing_without_a_connection_is_an_error_like_any_other(server: FakeServer, service: Service) -> None:
+async def test_a_comparison_without_a_connection_is_an_error(server: FakeServer, service: Service) -> None:
     await ready(service)
     await server.stop()
     await until(lambda: not service._connection.is_open)
@@ -825,14 +821,14 @@ async def test_comparing_without_a_connection_is_an_error_like_any_other(server:
         await service._replicator.compare(repair=False)
 
 
-async def test_a_token_that_can_not_travel_is_named(service: Service) -> None:
+async def test_a_token_that_cannot_be_sent_is_reported(service: Service) -> None:
     await ready(service)
     with pytest.raises(RemoteError, match="not a token") as error:
         await run(service, "put", "tasks/x.json", "x", token="zwei Wörter")
     assert error.value.code == "REMOTE_UNAUTHORIZED"
 
 
-# --- edits that meet changes ---
+# --- edits concurrent with changes ---
 
 
 async def test_a_change_that_overtakes_the_answer_to_an_edit_is_not_undone(
@@ -851,10 +847,10 @@ async def test_a_change_that_overtakes_the_answer_to_an_edit_is_not_undone(
     server.misbehave = theirs_first  # type: ignore[assignment]
     await ask(service, "push")
     assert plan.read_bytes() == b"# Plan\nmine\ntheirs\n"
-    assert Edits(service.cache).scan() == []  # sent as an edit, by whichever process, it would undo what comes next
+    assert Edits(service.cache).scan() == []  # sent as an edit by any process, it would undo the next change
 
 
-async def test_an_edit_stays_in_place_until_what_it_was_merged_with_is_here(
+async def test_an_edit_stays_in_the_cache_until_its_merge_arrives(
     server: FakeServer, service: Service, directory: Path
 ) -> None:
     plan = await edited(server, service, directory)

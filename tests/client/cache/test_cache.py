@@ -1,4 +1,4 @@
-"""The directory: atomic, never through a link, and what is stored of its state."""
+"""The cache directory: atomic writes, refused links, stored state."""
 
 import asyncio
 import errno
@@ -43,7 +43,7 @@ def test_a_file_is_replaced_appended_moved_and_deleted(cache: Cache) -> None:
     assert os.listdir(os.path.join(cache.directory, ".remote/tmp")) == []
 
 
-def test_replacing_changes_no_file_that_a_reader_has_open(cache: Cache) -> None:
+def test_a_replacement_does_not_change_a_file_that_a_reader_has_open(cache: Cache) -> None:
     cache.replace("config.json", b"old")
     with open(os.path.join(cache.directory, "config.json"), "rb") as reader:
         cache.replace("config.json", b"new content")
@@ -89,7 +89,7 @@ def part(data: bytes, offset: int, piece: bytes, digest: bytes | None = None) ->
     return Part("tasks/x.json", 1, len(data), digest or digest_of(data), offset, piece)
 
 
-def test_pieces_become_a_file_at_once(cache: Cache) -> None:
+def test_parts_become_a_file_atomically(cache: Cache) -> None:
     data = b"0123456789"
     assert cache.write_part(part(data, 0, data[:4])) is None
     assert cache.size("tasks/x.json") is None
@@ -97,7 +97,7 @@ def test_pieces_become_a_file_at_once(cache: Cache) -> None:
     assert cache.read("tasks/x.json") == data
 
 
-def test_pieces_that_do_not_fit_are_refused(cache: Cache) -> None:
+def test_parts_that_do_not_fit_are_refused(cache: Cache) -> None:
     data = b"0123456789"
     assert cache.write_part(part(data, 4, data[4:])) is False
     assert cache.write_part(part(data, 0, data[:4])) is None
@@ -109,7 +109,7 @@ def test_pieces_that_do_not_fit_are_refused(cache: Cache) -> None:
     assert os.listdir(os.path.join(cache.directory, ".remote/tmp")) == []
 
 
-def test_a_file_that_is_begun_again_starts_anew(cache: Cache) -> None:
+def test_a_first_part_restarts_the_file(cache: Cache) -> None:
     data = b"0123456789"
     cache.write_part(part(data, 0, data[:4]))
     assert cache.write_part(part(data, 0, data[:2])) is None
@@ -136,11 +136,11 @@ def test_a_file_read_within_a_clock_tick_of_its_change_is_read_again(cache: Cach
 
 
 def settled(readings: dict[str, Reading]) -> dict[str, Reading]:
-    """Return the readings as of files that are not young."""
+    """Return the readings as if the files were old."""
     return {path: reading._replace(settled=True) for path, reading in readings.items()}
 
 
-def test_kept_readings_serve_the_next_process_once(cache: Cache) -> None:
+def test_stored_readings_are_used_by_the_next_process_once(cache: Cache) -> None:
     for path in ("tasks/a.json", "tasks/b.json", PLAN):
         cache.replace(path, b"1")
     Edits(cache).rebase(PLAN)
@@ -156,7 +156,7 @@ def test_kept_readings_serve_the_next_process_once(cache: Cache) -> None:
 
 
 @pytest.mark.parametrize("harm", ["damaged", "another boot", "another directory"])
-def test_kept_readings_that_prove_nothing_are_dropped(
+def test_stored_readings_without_proof_are_dropped(
     cache: Cache, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, harm: str
 ) -> None:
     cache.replace("tasks/a.json", b"1")
@@ -172,7 +172,7 @@ def test_kept_readings_that_prove_nothing_are_dropped(
     assert take_readings(later) == {} and take_readings(later) == {}
 
 
-async def test_a_lock_that_another_process_holds_is_waited_for(cache: Cache) -> None:
+async def test_a_process_waits_for_a_lock_of_another(cache: Cache) -> None:
     other = Cache(cache.directory, cache.remote)
     async with other.locked():
         with pytest.raises(StorageError, match="another process"):
@@ -190,7 +190,7 @@ async def _lock(cache: Cache) -> None:
         assert cache.is_there()
 
 
-async def test_a_directory_made_anew_is_another_one(cache: Cache) -> None:
+async def test_a_recreated_directory_is_another_one(cache: Cache) -> None:
     os.rename(cache.directory, cache.directory + ".gone")
     os.mkdir(cache.directory)
     with pytest.raises(StorageError, match="removed or replaced"):
@@ -202,10 +202,10 @@ async def test_a_directory_made_anew_is_another_one(cache: Cache) -> None:
 REMOTE = Remote("origin", "http://h", "web")
 
 
-async def test_a_copy_that_became_a_local_project_at_the_last_moment_is_left_alone(
+async def test_a_cache_that_has_just_become_a_local_project_is_not_written(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever had the lock has removed remote.json: nothing of the server's may be put there any more (I4)."""
+    """The previous holder of the lock removed remote.json: the server's files may no longer be written (I4)."""
     acquire = cache._lock.acquire
 
     def late(**options: float) -> object:
@@ -229,12 +229,12 @@ def test_state_is_read_as_it_was_stored() -> None:
     assert decode_state(encode_state(stored, REMOTE), encode_deferred(stored.deferred), REMOTE) == stored
 
 
-def test_state_of_another_project_says_nothing() -> None:
+def test_state_of_another_project_is_ignored() -> None:
     data = encode_state(CacheState(Position("e", 7, b""), (), {}, 1.0), REMOTE)
     assert decode_state(data, b"", Remote("origin", "http://h", "other")) == CacheState()
 
 
-def test_a_state_of_another_directory_says_nothing_of_the_files() -> None:
+def test_state_of_another_directory_does_not_apply_to_the_files() -> None:
     data = encode_state(CacheState(Position("e", 7, b""), (), {}, 1.0), REMOTE, inode=1)
     assert decode_state(data, b"", REMOTE, inode=2) == CacheState(NOWHERE, (), {}, 1.0)
 
@@ -246,11 +246,11 @@ def test_state_from_before_a_reboot_is_only_an_age(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"url": 1}', b"\xff"])
-def test_damaged_state_says_nothing(data: bytes) -> None:
+def test_damaged_state_is_ignored(data: bytes) -> None:
     assert decode_state(data, b"", REMOTE) == CacheState()
 
 
-def test_a_hostile_path_in_the_state_says_nothing() -> None:
+def test_state_with_a_hostile_path_is_ignored() -> None:
     data = encode_state(CacheState(Position("e", 7, b""), ("../x",), {}, 1.0), REMOTE)
     assert decode_state(data, b"", REMOTE) == CacheState()
 
@@ -273,7 +273,7 @@ def test_a_file_equal_to_its_base_is_no_edit(cache: Cache) -> None:
     assert edits.base(PLAN) is None
 
 
-def test_an_edit_is_found_by_a_reading_and_beside_an_older_one(cache: Cache) -> None:
+def test_an_edit_is_found_with_and_without_an_older_reading(cache: Cache) -> None:
     edits = Edits(cache)
     cache.replace(PLAN, b"server")
     edits.rebase(PLAN)
@@ -284,14 +284,14 @@ def test_an_edit_is_found_by_a_reading_and_beside_an_older_one(cache: Cache) -> 
     assert edits.scan(settled(read_all(cache))) == [PLAN]
 
 
-def test_a_file_whose_edit_has_no_answer_is_edited_until_it_has(cache: Cache) -> None:
-    """The server may hold the edit, although the user has taken it back here."""
+def test_a_file_with_an_unanswered_edit_counts_as_edited(cache: Cache) -> None:
+    """The server may have applied the edit although the user has reverted it."""
     edits = Edits(cache)
     cache.replace(PLAN, b"server")
     edits.rebase(PLAN)
     put = Put("1" * 32, PLAN, b"mine", b"server")
     edits.unanswered.remember(Sent(put, put, b"server", time.time()))
-    for looking in (edits, Edits(cache)):  # in another process, too
+    for looking in (edits, Edits(cache)):  # also in another process
         looking.unanswered.get(PLAN)
         cache.replace(PLAN, b"server")
         assert looking.is_edited(PLAN) and looking.scan() == [PLAN]
@@ -299,7 +299,7 @@ def test_a_file_whose_edit_has_no_answer_is_edited_until_it_has(cache: Cache) ->
     assert Edits(cache).scan() == []
 
 
-def test_a_save_in_the_same_clock_tick_as_the_last_look_is_an_edit(
+def test_a_save_in_the_same_clock_tick_as_the_last_scan_is_an_edit(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     edits = Edits(cache)
@@ -314,7 +314,7 @@ def test_a_save_in_the_same_clock_tick_as_the_last_look_is_an_edit(
     assert edits.is_edited(PLAN)
 
 
-def test_our_own_edit_comes_back_without_a_fetch(cache: Cache) -> None:
+def test_an_own_edit_is_not_fetched(cache: Cache) -> None:
     edits = Edits(cache)
     cache.replace(PLAN, b"server\n")
     edits.rebase(PLAN)
@@ -325,8 +325,8 @@ def test_our_own_edit_comes_back_without_a_fetch(cache: Cache) -> None:
     assert edits.scan() == []
 
 
-def test_our_own_large_edit_comes_back_without_a_fetch(cache: Cache) -> None:
-    """A change only announces its content, by size and digest."""
+def test_an_own_large_edit_is_not_fetched(cache: Cache) -> None:
+    """Its change announces only size and digest."""
     edits = Edits(cache)
     cache.replace(PLAN, b"server\n")
     edits.rebase(PLAN)
@@ -348,9 +348,7 @@ def test_a_conflict_is_kept_once(cache: Cache) -> None:
     assert conflicts.copies() == [MINE, MINE.replace(".md", ".2.md")]
 
 
-def test_a_full_disk_does_not_stay_full_of_a_file_that_did_not_fit(
-    cache: Cache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_does_not_fit_on_the_disk_is_removed(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_room(handle: int, data: bytes) -> None:
         os.write(handle, data[:1])
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -361,19 +359,17 @@ def test_a_full_disk_does_not_stay_full_of_a_file_that_did_not_fit(
     assert os.listdir(os.path.join(cache.directory, ".remote/tmp")) == []
 
 
-def test_pieces_without_an_end_are_forgotten(cache: Cache) -> None:
+def test_incomplete_parts_are_discarded(cache: Cache) -> None:
     assert cache.write_part(Part("artifacts/payload/x", 1, 4, digest_of(b"abcd"), 0, b"ab")) is None
     assert len(os.listdir(os.path.join(cache.directory, ".remote/tmp"))) == 1
     cache.forget_parts()
     assert os.listdir(os.path.join(cache.directory, ".remote/tmp")) == []
 
 
-# --- a directory that is being removed ---
+# --- removal of the directory ---
 
 
-def test_a_file_that_vanishes_while_it_is_replaced_is_not_created_again(
-    cache: Cache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_removed_during_its_replacement_is_not_recreated(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.replace("config.json", b"old")
     exchange = directory_module._exchange
 
@@ -389,10 +385,10 @@ def test_a_file_that_vanishes_while_it_is_replaced_is_not_created_again(
 
 
 @pytest.mark.parametrize("step", ["replace", "mkdir", "open"])
-def test_a_name_that_a_removing_program_has_not_listed_is_taken_back(
+def test_a_name_that_a_removing_program_has_not_listed_is_removed(
     cache: Cache, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """It lists the names just before one is added, and has removed nothing yet."""
+    """The program lists the names just before one is added, and has removed nothing yet."""
     real_open, real_step, has_listed, is_over = os.open, getattr(os, step), threading.Event(), threading.Event()
 
     def listed_before(*arguments: object, **named: object) -> object:
@@ -421,7 +417,7 @@ def test_a_name_that_a_removing_program_has_not_listed_is_taken_back(
         os.close(handle)
 
 
-async def test_a_program_that_only_reads_the_directory_does_not_stop_it(cache: Cache) -> None:
+async def test_a_reader_of_the_directory_blocks_no_write(cache: Cache) -> None:
     with os.scandir(cache.directory):
         cache.replace("tasks/one.json", b"{}")
         async with asyncio.timeout(20), cache.locked():
@@ -429,7 +425,7 @@ async def test_a_program_that_only_reads_the_directory_does_not_stop_it(cache: C
     assert sorted(cache.paths()) == ["tasks/one.json", "tasks/two.json"]
 
 
-async def test_a_program_that_looks_at_the_directory_for_a_moment_does_not_fail_it(cache: Cache) -> None:
+async def test_a_brief_listing_of_the_directory_fails_no_write(cache: Cache) -> None:
     is_over = threading.Event()
 
     def look() -> None:

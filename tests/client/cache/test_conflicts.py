@@ -1,4 +1,4 @@
-"""A conflict is kept once, said until somebody ends it, and ended by an edit like any other (I4)."""
+"""Conflicts: stored once, reported until resolved, and resolved by an ordinary edit (I4)."""
 
 import base64
 import json
@@ -25,7 +25,7 @@ async def resolve(service: Service, choice: str | None, task: str = "LAT-42", **
 
 @pytest.fixture
 async def place(server: FakeServer, service: Service, directory: Path) -> Path:
-    """A cache in whose plan Ana's text and the server's conflict; Ana's is in a conflict copy."""
+    """A cache with a conflict in the plan between Ana's text, in a conflict copy, and the server's."""
     server.files |= {PLAN: b"# Plan\n", SNAPSHOT: json.dumps({"id": TASK, "short_id": "LAT-42"}).encode()}
     await ready(service)
     await conflict(server, service, directory, PLAN)
@@ -72,7 +72,7 @@ async def test_a_conflict_is_found_by_each_name_of_its_task(service: Service, pl
     ("choice", "text", "kept"),
     [("mine", None, b"mine\n"), ("theirs", None, b"theirs\n"), ("edited", b"both\n", b"both\n")],
 )
-async def test_it_ends_with_the_text_that_is_kept(
+async def test_a_conflict_is_resolved_with_the_chosen_text(
     server: FakeServer, service: Service, place: Path, choice: str, text: bytes | None, kept: bytes
 ) -> None:
     encoded = None if text is None else base64.b64encode(text).decode()
@@ -85,14 +85,16 @@ async def test_it_ends_with_the_text_that_is_kept(
     assert (await ask(service, "verify"))["edited"] == ()
 
 
-async def test_what_was_edited_in_place_ends_it_too(server: FakeServer, service: Service, place: Path) -> None:
+async def test_a_text_edited_in_place_resolves_the_conflict(server: FakeServer, service: Service, place: Path) -> None:
     (place / PLAN).write_bytes(b"theirs\nand mine\n")
     await resolve(service, "edited")
     assert server.files[PLAN] == b"theirs\nand mine\n"
     assert not (place / MINE).exists()
 
 
-async def test_a_change_that_comes_meanwhile_ends_nothing(server: FakeServer, service: Service, place: Path) -> None:
+async def test_a_concurrent_change_leaves_the_conflict_unresolved(
+    server: FakeServer, service: Service, place: Path
+) -> None:
     async def others_are_faster(_: ServerConnection, frame: ClientFrame) -> bool:
         if isinstance(frame, Put):
             server.misbehave = None
@@ -108,7 +110,7 @@ async def test_a_change_that_comes_meanwhile_ends_nothing(server: FakeServer, se
     assert server.files[PLAN] == b"mine\n"
 
 
-async def test_a_save_in_the_cache_during_the_transfer_stays(server: FakeServer, service: Service, place: Path) -> None:
+async def test_a_save_during_the_transfer_is_kept(server: FakeServer, service: Service, place: Path) -> None:
     async def somebody_saves(_: ServerConnection, frame: ClientFrame) -> bool:
         if isinstance(frame, Put):
             (place / MINE).write_bytes(b"mine, with one more thought\n")
@@ -121,7 +123,9 @@ async def test_a_save_in_the_cache_during_the_transfer_stays(server: FakeServer,
     assert conflict_lines(await ask(service, "ready"))
 
 
-async def test_out_of_reach_it_stays_as_it_is(server: FakeServer, service: Service, place: Path) -> None:
+async def test_a_conflict_is_kept_if_the_server_is_unreachable(
+    server: FakeServer, service: Service, place: Path
+) -> None:
     await server.stop()
     await until(lambda: not service._connection.is_open)
     with pytest.raises(Exception, match="cannot reach"):
@@ -130,7 +134,9 @@ async def test_out_of_reach_it_stays_as_it_is(server: FakeServer, service: Servi
     await resolve(service, "theirs")
 
 
-async def test_plan_and_notes_are_resolved_together_or_each(server: FakeServer, service: Service, place: Path) -> None:
+async def test_plan_and_notes_are_resolved_together_or_separately(
+    server: FakeServer, service: Service, place: Path
+) -> None:
     server.put(NOTES, b"# Notes\n")
     await until((place / NOTES).exists)
     await conflict(server, service, place, NOTES)
@@ -146,7 +152,7 @@ async def test_plan_and_notes_are_resolved_together_or_each(server: FakeServer, 
         await resolve(service, "mine")
 
 
-async def test_of_several_texts_one_is_named(server: FakeServer, service: Service, place: Path) -> None:
+async def test_one_of_several_conflicts_must_be_named(server: FakeServer, service: Service, place: Path) -> None:
     (place / PLAN).write_bytes(b"mine once more\n")
     server.put(PLAN, b"theirs once more\n")
     await until(lambda: service._replicator.replica.position.seq == server.seq)
@@ -159,7 +165,9 @@ async def test_of_several_texts_one_is_named(server: FakeServer, service: Servic
     assert server.files[PLAN] == b"mine once more\n" and not list((place / MINE).parent.iterdir())
 
 
-async def test_of_an_archived_task_only_theirs_can_be_kept(server: FakeServer, service: Service, place: Path) -> None:
+async def test_for_an_archived_task_only_the_servers_text_can_be_kept(
+    server: FakeServer, service: Service, place: Path
+) -> None:
     server.change(
         MoveFile(PLAN, f"archive/{PLAN}", digest_of(server.files[PLAN])),
         MoveFile(SNAPSHOT, f"archive/{SNAPSHOT}", digest_of(server.files[SNAPSHOT])),
@@ -173,10 +181,10 @@ async def test_of_an_archived_task_only_theirs_can_be_kept(server: FakeServer, s
 
 
 @pytest.mark.parametrize("choice", ["mine", "edited"])
-async def test_nothing_is_resolved_before_the_servers_text_is_in_place(
+async def test_a_conflict_is_resolved_only_after_the_servers_text_arrived(
     server: FakeServer, service: Service, directory: Path, choice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file still holds the text that conflicted: sent as an edit of itself it would be no edit, and be lost."""
+    """The file still holds the conflicting text. Sent with itself as base it would be no edit, and be lost."""
     monkeypatch.setattr("lattice_remote.client.agent.edit_sync.SAVING_S", 0.2)
     server.files |= {PLAN: b"# Plan\n", SNAPSHOT: json.dumps({"id": TASK, "short_id": "LAT-42"}).encode()}
     await ready(service)
@@ -196,16 +204,16 @@ async def test_nothing_is_resolved_before_the_servers_text_is_in_place(
 
 
 @pytest.mark.parametrize("fields", [{"choice": "all"}, {"choice": "edited", "text": "no base64!"}])
-async def test_a_request_that_makes_no_sense_changes_nothing(
-    service: Service, place: Path, fields: dict[str, str]
-) -> None:
+async def test_an_invalid_request_changes_nothing(service: Service, place: Path, fields: dict[str, str]) -> None:
     with pytest.raises(Misuse):
         await resolve(service, **{"choice": None, **fields})  # type: ignore[arg-type]
     assert (place / MINE).exists()
 
 
-async def test_an_editor_that_is_behind_undoes_nothing(server: FakeServer, service: Service, directory: Path) -> None:
-    """The server is told the text that the editor had opened, and its answer is put in place."""
+async def test_a_save_from_an_outdated_editor_undoes_nothing(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
+    """The server receives the text that the editor had opened, and its merge replaces the save."""
     lines = b"# Plan\n\n- write the parser\n- test the parser\n"
     server.files |= {PLAN: lines, SNAPSHOT: b"{}\n"}
     await ready(service)
@@ -228,7 +236,7 @@ LINES = b"# Plan\n\n- write the parser\n- test the parser\n"
 async def test_an_earlier_version_waits_until_the_user_decides(
     server: FakeServer, service: Service, directory: Path, choice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However long ago it was replaced, and however often it is saved."""
+    """Independent of its age and of repeated saves."""
     theirs = LINES + b"- ask Ben about Unicode\n"
     server.files |= {PLAN: LINES, SNAPSHOT: json.dumps({"short_id": "LAT-42"}).encode()}
     await ready(service)
@@ -258,8 +266,8 @@ async def test_an_earlier_version_waits_until_the_user_decides(
     assert (await resolve(service, None, ""))["conflicts"] == []
 
 
-async def test_what_one_takes_back_oneself_is_an_edit(server: FakeServer, service: Service, directory: Path) -> None:
-    """A checkbox that is toggled, and toggled back; others have changed nothing in between."""
+async def test_a_user_reverting_an_own_edit_is_an_edit(server: FakeServer, service: Service, directory: Path) -> None:
+    """A checkbox is toggled twice without changes by others in between."""
     ticked = LINES.replace(b"- test", b"- [x] test")
     server.files |= {PLAN: LINES, SNAPSHOT: b"{}\n"}
     await ready(service)
@@ -269,10 +277,10 @@ async def test_what_one_takes_back_oneself_is_an_edit(server: FakeServer, servic
         assert server.files[PLAN] == text
 
 
-async def test_a_change_of_ones_own_command_is_not_others(
+async def test_changes_of_the_users_own_commands_are_not_those_of_others(
     server: FakeServer, service: Service, directory: Path
 ) -> None:
-    """An editor that was open saves over what the user's own ``lattice status`` appended, as it would locally."""
+    """An open editor overwrites text that the user's own ``lattice status`` appended, as it would locally."""
     server.files |= {PLAN: LINES, SNAPSHOT: b"{}\n"}
     await ready(service)
     await run(service, "append", PLAN, "## Sent back\n\nnot yet\n")

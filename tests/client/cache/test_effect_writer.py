@@ -1,4 +1,4 @@
-"""One effect at a time: what is written, rescued, blocked or left alone. No server."""
+"""Effect writer, one effect at a time and without a server: writes, rescues, blocked and skipped files."""
 
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ SNAPSHOT = f"tasks/{TASK}.json"
 
 
 class Drifts:
-    """Stands for the replica: records which paths are to be fetched, and which are blocked."""
+    """Substitute for the replica. Records the paths to fetch and the blocked paths."""
 
     def __init__(self) -> None:
         self.fetched: list[str] = []
@@ -38,7 +38,7 @@ class Drifts:
 
 
 class Place:
-    """A cache with its writer, and which texts were reported as perhaps edited."""
+    """A cache with its writer. ``reported`` lists the texts that may be edited."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -53,12 +53,12 @@ class Place:
         self.replica = cast(Replica, self.drifts)
 
     def holds(self, path: str, data: bytes) -> None:
-        """Have a file, as the server sent it."""
+        """Store a file as received from the server."""
         self.cache.replace(path, data)
         self.writer.mark_synced([path])
 
     def write(self, path: str, data: bytes) -> None:
-        """Write as another program does."""
+        """Write a file as another program does."""
         place = self.directory / path
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(data)
@@ -67,7 +67,7 @@ class Place:
         return await self.writer.write_parts(parts, self.replica)
 
     def know_all(self) -> None:
-        """Have the signatures of all files, as after a comparison."""
+        """Record the signatures of all files, as after a comparison."""
         found = {path: self.cache.signature(path) for path in self.cache.paths()}
         self.cache.known.settle((path, signature) for path, signature in found.items() if signature is not None)
         self.cache.known.is_complete = True
@@ -94,9 +94,7 @@ def part(path: str, data: bytes, *, offset: int = 0, end: int | None = None) -> 
 @pytest.mark.parametrize(
     ("digest", "is_as_found", "stays"), [(b"{}", True, True), (b"[]", True, False), (b"{}", False, False)]
 )
-async def test_a_file_that_was_only_touched_is_not_written(
-    place: Place, digest: bytes, is_as_found: bool, stays: bool
-) -> None:
+async def test_a_touched_file_is_not_written(place: Place, digest: bytes, is_as_found: bool, stays: bool) -> None:
     place.holds(SNAPSHOT, b"{}")
     os.utime(place.directory / SNAPSHOT)
     found = place.cache.signature(SNAPSHOT)
@@ -125,7 +123,7 @@ async def test_parts_that_never_form_the_file_end_the_connection(place: Place) -
         await place.receive(wrong)
 
 
-async def test_parts_that_form_the_file_after_all_are_forgiven(place: Place) -> None:
+async def test_a_completed_file_resets_the_count_of_wrong_parts(place: Place) -> None:
     wrong = Part(SNAPSHOT, 1, 2, b"0" * 32, 0, b"{}")
     for _ in range(3):
         for _ in range(4):
@@ -134,7 +132,7 @@ async def test_parts_that_form_the_file_after_all_are_forgiven(place: Place) -> 
     assert place.cache.read(SNAPSHOT) == b"{}" and not place.writer.misfits
 
 
-async def test_a_text_comes_in_parts_and_is_its_own_base(place: Place) -> None:
+async def test_a_text_received_in_parts_is_its_own_base(place: Place) -> None:
     data = b"# Plan\n"
     await place.receive(part(PLAN, data, end=3))
     assert place.cache.size(PLAN) is None and place.edits.base(PLAN) is None
@@ -158,7 +156,7 @@ async def test_parts_of_a_text_that_do_not_form_it_are_fetched_again(place: Plac
     assert place.cache.read(PLAN) == b"old\n"
 
 
-async def test_a_link_that_is_replaced_is_named_with_its_target(place: Place, tmp_path: Path) -> None:
+async def test_a_replaced_link_is_reported_with_its_target(place: Place, tmp_path: Path) -> None:
     target = tmp_path / "mine.md"
     target.write_text("mine")
     (place.directory / "plans").mkdir(exist_ok=True)
@@ -171,7 +169,7 @@ async def test_a_link_that_is_replaced_is_named_with_its_target(place: Place, tm
     assert place.policy.notices == [notice], "a plain file is no link"
 
 
-async def test_a_file_that_is_rewritten_again_and_again_is_named_once(place: Place) -> None:
+async def test_a_repeatedly_rewritten_file_is_reported_once(place: Place) -> None:
     for number in range(6):
         place.holds(SNAPSHOT, b"{}")
         place.write(SNAPSHOT, b"%d" % number)
@@ -181,10 +179,10 @@ async def test_a_file_that_is_rewritten_again_and_again_is_named_once(place: Pla
     assert place.repairs.count == 6 and place.repairs.contested() == [SNAPSHOT]
 
 
-# --- what is rescued ---
+# --- rescues ---
 
 
-async def test_a_strange_file_is_rescued_before_it_is_replaced(place: Place) -> None:
+async def test_a_foreign_file_is_rescued_before_it_is_replaced(place: Place) -> None:
     place.holds(SNAPSHOT, b"{}")
     place.holds("config.json", b"{}")
     for path in (SNAPSHOT, "config.json"):
@@ -213,7 +211,7 @@ def test_events_that_the_server_lacks_are_rescued(place: Place) -> None:
 # --- operations ---
 
 
-def test_a_put_of_the_same_text_as_a_local_edit_settles_it(place: Place) -> None:
+def test_a_put_of_the_text_of_a_local_edit_settles_the_edit(place: Place) -> None:
     place.holds(PLAN, b"old\n")
     place.write(PLAN, b"mine\n")
     place.writer.apply([PutFile(PLAN, b"mine\n")], place.replica)
@@ -231,7 +229,7 @@ def test_an_edited_text_is_blocked_and_an_unedited_one_replaced(place: Place) ->
     assert place.drifts.blocked == [PLAN] and place.reported == [PLAN, other]
 
 
-def test_an_edited_text_stays_where_its_task_is_archived(place: Place) -> None:
+def test_an_edited_text_stays_when_its_task_is_archived(place: Place) -> None:
     archived = f"archive/{PLAN}"
     place.holds(PLAN, b"old\n")
     place.write(PLAN, b"mine\n")
@@ -240,7 +238,7 @@ def test_an_edited_text_stays_where_its_task_is_archived(place: Place) -> None:
     assert place.drifts.fetched == [archived], "its text is the server's"
 
 
-def test_an_edited_text_stays_where_its_task_comes_back(place: Place) -> None:
+def test_an_edited_text_stays_when_its_task_is_unarchived(place: Place) -> None:
     archived = f"archive/{PLAN}"
     place.holds(archived, b"old\n")
     place.holds(PLAN, b"older\n")
@@ -250,7 +248,7 @@ def test_an_edited_text_stays_where_its_task_comes_back(place: Place) -> None:
     assert place.cache.size(archived) is None and place.drifts.fetched == []
 
 
-def test_an_operation_on_a_missing_file_has_it_fetched(place: Place) -> None:
+def test_an_operation_on_a_missing_file_fetches_it(place: Place) -> None:
     place.writer.apply([MoveFile("tasks/missing.json", "archive/tasks/missing.json", digest_of(b"{}"))], place.replica)
     assert place.drifts.fetched == ["archive/tasks/missing.json"]
     place.writer.apply([DeleteFile("tasks/missing.json")], place.replica)
@@ -275,7 +273,7 @@ def test_an_unedited_text_is_removed_with_its_base(place: Place) -> None:
     assert rescued(place.directory) == {} and place.drifts.blocked == []
 
 
-def test_a_text_of_no_task_is_rescued_and_removed(place: Place) -> None:
+def test_a_text_without_a_task_is_rescued_and_removed(place: Place) -> None:
     place.know_all()
     place.write(PLAN, b"mine\n")
     assert place.writer.is_orphan(PLAN)
@@ -287,7 +285,7 @@ def test_a_text_of_no_task_is_rescued_and_removed(place: Place) -> None:
 # --- files of other programs ---
 
 
-def test_a_file_is_strange_when_another_program_wrote_it(place: Place) -> None:
+def test_a_file_is_foreign_if_another_program_wrote_it(place: Place) -> None:
     place.holds(SNAPSHOT, b"{}")
     place.holds(PLAN, b"old\n")
     place.know_all()
@@ -303,9 +301,7 @@ def test_a_file_is_strange_when_another_program_wrote_it(place: Place) -> None:
 
 
 @pytest.mark.parametrize("is_complete", [True, False])
-def test_a_text_that_was_brought_with_its_base_is_strange_if_all_files_are_known(
-    place: Place, is_complete: bool
-) -> None:
+def test_a_text_copied_with_its_base_is_foreign_if_all_files_are_known(place: Place, is_complete: bool) -> None:
     place.holds(SNAPSHOT, b"{}")
     place.holds(PLAN, b"new\n")
     place.know_all()
@@ -316,7 +312,7 @@ def test_a_text_that_was_brought_with_its_base_is_strange_if_all_files_are_known
     assert place.writer.is_strange(PLAN) == is_complete
 
 
-def test_a_text_is_of_no_task_only_if_all_files_are_known(place: Place) -> None:
+def test_a_text_is_without_a_task_only_if_all_files_are_known(place: Place) -> None:
     place.know_all()
     place.write(PLAN, b"mine\n")
     place.cache.known.is_complete = False
@@ -346,7 +342,7 @@ def test_a_snapshot_is_rescued_if_another_program_is_known_to_have_written_it(
     assert rescued(place.directory) == ({SNAPSHOT: [b"theirs"]} if is_rescued else {})
 
 
-def test_an_edited_text_is_no_rescue(place: Place) -> None:
+def test_an_edited_text_is_not_rescued(place: Place) -> None:
     place.holds(PLAN, b"old\n")
     place.know_all()
     place.write(PLAN, b"mine\n")
@@ -401,7 +397,7 @@ def test_a_changed_snapshot_is_rescued_before_operations_that_replace_or_remove_
     assert not place.writer.is_strange(SNAPSHOT) and not place.writer.is_strange("config.json")
 
 
-def test_what_an_operation_wrote_is_the_servers(place: Place) -> None:
+def test_files_written_by_an_operation_are_the_servers(place: Place) -> None:
     place.holds("config.json", b"{}")
     place.writer.apply([PutFile("config.json", b"[]")], place.replica)
     place.writer.keep(["config.json"], b"{}")
@@ -423,7 +419,7 @@ def test_events_of_an_archived_task_are_not_lost(place: Place, brings: type[Oper
     assert place.reasons() == ([LOST] if brings is None else [])
 
 
-def test_a_link_that_an_operation_replaces_is_named(place: Place, tmp_path: Path) -> None:
+def test_a_link_that_an_operation_replaces_is_reported(place: Place, tmp_path: Path) -> None:
     place.holds(PLAN, b"old\n")
     target = tmp_path / "mine.md"
     target.write_text("mine")
@@ -453,7 +449,7 @@ async def test_a_restored_text_is_a_repair(place: Place) -> None:
     assert place.edits.base(PLAN) == b"old\n" and place.edits.is_edited(PLAN)
 
 
-def test_nothing_is_fetched_after_operations_that_fit(place: Place) -> None:
+def test_nothing_is_fetched_after_matching_operations(place: Place) -> None:
     def fail(_: list[str]) -> list[Effect]:
         raise AssertionError("nothing has drifted")
 

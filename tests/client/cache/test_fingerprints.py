@@ -1,4 +1,4 @@
-"""Fingerprints: which files another program has written, and what the next process may believe of them."""
+"""Fingerprints: files written by other programs, and fingerprints that the next process can trust."""
 
 import os
 from pathlib import Path
@@ -25,12 +25,12 @@ def cache(tmp_path: Path) -> Cache:
 
 
 def seen(cache: Cache, path: str = FILE) -> tuple[bool, bool]:
-    """Return whether a file is as we left it, and whether another program wrote it."""
+    """Return whether a file is unchanged, and whether another program wrote it."""
     found = cache.signature(path)
     return cache.known.agrees(path, found), cache.known.was_written(path, found)
 
 
-def test_another_mode_is_a_difference_and_no_write(cache: Cache) -> None:
+def test_a_changed_mode_is_a_difference_but_no_write(cache: Cache) -> None:
     place = Path(cache.absolute(FILE))
     assert seen(cache) == (True, False) and FILE in cache.known.paths()
     place.chmod(0o600)
@@ -67,7 +67,7 @@ def test_only_a_process_of_the_same_boot_trusts_the_stored_state(cache: Cache) -
         assert other.is_complete == other.agrees(FILE, cache.signature(FILE)) == is_believed
 
 
-def test_a_write_by_another_process_of_ours_is_not_foreign(cache: Cache) -> None:
+def test_a_write_by_another_agent_process_is_not_foreign(cache: Cache) -> None:
     other = Fingerprints(cache.directory)
     other.learn()
     cache.append(FILE, b", more")
@@ -83,7 +83,7 @@ def test_a_write_by_another_process_of_ours_is_not_foreign(cache: Cache) -> None
     assert other.agrees(FILE, None) and FILE not in other
 
 
-def test_what_was_compared_since_is_not_replaced_by_older_entries(cache: Cache) -> None:
+def test_later_comparisons_are_not_replaced_by_older_entries(cache: Cache) -> None:
     other = Fingerprints(cache.directory)
     cache.known.share()
     other.learn()

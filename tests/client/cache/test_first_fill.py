@@ -1,4 +1,4 @@
-"""The first fill: files written once into a directory that no other program knows, then treated like any others."""
+"""First fill: files written once into a private directory, afterwards treated like all others."""
 
 import asyncio
 import hashlib
@@ -54,7 +54,7 @@ def test_a_file_has_the_directorys_permissions_under_any_umask(cache: Cache, mod
     assert cache.known.agrees("tasks/new/one.json", cache.signature("tasks/new/one.json"))
 
 
-def test_a_part_a_wrong_digest_and_an_existing_file_are_written_the_usual_way(cache: Cache) -> None:
+def test_parts_wrong_digests_and_existing_files_take_the_usual_path(cache: Cache) -> None:
     cache.replace("tasks/there.json", b"old")
     fill = FirstFill(cache)
     parts = [
@@ -69,7 +69,7 @@ def test_a_part_a_wrong_digest_and_an_existing_file_are_written_the_usual_way(ca
     assert cache.read("tasks/there.json") == b"old"
 
 
-def test_a_link_in_the_way_leads_nowhere(cache: Cache, tmp_path: Path) -> None:
+def test_a_link_in_the_way_is_not_followed(cache: Cache, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("mine")
     Path(cache.absolute("tasks/one.json")).symlink_to(victim)
@@ -83,7 +83,7 @@ def test_a_link_in_the_way_leads_nowhere(cache: Cache, tmp_path: Path) -> None:
     assert victim.read_text() == "mine" and not (tmp_path / "one.json").exists()
 
 
-def test_a_plan_equals_its_base_until_it_is_edited_also_for_the_next_process(cache: Cache) -> None:
+def test_an_unedited_plan_equals_its_base_also_in_the_next_process(cache: Cache) -> None:
     fill = FirstFill(cache)
     cache.known.settle([])
     cache.known.learn()
@@ -115,7 +115,7 @@ def test_an_edit_made_before_the_first_agent_starts_is_sent(sandbox: Sandbox) ->
     ben.add_remote(server, server.token("human:ben", "agent:*"))
     assert not differences(ben.lattice_dir, server.lattice_dir())
     agent = json.loads(ben.ok("remote", "agent", "status", "--json"))["data"]["pid"]
-    os.kill(agent, signal.SIGKILL)  # a text emptied while no agent runs is doubtful only after a crash
+    os.kill(agent, signal.SIGKILL)  # a text emptied while no agent runs is withheld only after a crash
     wait_for(lambda: not os.path.exists(f"/proc/{agent}"), "the end of the agent")
     edited, emptied = sorted((ben.lattice_dir / "plans").glob("*.md"))[:2]
     edited.write_text(f"{edited.read_text()}\nA line of Ben's.\n")

@@ -1,4 +1,4 @@
-"""A replicator on real files, beside a server in memory: what is written, stored and shared, frame by frame."""
+"""The replicator with real files and a server in memory, frame by frame: writes, stored state, sharing."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ FILES: Files = {SNAPSHOT: b"{}\n", EVENTS: b"{}\n", PLAN: b"# Plan\n", "config.j
 
 
 class Follower:
-    """One process that follows a server in memory."""
+    """A process that follows a server in memory."""
 
     def __init__(self, server: InMemoryServer, directory: Path) -> None:
         self.server, self.directory = server, directory
@@ -51,7 +51,7 @@ class Follower:
         return outcome
 
     async def step(self) -> ReceiveOutcome | None:
-        """Take one frame to its end; None if there is none."""
+        """Process one frame; return None if there is none."""
         while self.connection.to_server:
             self.server.take(self.connection)
         if not self.connection.to_client and not self.server.send_next(self.connection, piece_first=True):
@@ -59,7 +59,7 @@ class Follower:
         return self.send(await self.replicator.receive([received(self.connection)]))
 
     async def settle(self) -> list[ReceiveOutcome]:
-        """Take all frames."""
+        """Process all frames."""
         outcomes = []
         while (outcome := await self.step()) is not None:
             outcomes.append(outcome)
@@ -77,7 +77,7 @@ class Follower:
         return {path: self.cache.read(path) for path in self.cache.paths()}
 
     def write(self, path: str, data: bytes) -> None:
-        """Write as another program does."""
+        """Write a file as another program does."""
         (self.directory / path).parent.mkdir(parents=True, exist_ok=True)
         (self.directory / path).write_bytes(data)
 
@@ -167,7 +167,7 @@ async def test_the_state_is_stored_with_each_file_after_its_interval(
     assert len(follower.cache.load_state().missing) == len(FILES) - 1
 
 
-async def test_a_batch_that_cannot_be_written_ends_the_session_and_names_the_trouble(
+async def test_a_batch_that_cannot_be_written_ends_the_session_and_is_reported(
     follower: Follower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
@@ -186,7 +186,7 @@ async def test_a_batch_that_cannot_be_written_ends_the_session_and_names_the_tro
     assert follower.tree()[SNAPSHOT] == b"[]\n" and replicator.trouble is None
 
 
-async def test_trouble_lasts_until_something_is_written(follower: Follower) -> None:
+async def test_a_write_error_is_reported_until_a_write_succeeds(follower: Follower) -> None:
     trouble = StorageError("no space")
     follower.replicator.trouble = trouble
     await follower.replicator.receive([Reply("0" * 32, 0, 0, b"", b"")])
@@ -207,7 +207,7 @@ async def test_an_answer_is_delivered_after_its_change(follower: Follower) -> No
 
 
 @pytest.mark.parametrize("is_own", [True, False])
-async def test_an_own_change_leaves_no_older_text(
+async def test_an_own_change_keeps_no_older_text(
     follower: Follower, is_own: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remembered: list[str] = []
@@ -219,7 +219,7 @@ async def test_an_own_change_leaves_no_older_text(
     assert remembered == ([] if is_own else [PLAN])
 
 
-# --- what is stored between sessions ---
+# --- state stored between sessions ---
 
 
 async def test_the_age_is_stored_when_the_connection_ends(follower: Follower) -> None:
@@ -258,13 +258,13 @@ async def test_fingerprints_are_stored_once_they_are_complete(follower: Follower
         assert all(other.known.agrees(path, other.signature(path)) for path in FILES)
 
 
-async def test_fingerprints_are_not_stored_into_a_directory_that_is_gone(follower: Follower) -> None:
+async def test_fingerprints_are_not_stored_in_a_removed_directory(follower: Follower) -> None:
     (follower.directory / "remote.json").unlink()
     await follower.replicator.store_known()
     assert not (follower.directory / STORED).exists()
 
 
-async def test_it_is_busy_while_it_works_on_the_files(follower: Follower) -> None:
+async def test_the_replicator_is_busy_while_it_writes_files(follower: Follower) -> None:
     assert not follower.replicator.is_busy
     async with Cache(str(follower.directory), follower.cache.remote).locked():
         waiting = asyncio.create_task(follower.replicator.repair([]))
@@ -277,9 +277,7 @@ async def test_it_is_busy_while_it_works_on_the_files(follower: Follower) -> Non
 # --- several processes ---
 
 
-async def test_a_process_goes_on_where_another_has_brought_the_files(
-    follower: Follower, server: InMemoryServer
-) -> None:
+async def test_a_process_continues_at_the_position_of_another(follower: Follower, server: InMemoryServer) -> None:
     other = await Follower(server, follower.directory).follow()
     assert other.replicator.resyncs == 0 and other.replicator.received == 0, "all is there"
     follower.change(FILES | {SNAPSHOT: b"[]\n"})
@@ -293,7 +291,7 @@ async def test_a_process_goes_on_where_another_has_brought_the_files(
     assert follower.replicator.advanced.is_set() and follower.replicator.advanced_at is None, "another did it"
 
 
-async def test_a_stored_age_of_another_process_moves_nothing(follower: Follower, server: InMemoryServer) -> None:
+async def test_an_age_stored_by_another_process_moves_no_position(follower: Follower, server: InMemoryServer) -> None:
     other = await Follower(server, follower.directory).follow()
     other.replicator.current_at = 5e9
     await other.replicator.store_age()
@@ -315,7 +313,7 @@ async def test_a_cache_that_another_process_has_reset_ends_the_session(
     assert follower.replicator.is_current and follower.replicator.resyncs == 1, "the other one did it"
 
 
-async def test_a_resync_keeps_other_processes_out_until_it_is_done(
+async def test_a_resync_excludes_other_processes_until_it_is_done(
     follower: Follower, server: InMemoryServer, directory: Path
 ) -> None:
     server.write(delta(FILES, FILES | {SNAPSHOT: b"[]\n"}), FILES | {SNAPSHOT: b"[]\n"})
@@ -334,7 +332,7 @@ async def test_a_resync_keeps_other_processes_out_until_it_is_done(
     assert follower.replicator.resyncs == 2
 
 
-async def test_a_lost_connection_lets_other_processes_in(
+async def test_a_lost_connection_readmits_other_processes(
     follower: Follower, server: InMemoryServer, directory: Path
 ) -> None:
     server.new_epoch()
@@ -352,7 +350,7 @@ async def test_a_lost_connection_lets_other_processes_in(
 # --- comparison and repair ---
 
 
-async def test_a_comparison_names_the_differences_and_repairs_them_if_asked(follower: Follower) -> None:
+async def test_a_comparison_lists_differences_and_repairs_them_on_request(follower: Follower) -> None:
     follower.write(SNAPSHOT, b"theirs")
     follower.write("tasks/surplus.json", b"theirs")
     (follower.directory / EVENTS).unlink()
@@ -390,7 +388,7 @@ async def test_a_lost_connection_ends_a_comparison(follower: Follower) -> None:
         await follower.replicator.compare(repair=False)
 
 
-async def test_a_strange_file_is_fetched_and_looked_at_again(follower: Follower) -> None:
+async def test_a_foreign_file_is_fetched_and_compared_again(follower: Follower) -> None:
     follower.write(SNAPSHOT, b"theirs")
     outcome = follower.send(await follower.replicator.repair([SNAPSHOT, EVENTS]))
     assert [frame for frame in outcome.to_send if isinstance(frame, Fetch)] == [Fetch([SNAPSHOT])]
@@ -401,7 +399,7 @@ async def test_a_strange_file_is_fetched_and_looked_at_again(follower: Follower)
     assert follower.tree() == FILES and follower.replicator.repairs.count == 1
 
 
-async def test_without_a_session_a_strange_file_is_looked_at_later(follower: Follower) -> None:
+async def test_without_a_session_a_foreign_file_is_compared_later(follower: Follower) -> None:
     await follower.replicator.disconnected()
     follower.write(SNAPSHOT, b"theirs")
     assert (await follower.replicator.repair([SNAPSHOT])).to_send == []
@@ -424,7 +422,7 @@ async def test_a_stored_edit_is_its_own_base(follower: Follower) -> None:
     assert not follower.replicator.edits.is_edited(PLAN) and not follower.replicator.replica.blocked
 
 
-async def test_an_edit_made_meanwhile_stays_one(follower: Follower) -> None:
+async def test_an_edit_made_during_a_transfer_remains_an_edit(follower: Follower) -> None:
     put, base = await edit(follower, b"# Plan\n\nmine\n")
     follower.write(PLAN, b"# Plan\n\nmine\nand more\n")
     await follower.replicator.settle(put, "stored", base)
@@ -449,7 +447,7 @@ async def test_an_answer_after_its_own_change_does_nothing(follower: Follower) -
     assert (outcome.to_send, copy) == ([], None) and not follower.replicator.edits.is_edited(PLAN)
 
 
-async def test_an_edit_that_is_not_to_be_sent_is_kept_and_replaced(follower: Follower) -> None:
+async def test_a_withheld_edit_is_rescued_and_replaced(follower: Follower) -> None:
     _, base = await edit(follower, b"# Plan\n\nmine\n")
     found = follower.cache.signature(PLAN)
     assert found is not None
@@ -508,7 +506,7 @@ def content_of(data: bytes) -> Content:
     return len(data), digest_of(data)
 
 
-async def test_a_deferred_content_is_put_in_place_if_it_is_still_that(server: InMemoryServer, directory: Path) -> None:
+async def test_a_deferred_content_is_stored_if_it_is_still_current(server: InMemoryServer, directory: Path) -> None:
     follower, data = await deferring(server, directory)
     for content, is_taken in ((content_of(b"other"), False), (content_of(data), True), (content_of(data), False)):
         (directory / ".remote/tmp/arrived").write_bytes(data)
@@ -518,7 +516,7 @@ async def test_a_deferred_content_is_put_in_place_if_it_is_still_that(server: In
     assert follower.cache.known.agrees(ARTIFACT, follower.cache.signature(ARTIFACT))
 
 
-async def test_a_deferred_content_that_is_there_already_is_noted(server: InMemoryServer, directory: Path) -> None:
+async def test_a_deferred_content_that_is_already_present_is_recorded(server: InMemoryServer, directory: Path) -> None:
     follower, data = await deferring(server, directory)
     follower.write(ARTIFACT, data)
     assert await follower.replicator.arrived(ARTIFACT, content_of(data), None)
@@ -527,7 +525,7 @@ async def test_a_deferred_content_that_is_there_already_is_noted(server: InMemor
     assert not await follower.replicator.arrived(ARTIFACT, content_of(data), None), "no session"
 
 
-async def test_a_deferred_content_is_brought_on_demand(server: InMemoryServer, directory: Path) -> None:
+async def test_a_deferred_content_is_downloaded_on_demand(server: InMemoryServer, directory: Path) -> None:
     follower, data = await deferring(server, directory)
     assert (await follower.replicator.bring(SNAPSHOT)).to_send == []
     outcome = follower.send(await follower.replicator.bring(ARTIFACT))
@@ -536,9 +534,9 @@ async def test_a_deferred_content_is_brought_on_demand(server: InMemoryServer, d
     assert follower.tree() == FILES | {ARTIFACT: data}
 
 
-async def test_the_old_content_of_a_deferred_file_goes(server: InMemoryServer, directory: Path) -> None:
+async def test_the_old_content_of_a_deferred_file_is_removed(server: InMemoryServer, directory: Path) -> None:
     follower, data = await deferring(server, directory)
-    await follower.replicator.vacate(ARTIFACT, content_of(data))  # nothing there
+    await follower.replicator.vacate(ARTIFACT, content_of(data))  # no file
     follower.write(ARTIFACT, b"older")
     await follower.replicator.vacate(ARTIFACT, content_of(b"other"))
     assert follower.cache.read(ARTIFACT) == b"older"
@@ -546,7 +544,7 @@ async def test_the_old_content_of_a_deferred_file_goes(server: InMemoryServer, d
     assert follower.cache.size(ARTIFACT) is None
 
 
-async def test_a_damaged_large_content_is_deferred_again_not_fetched(server: InMemoryServer, directory: Path) -> None:
+async def test_a_damaged_large_content_is_deferred_again(server: InMemoryServer, directory: Path) -> None:
     follower, data = await deferring(server, directory)
     replicator, replica = follower.replicator, follower.replicator.replica
     follower.write(ARTIFACT, data)
@@ -566,17 +564,17 @@ async def test_a_damaged_large_content_is_deferred_again_not_fetched(server: InM
     assert replica.deferred_version > version and not follower.replicator.writer.is_strange(ARTIFACT)
 
 
-async def test_what_a_download_says_of_a_deferred_content_is_stored(server: InMemoryServer, directory: Path) -> None:
+async def test_a_download_updates_the_stored_size_and_digest(server: InMemoryServer, directory: Path) -> None:
     follower, _ = await deferring(server, directory)
     replicator = follower.replicator
-    replicator.replica.defer(ARTIFACT)  # with a content that is not known
+    replicator.replica.defer(ARTIFACT)  # with an unknown content
     await replicator.learned(ARTIFACT, content_of(b"new"), replicator.replica.position.seq + 1)
     assert follower.cache.load_state().deferred.get(ARTIFACT) != content_of(b"new"), "not yet reached"
     await replicator.learned(ARTIFACT, content_of(b"new"), replicator.replica.position.seq)
     assert follower.cache.load_state().deferred[ARTIFACT] == content_of(b"new")
 
 
-# --- a session that only sends requests ---
+# --- sessions that only send requests ---
 
 
 async def test_a_session_of_requests_applies_nothing(server: InMemoryServer) -> None:
@@ -614,7 +612,7 @@ async def test_several_parts_at_once_are_one_batch(directory: Path) -> None:
     assert follower.tree() == FILES and follower.replicator.received == len(frames)
 
 
-async def test_no_other_process_comes_between_the_steps_of_a_resync(directory: Path) -> None:
+async def test_no_other_process_writes_between_the_steps_of_a_resync(directory: Path) -> None:
     server = InMemoryServer(piece=2)
     server.write(delta({}, FILES), dict(FILES))
     follower = Follower(server, directory)
@@ -633,7 +631,9 @@ async def test_no_other_process_comes_between_the_steps_of_a_resync(directory: P
         pass
 
 
-async def test_a_resync_rescues_only_what_another_program_wrote(follower: Follower, server: InMemoryServer) -> None:
+async def test_a_resync_rescues_only_files_that_another_program_wrote(
+    follower: Follower, server: InMemoryServer
+) -> None:
     other = "tasks/task_01HZZZZZZZZZZZZZZZZZZZZZZX.json"
     follower.change(FILES | {other: b"{}\n"})
     await follower.settle()
@@ -680,7 +680,7 @@ async def test_a_content_that_another_process_fetched_is_no_longer_deferred(
     assert not await follower.replicator.arrived(ARTIFACT, content_of(data), None)
 
 
-async def test_each_step_goes_on_from_where_another_process_is(server: InMemoryServer, directory: Path) -> None:
+async def test_each_step_continues_at_the_position_of_another_process(server: InMemoryServer, directory: Path) -> None:
     follower, _ = await deferring(server, directory)
     replicator, replica = follower.replicator, follower.replicator.replica
     other = await Follower(server, directory).follow()
@@ -706,7 +706,7 @@ async def test_each_step_goes_on_from_where_another_process_is(server: InMemoryS
         assert follower.cache.load_state().current_at == 5e9 + number, "its state is known again"
 
 
-async def test_an_age_is_not_stored_over_what_another_process_stored_meanwhile(
+async def test_an_age_does_not_overwrite_the_state_of_another_process(
     follower: Follower, server: InMemoryServer
 ) -> None:
     other = await Follower(server, follower.directory).follow()
@@ -715,12 +715,12 @@ async def test_an_age_is_not_stored_over_what_another_process_stored_meanwhile(
         storing = asyncio.create_task(follower.replicator.store_age())
         await asyncio.sleep(0)
         other.cache.save_state(replace(other.replicator.state, current_at=7e9))
-    with contextlib.suppress(StorageError):  # on a machine so slow that it no longer waits for the lock
+    with contextlib.suppress(StorageError):  # a slow machine on which the wait for the lock timed out
         await storing
     assert follower.cache.load_state().current_at == 7e9
 
 
-async def test_without_a_session_nothing_is_brought(server: InMemoryServer, directory: Path) -> None:
+async def test_without_a_session_nothing_is_downloaded(server: InMemoryServer, directory: Path) -> None:
     follower, _ = await deferring(server, directory)
     await follower.replicator.disconnected()
     assert (await follower.replicator.bring(ARTIFACT)).to_send == []
@@ -740,7 +740,7 @@ async def test_progress_continues_after_a_restart(server: InMemoryServer, direct
     assert again.replicator.progress() == (0, len(FILES) - 1)
 
 
-# --- what must be durable ---
+# --- durability ---
 
 
 async def test_saves_and_withheld_texts_are_recorded_for_a_later_process(follower: Follower) -> None:
@@ -753,7 +753,7 @@ async def test_saves_and_withheld_texts_are_recorded_for_a_later_process(followe
     assert Follower(follower.server, follower.directory).replicator.edits.evidence.withheld() == {}
 
 
-async def test_work_on_files_ends_before_its_cancellation() -> None:
+async def test_work_on_files_completes_before_its_cancellation() -> None:
     entered, may_end, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def work() -> None:

@@ -1,4 +1,4 @@
-"""Rescued files: what is kept of files that are replaced, once, under their own names, within bounds."""
+"""Rescued files: replaced contents are stored once, under their own names, within bounds."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def entry(content: bytes) -> Content:
     return len(content), digest_of(content)
 
 
-def test_a_text_that_was_changed_while_no_agent_looked_is_rescued_once(cache: Cache) -> None:
+def test_a_text_changed_while_no_agent_ran_is_rescued_once(cache: Cache) -> None:
     policy = RescuePolicy(cache)
     cache.replace("context.md", b"# Ours\n")
     policy.remember("context.md")
@@ -42,7 +42,7 @@ def test_a_text_that_was_changed_while_no_agent_looked_is_rescued_once(cache: Ca
     assert kept(cache) == {"context.md": [b"# Mine\n"]}
 
 
-def test_a_file_that_the_server_has_or_that_is_blank_is_not_rescued(cache: Cache) -> None:
+def test_a_blank_file_or_one_that_the_server_has_is_not_rescued(cache: Cache) -> None:
     policy = RescuePolicy(cache)
     for path, content in (("context.md", b"# Ours\n"), ("todo.txt", b" \n"), ("draft.md~", b"a backup")):
         cache.replace(path, content)
@@ -63,16 +63,14 @@ def test_a_file_that_the_server_has_or_that_is_blank_is_not_rescued(cache: Cache
         (LOG, False),
     ],
 )
-def test_a_file_that_differs_from_the_servers_is_rescued_where_a_person_may_have_written_it(
-    cache: Cache, path: str, is_by_hand: bool
-) -> None:
+def test_a_differing_file_is_rescued_if_a_user_may_have_written_it(cache: Cache, path: str, is_by_hand: bool) -> None:
     policy = RescuePolicy(cache)
     cache.replace(path, b"ours")
     policy.keep(path, is_strange=False, after=b"theirs" if path != LOG else b"ours")
     assert kept(cache) == {} and may_be_by_hand(path) == is_by_hand
 
 
-def test_a_file_too_large_to_be_read_is_moved(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_too_large_to_read_is_moved(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rescued_files, "_MAX_READ_BYTES", 3)
     for path, content in (("large.bin", b"1234"), ("small.bin", b"123")):
         cache.replace(path, content)
@@ -88,8 +86,8 @@ def test_a_log_is_rescued_if_it_has_an_event_that_the_server_lacks(cache: Cache,
     assert kept(cache) == ({LOG: [b"1\nhis\n"]} if is_kept else {})
 
 
-def test_after_a_restore_everything_that_the_server_lacks_is_rescued(cache: Cache) -> None:
-    """Of what it has with another content: texts, and logs that continue the server's."""
+def test_after_a_restore_all_contents_missing_on_the_server_are_rescued(cache: Cache) -> None:
+    """Of files with another content: texts, and logs that continue the server's."""
     here = {
         "tasks/gone.json": b"{}\n",
         "artifacts/empty": b"",
@@ -114,7 +112,7 @@ def test_after_a_restore_everything_that_the_server_lacks_is_rescued(cache: Cach
     assert {each.reason for each in policy.rescued.entries()} == {rescued_files.LOST}
 
 
-def test_a_content_is_kept_once_and_never_replaces_another(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_content_is_stored_once_and_never_overwrites_another(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rescued_files, "_SAME_ENTRY_S", 3600.0)
     files = RescuedFiles(cache)
     assert files.add(PLAN, b"one", "why") and files.add("a.txt", b"a", "why")

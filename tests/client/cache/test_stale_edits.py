@@ -1,4 +1,4 @@
-"""Which text a saved file was made from: an editor that was open when a change came must not undo it."""
+"""Base of a saved file: an editor opened before a change must not undo the change."""
 
 import random
 from pathlib import Path
@@ -20,29 +20,31 @@ CHANGED = BEFORE.replace(b"- test the parser\n", b"- test the parser with real f
 @pytest.mark.parametrize(
     ("text", "after", "base"),
     [
-        # opened before the change came
+        # opened before the change
         (BEFORE.replace(b"# Plan", b"# The plan"), AFTER, BEFORE),
         (BEFORE + b"- measure how fast it is\n", AFTER, BEFORE),
         (BEFORE + b"- measure how fast it is\n", CHANGED, BEFORE),
         (BEFORE, AFTER, BEFORE),
-        # opened after it
+        # opened after the change
         (AFTER + b"- measure how fast it is\n", AFTER, AFTER),
         (AFTER.replace(b"# Plan", b"# The plan"), AFTER, AFTER),
         (AFTER.replace(b"- ask Ben", b"- [x] ask Ben"), AFTER, AFTER),
         (BEFORE + b"- ask Ben and Eve about Unicode\n", AFTER, AFTER),
         (CHANGED.replace(b"real files", b"very real files"), CHANGED, CHANGED),
-        # nothing to go by
+        # no evidence
         (b"# Something else\n\nwritten from scratch\n", AFTER, AFTER),
         (b"", AFTER, AFTER),
         (BEFORE, BEFORE + b"\n\n", BEFORE + b"\n\n"),
         (b"x\n" * 5, b"x\n" * 4, b"x\n" * 4),
     ],
 )
-def test_a_text_is_an_edit_of_the_newest_one_that_it_shows_something_of(text: bytes, after: bytes, base: bytes) -> None:
+def test_a_text_is_an_edit_of_the_newest_version_that_it_contains_lines_of(
+    text: bytes, after: bytes, base: bytes
+) -> None:
     assert base_of(text, after, [BEFORE]) == base
 
 
-def test_it_goes_back_as_far_as_the_editor_is_behind() -> None:
+def test_the_base_is_as_old_as_the_editors_text() -> None:
     newest = AFTER.replace(b"# Plan", b"# Our common plan")
     mine = BEFORE + b"- measure how fast it is\n"
     assert base_of(mine, newest, [AFTER, BEFORE]) == BEFORE
@@ -52,7 +54,7 @@ def test_it_goes_back_as_far_as_the_editor_is_behind() -> None:
 
 @pytest.mark.parametrize(("count", "is_compared"), [(40, True), (60, False)])
 def test_very_many_lines_are_not_compared_one_by_one(count: int, is_compared: bool) -> None:
-    """Their comparison takes too long, so the save counts as an edit of the newest text."""
+    """The comparison takes too long, so the save counts as an edit of the newest text."""
     after = BEFORE + b"".join(b"a%d %s\n" % (n, b"x" * n) for n in range(count))
     mine = BEFORE + b"".join(b"b%d %s\n" % (n, b"y" * n) for n in range(count))
     assert base_of(mine, after, [BEFORE]) == (BEFORE if is_compared else after)
@@ -82,8 +84,8 @@ def edit(rng: random.Random, text: bytes, *, times: int) -> bytes:
     return b"".join(lines)
 
 
-def test_how_often_the_guess_is_right() -> None:
-    """Of a thousand saves each way; what is guessed wrong is merged or a conflict, and never loses a line unsaid."""
+def test_guessed_bases_are_mostly_right() -> None:
+    """A thousand saves of each kind. A wrong guess leads to a merge or a conflict and loses no line silently."""
     rng = random.Random(1)
     right = {"behind": 0, "current": 0}
     undone = 0
