@@ -1,4 +1,4 @@
-"""Fixtures of tests with a client: a user of their own, a fake server, a cache that follows it."""
+"""Fixtures for tests with a client: a home directory, a fake server and a cache that follows it."""
 
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -15,7 +15,7 @@ __all__ = ["directory", "guarded", "home", "server", "service"]
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A home directory, and no variable of ours from outside."""
+    """Create a home directory and clear our environment variables."""
     for name in [name for name in os.environ if name.startswith("LATTICE")]:
         monkeypatch.delenv(name)
     place = tmp_path / "home"
@@ -47,7 +47,7 @@ async def service(directory: Path) -> AsyncIterator[Service]:
 
 @pytest.fixture
 def guarded(tmp_path: Path) -> Path:
-    """A directory that the guard protects."""
+    """Create a directory that the guard protects."""
     directory = tmp_path / ".lattice"
     (directory / "locks").mkdir(parents=True)
     (directory / "config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""Small steps that the client's tests share."""
+"""Helpers for the client's tests."""
 
 import asyncio
 import os
@@ -19,7 +19,7 @@ MINE = f".remote/conflicts/{PLAN}"
 
 
 def make_clone(root: Path, url: str, project: str = "web") -> Path:
-    """Make a directory as ``git clone`` leaves it: with a ``remote.json`` and nothing else."""
+    """Make a directory with only a ``remote.json``, as after ``git clone``."""
     directory = root / ".lattice"
     directory.mkdir(parents=True)
     write_remote(str(directory), Remote("origin", url, project))
@@ -27,7 +27,7 @@ def make_clone(root: Path, url: str, project: str = "web") -> Path:
 
 
 def make_cache(root: Path, url: str, project: str = "web") -> Path:
-    """Make a clone whose server the user has named on this machine."""
+    """Make a clone whose server the user trusts on this machine."""
     trusted_servers.record(trusted_servers.name(url))
     return make_clone(root, url, project)
 
@@ -38,7 +38,7 @@ async def ask(service: Service, do: str, token: str | None = TOKEN, **fields: ob
 
 
 async def ready(service: Service) -> None:
-    """Wait until the cache is current: a slow machine needs longer than a command waits."""
+    """Wait until the cache is current. The bound is longer than a command's, for slow machines."""
     async with asyncio.timeout(60):
         while not (await ask(service, "ready"))["current"]:  # noqa: ASYNC110 - each look starts the work
             await asyncio.sleep(0.01)
@@ -49,7 +49,7 @@ async def run(service: Service, *argv: str, token: str | None = TOKEN, **fields:
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    """Wait for a condition, with a bound."""
+    """Wait for a condition, at most ``timeout_s``."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true"

@@ -1,4 +1,4 @@
-"""What the client's tests start from."""
+"""Fixtures for the client's tests."""
 
 from client_fixtures import directory, guarded, home, server, service
 

@@ -1,6 +1,6 @@
-"""A server for the client's tests: one project as a dictionary, real WebSockets, and any misbehaviour asked for.
+"""A server for the client's tests: one project as a dictionary, real WebSockets and scripted misbehaviour.
 
-Commands it knows: ``put PATH TEXT``, ``append PATH TEXT``, ``delete PATH``, ``move PATH TO``, ``slow``, and
+Its commands are ``put PATH TEXT``, ``append PATH TEXT``, ``delete PATH``, ``move PATH TO``, ``slow``, and
 anything else, which changes nothing. Each answers with its own argv as stdout.
 """
 
@@ -105,7 +105,7 @@ class FakeServer:
         """Every request for an upgrade, whatever came of it."""
         self._server: Server | None = None
 
-    # --- life ---
+    # --- start and stop ---
 
     @property
     def url(self) -> str:
@@ -168,7 +168,7 @@ class FakeServer:
         return self.changes[-1].mark if self.changes else b""
 
     def change(self, *operations: Operation, cause: str = "edit") -> Change:
-        """Number a change, carry it out, and send it to everybody."""
+        """Number and apply a change, and send it to all connections."""
         made = self.numbered(*operations, cause=cause)
         for operation in operations:
             self._carry_out(operation)
@@ -243,7 +243,7 @@ class FakeServer:
             case Run() | Put() | Call():
                 if frame.id not in self.replies:
                     self.replies[frame.id] = await self._answered(frame)
-                    await asyncio.sleep(0)  # the change goes out first
+                    await asyncio.sleep(0)  # the change is sent first
                 if self.cut_before_reply:
                     self.cut_before_reply -= 1
                     connection.transport.abort()
@@ -285,7 +285,7 @@ class FakeServer:
             ),
         )
         sent = hello.seq
-        while hello.follow and not resync and sent < self.seq:  # also what is numbered while these are sent
+        while hello.follow and not resync and sent < self.seq:  # also changes that are numbered during the replay
             await _send(connection, self.changes[sent])
             sent += 1
         self.connections[connection] = hello.follow
@@ -344,7 +344,7 @@ class FakeServer:
         return Reply(run.id, self.seq, 7 if run.argv[0] == "fail" else 0, " ".join(run.argv).encode(), b"")
 
     def _call(self, call: Call) -> ServerFrame:
-        """Put the payload where the name says."""
+        """Store the payload under the path in its name."""
         if call.name.startswith("fail"):
             return Returned(call.id, self.seq, 404, call.payload)
         self.change(PutFile(call.name, call.payload), cause=call.id)

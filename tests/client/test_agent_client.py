@@ -1,4 +1,4 @@
-"""A command and its agent: how long it waits for an answer, and how it says the age of the data."""
+"""Requests of a command to its agent: timeouts, retries, and the age of the data."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ def test_ages_are_in_the_largest_unit() -> None:
 
 
 class FakeAgent:
-    """An agent that answers each connection's request with the next of ``script``: lines, or None to say nothing.
+    """An agent that answers each connection's request with the next lines of ``script``; None sends nothing.
 
     An empty text closes the connection.
     """
@@ -72,7 +72,7 @@ def agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAgent]:
 
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The requests that the command runs itself."""
+    """Record the requests that the command runs itself."""
     ran: list[dict[str, Any]] = []
 
     def run_inline(request: dict[str, Any], _progress: object = None) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 OK = '{"ok": true}\n'
 
 
-def test_a_request_names_the_agent_that_it_is_meant_for(agent: FakeAgent, inline: list[dict[str, Any]]) -> None:
+def test_a_request_names_its_agent(agent: FakeAgent, inline: list[dict[str, Any]]) -> None:
     agent.script = [OK]
     assert send_request({"do": "x"}) == {"ok": True}
     assert agent.requests == [{"do": "x", "agent": agent_runtime.locate().name}] and not inline
@@ -100,7 +100,7 @@ def test_progress_comes_before_the_answer(agent: FakeAgent) -> None:
 
 
 @pytest.mark.parametrize("end", ["", "no json\n", '{"progress": null}\n'])
-def test_a_request_is_sent_again_with_the_time_of_its_first_attempt_if_the_agent_ends(
+def test_a_request_resent_to_a_new_agent_has_the_time_of_its_first_attempt(
     agent: FakeAgent, inline: list[dict[str, Any]], end: str
 ) -> None:
     agent.script = [end, end, OK]
@@ -112,7 +112,7 @@ def test_a_request_is_sent_again_with_the_time_of_its_first_attempt_if_the_agent
     assert before <= later[0]["first_sent_at"] <= agent_runtime.boot_time() and not inline
 
 
-def test_an_agent_that_ends_at_every_request_is_not_asked_for_ever(agent: FakeAgent) -> None:
+def test_attempts_with_an_agent_that_ends_at_every_request_are_bounded(agent: FakeAgent) -> None:
     agent.script = [""] * 9
     with pytest.raises(ConnectionFailed, match="ends at every request"):
         send_request({"do": "run"})
@@ -136,7 +136,7 @@ def test_a_command_runs_without_an_unresponsive_agent_and_reports_that_once(
     assert [each["id"] for each in inline] == ["1", "1"] and all("first_sent_at" in each for each in inline)
 
 
-def test_an_agent_that_is_asked_to_stop_and_does_not_answer_is_named_by_its_socket_without_a_pid(
+def test_an_agent_that_does_not_stop_is_reported_by_its_socket_without_a_pid(
     agent: FakeAgent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(agent_client, "FIRST_WORD_TIMEOUT_S", 0.01)
@@ -164,7 +164,7 @@ def test_the_agent_can_be_switched_off(
     assert not agent.requests and len(inline) == 1
 
 
-def test_a_directory_that_others_can_write_has_no_agent(agent: FakeAgent) -> None:
+def test_a_directory_writable_by_others_has_no_agent(agent: FakeAgent) -> None:
     place = agent_runtime.locate()
     os.chmod(place.directory, 0o777)  # noqa: S103 - the fault
     assert agent_client.send_if_running({"do": "agent-status"}) is None and not agent.requests
@@ -174,7 +174,7 @@ def test_a_directory_that_others_can_write_has_no_agent(agent: FakeAgent) -> Non
 
 
 @pytest.mark.parametrize("token", ["", " ", "ltr_x"])
-def test_an_error_says_which_token_was_refused(agent: FakeAgent, monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+def test_an_error_names_the_refused_token(agent: FakeAgent, monkeypatch: pytest.MonkeyPatch, token: str) -> None:
     monkeypatch.setenv("LATTICE_TOKEN", token)
     agent.script = [
         f'{{"ok": false, "code": "REMOTE_{code}", "message": "m"}}\n' for code in ("UNAUTHORIZED", "CONFLICT")
@@ -219,7 +219,7 @@ def test_a_request_has_the_callers_token_and_cache(guarded: Path, monkeypatch: p
     assert (asked["do"], asked["token"], asked["named"], asked["argv"]) == ("run", "ltr_x", None, ["list"])
 
 
-# --- a current cache ---
+# --- freshness of the cache ---
 
 
 READY: dict[str, Any] = {"ok": True, "notices": ["n"], "current": True}
@@ -250,7 +250,7 @@ def test_the_age_of_stale_data_is_shown(agent: FakeAgent, cache: str) -> None:
 
 
 @pytest.mark.parametrize(("filled", "is_required"), [(False, False), (True, True)])
-def test_data_that_must_be_current_or_never_came_is_an_error(
+def test_data_that_must_be_current_or_was_never_received_is_an_error(
     agent: FakeAgent, cache: str, filled: bool, is_required: bool
 ) -> None:
     agent.script = [json.dumps({**STALE, "filled": filled}) + "\n"]
@@ -268,7 +268,7 @@ def test_a_cache_without_its_remote_is_read_and_not_required(cache: str, agent: 
     assert error.value.code == "REMOTE_GUARD" and not agent.requests
 
 
-def test_a_file_that_the_agent_can_not_read_is_sent_by_the_command_itself_once(
+def test_a_file_that_the_agent_cannot_read_is_sent_once_by_the_command(
     agent: FakeAgent, inline: list[dict[str, Any]], cache: str
 ) -> None:
     agent.script = ['{"ok": true, "unreadable": true}\n']
@@ -280,7 +280,7 @@ def test_a_file_that_the_agent_can_not_read_is_sent_by_the_command_itself_once(
 # --- operations of a program ---
 
 
-def test_a_file_that_the_agent_can_not_read_is_sent_by_the_program_under_the_same_id(
+def test_a_file_that_the_agent_cannot_read_is_sent_by_the_program_with_the_same_id(
     agent: FakeAgent, inline: list[dict[str, Any]], cache: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     agent.script = [
@@ -298,7 +298,7 @@ def test_a_file_that_the_agent_can_not_read_is_sent_by_the_program_under_the_sam
     assert {name: second[name] for name in wanted} == wanted
 
 
-def test_an_agent_that_has_begun_to_answer_is_waited_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_timeout_is_longer_once_the_agent_has_started_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent_client, "FIRST_WORD_TIMEOUT_S", 0.2)
     ours, theirs = socket.socketpair()
 

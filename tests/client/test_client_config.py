@@ -1,4 +1,4 @@
-"""remote.json, the grammar of URLs, tokens, and where the agent's socket is."""
+"""remote.json, the grammar of URLs, tokens, and the agent's runtime directory."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def test_urls_have_one_form(text: str, project: str | None, expected: tuple[str,
         ("http://host", "a" * 64),
     ],
 )
-def test_anything_else_is_no_url(text: str, project: str | None) -> None:
+def test_malformed_urls_are_refused(text: str, project: str | None) -> None:
     with pytest.raises(Misuse):
         parse_url(text, project)
 
@@ -75,13 +75,13 @@ def test_a_remote_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": 1, "url": "http://h", "project": "p"}', "\0", '{"url": 7}'])
-def test_a_malformed_remote_is_named(tmp_path: Path, text: str) -> None:
+def test_a_malformed_remote_is_reported(tmp_path: Path, text: str) -> None:
     (tmp_path / "remote.json").write_text(text)
     with pytest.raises(StorageError, match=r"remote\.json is not valid"):
         read_remote(str(tmp_path))
 
 
-def test_a_malformed_remote_of_a_cache_says_how_to_restore_it(tmp_path: Path) -> None:
+def test_the_error_for_a_malformed_remote_suggests_its_repair(tmp_path: Path) -> None:
     (tmp_path / "remote.json").write_text("<<<<<<< HEAD\n")
     (tmp_path / "cache_state.json").write_text('{"url": "http://h:1", "project": "board"}')
     with pytest.raises(
@@ -90,7 +90,7 @@ def test_a_malformed_remote_of_a_cache_says_how_to_restore_it(tmp_path: Path) ->
         read_remote(str(tmp_path))
 
 
-def test_no_remote_says_how_to_add_one(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_remote_suggests_adding_one(tmp_path: Path) -> None:
     with pytest.raises(Misuse, match="lattice remote add origin"):
         read_remote(str(tmp_path))
     with pytest.raises(Misuse):
@@ -100,7 +100,7 @@ def test_no_remote_says_how_to_add_one(tmp_path: Path) -> None:
 # --- tokens ---
 
 
-def test_tokens_are_for_this_user_alone(home: Path) -> None:
+def test_tokens_are_readable_by_this_user_only(home: Path) -> None:
     credentials.store("http://h", "web", "one")
     credentials.store("http://h", "*", "any")
     path = Path(credentials.tokens_path())
@@ -112,7 +112,7 @@ def test_tokens_are_for_this_user_alone(home: Path) -> None:
     assert credentials.stored("http://elsewhere", "web") is None
 
 
-def test_forgetting_a_project_forgets_what_serves_it(home: Path) -> None:
+def test_tokens_are_forgotten_per_project_and_per_server(home: Path) -> None:
     credentials.store("http://h", "web", "one")
     credentials.store("http://h", "app", "two")
     assert credentials.forget("http://h", "web") == 1
@@ -132,7 +132,7 @@ def test_a_file_of_tokens_written_by_hand_is_read_and_kept(home: Path, text: str
 
 
 @pytest.mark.parametrize("token", ["", "two words", "new\nline", "ümlaut", "x" * 513])
-def test_what_cannot_travel_is_no_token(token: str) -> None:
+def test_a_token_that_cannot_be_sent_is_refused(token: str) -> None:
     with pytest.raises(Misuse) as error:
         credentials.store("http://h", "web", token)
     assert not token or token not in error.value.message
@@ -157,7 +157,7 @@ def tokens_file(text: str = '{"tokens": {"http://h": {"web": "ltr_x"}}}') -> Pat
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o602, 0o604])
-def test_tokens_that_others_can_reach_are_refused(home: Path, mode: int) -> None:
+def test_tokens_accessible_to_others_are_refused(home: Path, mode: int) -> None:
     tokens_file().chmod(mode)
     with pytest.raises(StorageError, match="chmod 600"):
         credentials.stored("http://h", "web")
@@ -182,7 +182,7 @@ def test_a_link_or_a_pipe_that_replaces_the_tokens_is_refused(home: Path) -> Non
         credentials.stored("http://h", "web")
 
 
-def test_writers_of_tokens_do_not_undo_each_other(home: Path) -> None:
+def test_concurrent_writers_of_tokens_lose_no_update(home: Path) -> None:
     program = (
         "import sys; from lattice_remote.client import credentials\n"
         "for n in range(10): credentials.store('http://h', f's{sys.argv[1]}-{n}', 'x')"
@@ -193,16 +193,16 @@ def test_writers_of_tokens_do_not_undo_each_other(home: Path) -> None:
     assert sorted(kept) == sorted(f"s{writer}-{n}" for writer in range(4) for n in range(10))
 
 
-def test_the_environment_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_has_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
     assert credentials.from_environment() is None
     monkeypatch.setenv("LATTICE_TOKEN", " ltr_x\n")
     assert credentials.from_environment() == "ltr_x"
 
 
-# --- the agent's place ---
+# --- the agent's runtime directory ---
 
 
-def test_the_place_is_for_this_user_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_runtime_directory_is_accessible_to_this_user_only(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent_runtime, "_MAX_SOCKET_PATH_BYTES", 1000)
     place = agent_runtime.locate()
     assert place.directory == str(home / "run")
@@ -212,7 +212,7 @@ def test_the_place_is_for_this_user_alone(home: Path, monkeypatch: pytest.Monkey
     assert stat.S_IMODE(os.stat(place.directory).st_mode) == 0o700
 
 
-def test_a_place_that_is_a_link_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runtime_directory_that_is_a_link_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent_runtime, "_MAX_SOCKET_PATH_BYTES", 1000)
     (home / "elsewhere").mkdir()
     (home / "run").symlink_to(home / "elsewhere")
@@ -220,7 +220,7 @@ def test_a_place_that_is_a_link_is_refused(home: Path, monkeypatch: pytest.Monke
         agent_runtime.prepare(agent_runtime.locate())
 
 
-def test_a_long_path_is_replaced_by_a_short_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_socket_path_is_replaced_by_a_short_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LATTICE_REMOTE_RUNTIME_DIR", "/" + "x" * 150)
     place = agent_runtime.locate()
     assert len(place.socket) < 108 and place.socket == agent_runtime.locate().socket

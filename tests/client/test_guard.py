@@ -1,4 +1,4 @@
-"""The guard: a command that runs here changes nothing in the cache."""
+"""The write guard: local commands cannot change the cache."""
 
 import os
 import shutil
@@ -70,13 +70,13 @@ def test_reading_is_allowed(guarded: Path, action: str) -> None:
     assert refused(guarded, action).refused is None
 
 
-def test_a_link_into_the_cache_is_seen_through(guarded: Path) -> None:
+def test_a_write_through_a_link_into_the_cache_is_refused(guarded: Path) -> None:
     (guarded.parent / "link").symlink_to(guarded)
     with pytest.raises(WriteRefused):
         refused(guarded, "open(d + '/../link/config.json', 'w')")
 
 
-def test_a_refusal_that_was_swallowed_is_remembered(guarded: Path) -> None:
+def test_a_suppressed_refusal_is_remembered(guarded: Path) -> None:
     guard = refused(guarded, "for name in 'xy':\n try:\n  open(f'{d}/{name}', 'w')\n except OSError:\n  pass")
     assert isinstance(guard.refused, WriteRefused) and f"{guarded}/x" in guard.refused.message, "the first one"
 

@@ -1,4 +1,4 @@
-"""Where a command runs, and what travels with it."""
+"""Routing of commands to the server, and the files sent with them."""
 
 import base64
 import io
@@ -43,7 +43,7 @@ def test_every_command_that_writes_is_routed() -> None:
 
 
 def context(args: list[str]) -> tuple[click.Command, tuple[str, ...], click.Context]:
-    """Parse a command line as Click does; return the innermost command, its path and its context."""
+    """Parse a command line as Click does. Return the innermost command, its path and its context."""
     command: click.Command = cli
     path: tuple[str, ...] = ()
     while isinstance(command, click.Group):
@@ -64,19 +64,19 @@ def context(args: list[str]) -> tuple[click.Command, tuple[str, ...], click.Cont
         (["resource", "acquire", "x"], False),
     ],
 )
-def test_what_only_reads_stays_here(args: list[str], is_read: bool) -> None:
+def test_commands_that_only_read_run_locally(args: list[str], is_read: bool) -> None:
     _, path, ctx = context(args)
     assert routing._is_read(path, ctx) is is_read
 
 
 @pytest.mark.parametrize(("flags", "waits"), [([], False), (["--wait"], True), (["--timeout", "3"], False)])
-def test_a_command_that_waits_is_known(flags: list[str], waits: bool) -> None:
+def test_commands_that_may_wait_are_known(flags: list[str], waits: bool) -> None:
     _, path, ctx = context(["resource", "acquire", "gpu", *flags])
     assert routing._waits(path, ctx) is waits
 
 
 @pytest.mark.parametrize(("words", "has_page"), [(["dashboard"], True), (["list"], False)])
-def test_the_page_of_a_cache_saves_on_the_server_and_is_refused_where_it_could_not(
+def test_the_page_of_a_cache_saves_on_the_server_or_is_refused(
     guarded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], has_page: bool
 ) -> None:
     served: list[str] = []
@@ -126,7 +126,7 @@ def test_the_right_argument_is_the_file(here: Path, args: list[str], index: int)
     assert files == [{"index": index, "name": "x", "data": "ZmlsZSB4"}]
 
 
-def test_an_option_with_its_value_is_taken_apart(here: Path) -> None:
+def test_an_option_joined_with_its_value_is_split(here: Path) -> None:
     argv, files = attached(["comment", "LAT-1", "--file=x", "--role", "--file=x"])
     assert argv == ["comment", "LAT-1", "--file", "x", "--role", "--file=x"]
     assert files[0]["index"] == 3
@@ -145,11 +145,11 @@ def test_a_missing_file_is_sent_as_none(here: Path, source: str) -> None:
 
 
 @pytest.mark.parametrize("args", [["attach", "LAT-1", "https://h/x"], ["attach", "LAT-1", "--inline", "x"], ["list"]])
-def test_a_url_or_text_brings_no_file(args: list[str]) -> None:
+def test_a_url_or_text_is_sent_without_a_file(args: list[str]) -> None:
     assert attached(args) == (args, [])
 
 
-def test_a_pipe_is_read_here(here: Path) -> None:
+def test_a_pipe_is_read_locally(here: Path) -> None:
     read, write = os.pipe()
     os.write(write, b"piped")
     os.close(write)
@@ -158,7 +158,7 @@ def test_a_pipe_is_read_here(here: Path) -> None:
     assert files[0]["data"] == "cGlwZWQ="
 
 
-def test_a_large_file_is_named_and_not_read(here: Path) -> None:
+def test_a_large_file_is_referenced_and_not_read(here: Path) -> None:
     large = here / "large.bin"
     large.write_bytes(bytes(INLINE_BYTES + 1))
     (here / "link").symlink_to(large)
@@ -170,7 +170,7 @@ def test_a_large_file_is_named_and_not_read(here: Path) -> None:
     assert attached(["attach", "LAT-1", "large.bin"])[1][0]["data"]
 
 
-def test_a_redirected_file_is_found_where_it_lies(here: Path) -> None:
+def test_a_redirected_file_is_referenced_by_its_path(here: Path) -> None:
     large = here / "large.bin"
     large.write_bytes(bytes(INLINE_BYTES + 1))
     with large.open("rb") as file:
@@ -179,7 +179,7 @@ def test_a_redirected_file_is_found_where_it_lies(here: Path) -> None:
 
 
 @pytest.mark.parametrize("is_removed", [False, True], ids=["a pipe", "a removed file"])
-def test_what_can_not_be_opened_again_is_kept_meanwhile(here: Path, is_removed: bool) -> None:
+def test_a_file_that_cannot_be_reopened_is_copied_temporarily(here: Path, is_removed: bool) -> None:
     content = os.urandom(INLINE_BYTES * 3)
     if is_removed:
         (here / "gone").write_bytes(content)
@@ -207,7 +207,7 @@ def _write(descriptor: int, content: bytes) -> None:
         pipe.write(content)
 
 
-def test_a_pipe_without_end_is_refused_and_leaves_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_pipe_is_refused_and_leaves_no_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attachments, "MAX_SPOOLED_BYTES", 3 * INLINE_BYTES)
     monkeypatch.setenv("TMPDIR", str(here))
     monkeypatch.setattr(tempfile, "tempdir", None)
@@ -217,11 +217,11 @@ def test_a_pipe_without_end_is_refused_and_leaves_nothing(here: Path, monkeypatc
     assert not list(here.glob("lattice-*"))
 
 
-# --- commands in a cache, with an agent that only records ---
+# --- commands in a cache, with an agent that records requests ---
 
 
 class Cache:
-    """A cache whose agent keeps the requests, and answers with ``answer``."""
+    """A cache whose agent records the requests and replies with ``answer``."""
 
     def __init__(self, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.directory = directory
@@ -233,7 +233,7 @@ class Cache:
         self._capsys = capsys
 
     def run(self, *words: str, group: click.Group | None = None) -> tuple[int, str, str]:
-        """Run lattice in the cache's directory, or a group with it; return exit code, stdout and stderr."""
+        """Run lattice or another group in the cache's directory. Return exit code, stdout and stderr."""
         program = cli if group is None else routing.hooked(group, (), str(self.directory), list(words))
         with pytest.raises(SystemExit) as ended:
             program.main(list(words))
@@ -275,7 +275,7 @@ def encoded(text: str) -> str:
     return base64.b64encode(text.encode()).decode()
 
 
-def test_a_write_runs_on_the_server_and_ends_as_it_ended_there(cache: Cache) -> None:
+def test_a_write_runs_on_the_server_and_returns_its_result(cache: Cache) -> None:
     cache.answer = {"stdout": encoded("x\n"), "stderr": encoded("y"), "notices": ["a\nb"], "exit_code": 3}
     assert cache.run("create", "One", "--actor", "human:ana") == (3, "x\n", "ylattice-remote: a b\n")
     [request] = cache.requests
@@ -284,13 +284,13 @@ def test_a_write_runs_on_the_server_and_ends_as_it_ended_there(cache: Cache) -> 
     assert not cache.is_required
 
 
-def test_a_command_that_may_wait_long_gets_a_connection_of_its_own(cache: Cache) -> None:
+def test_a_command_that_may_wait_long_has_its_own_connection(cache: Cache) -> None:
     cache.run("resource", "acquire", "gpu", "--wait", "--actor", "human:ana")
     assert cache.requests[0]["own_connection"]
 
 
 @pytest.mark.parametrize("is_json", [False, True])
-def test_an_error_of_the_remote_is_shown_as_lattice_shows_its_own(cache: Cache, is_json: bool) -> None:
+def test_an_error_of_the_remote_is_formatted_like_lattices_own(cache: Cache, is_json: bool) -> None:
     cache.error = ConnectionFailed("no way")
     code, out, err = cache.run("comment", "LAT-1", "x", "--actor", "human:ana", *(["--json"] if is_json else []))
     if is_json:
@@ -299,7 +299,7 @@ def test_an_error_of_the_remote_is_shown_as_lattice_shows_its_own(cache: Cache, 
         assert (code, out, err) == (1, "", "Error: no way\n")
 
 
-def test_a_read_runs_here_once_the_cache_is_current_or_says_that_it_is_not(cache: Cache) -> None:
+def test_a_read_runs_locally_once_the_cache_is_current_or_reports_that_it_is_not(cache: Cache) -> None:
     assert cache.run("list") == (0, "", "as of now\n")
     assert cache.run("list", "--require-current")[0] == 0
     assert cache.is_required == [False, True] and not cache.requests
@@ -310,7 +310,7 @@ def test_only_reads_can_require_a_current_cache(cache: Cache) -> None:
     assert cache.run("resource", "list", "--require-current")[0] == 0
 
 
-def test_a_read_that_swallows_the_refusal_of_its_write_fails_all_the_same(cache: Cache) -> None:
+def test_a_read_that_suppresses_the_refusal_of_its_write_still_fails(cache: Cache) -> None:
     @click.command("list")
     def writes() -> None:
         try:
@@ -324,7 +324,7 @@ def test_a_read_that_swallows_the_refusal_of_its_write_fails_all_the_same(cache:
     assert not (cache.directory / "tasks" / "x.json").exists()
 
 
-# --- a plugin's command ---
+# --- plugin commands ---
 
 
 def plugin(cache: Cache, *, writes: bool) -> click.Group:
@@ -339,7 +339,7 @@ def plugin(cache: Cache, *, writes: bool) -> click.Group:
     return click.Group(commands=[click.Group("deploy", commands=[note])])
 
 
-def test_a_plugin_reads_here_even_if_the_server_is_unreachable(cache: Cache) -> None:
+def test_a_plugin_reads_locally_even_if_the_server_is_unreachable(cache: Cache) -> None:
     assert cache.run("deploy", "note", group=plugin(cache, writes=False)) == (0, "noted here\n", "as of now\n")
     cache.error = ConnectionFailed("no way")
     code, out, err = cache.run("deploy", "note", group=plugin(cache, writes=False))
@@ -347,19 +347,19 @@ def test_a_plugin_reads_here_even_if_the_server_is_unreachable(cache: Cache) -> 
     assert not cache.requests
 
 
-def test_a_plugin_that_writes_is_refused_and_named(cache: Cache) -> None:
+def test_a_plugin_that_writes_is_refused_and_reported(cache: Cache) -> None:
     code, out, err = cache.run("deploy", "note", group=plugin(cache, writes=True))
     assert code == 1 and out == "" and "lattice remote route deploy note" in err
     assert not (cache.directory / "tasks" / "x.json").exists()
 
 
-def test_a_plugin_that_the_user_has_routed_runs_on_the_server(cache: Cache) -> None:
+def test_a_plugin_routed_by_the_user_runs_on_the_server(cache: Cache) -> None:
     (cache.directory / "remote.json").write_text(json.dumps({**REMOTE, "commands": ["deploy note"]}))
     assert cache.run("deploy", "note", group=plugin(cache, writes=True)) == (0, "", "")
     assert [request["argv"] for request in cache.requests] == [["deploy", "note"]]
 
 
-# --- a project that waits to be pushed ---
+# --- projects that wait to be pushed ---
 
 
 def unpushed(cache: Cache) -> None:
@@ -395,7 +395,7 @@ def test_a_project_that_waits_to_be_pushed_can_be_read_and_not_written(cache: Ca
         (["deploy", "note"], False),
     ],
 )
-def test_a_command_that_needs_its_callers_process_does_nothing_in_the_warm_one(
+def test_a_command_that_needs_its_callers_process_has_no_effect_in_the_warm_one(
     cache: Cache, monkeypatch: pytest.MonkeyPatch, words: list[str], may: bool
 ) -> None:
     monkeypatch.setattr(routing, "in_warm_process", True)
@@ -474,11 +474,11 @@ def test_init_in_a_cache_warns_and_is_lattices_own(cache: Cache, place: str, say
     assert not cache.requests
 
 
-# --- what lattice pays for us ---
+# --- import cost ---
 
 
 def loaded_by(code: str, cwd: Path, **environment: str) -> set[str]:
-    """Return which of our modules, and of the heavy ones, a lattice command has imported in the end."""
+    """Return our modules and the heavy modules that a lattice command imports."""
     script = f"""
 import sys
 from lattice.cli.main import cli
@@ -494,11 +494,11 @@ print("LOADED", *[n for n in sys.modules if n.startswith("lattice_remote.") or n
     return set(done.stdout.rpartition("LOADED")[2].split())
 
 
-def test_a_project_without_a_remote_pays_for_the_plugin_alone(guarded: Path) -> None:
+def test_a_project_without_a_remote_imports_only_the_plugin(guarded: Path) -> None:
     assert loaded_by("cli(['list'])", guarded.parent) == {"lattice_remote.client", "lattice_remote.client.plugin"}
 
 
-def test_the_server_is_left_alone(guarded: Path) -> None:
+def test_inside_the_server_only_the_plugin_is_imported(guarded: Path) -> None:
     (guarded / "remote.json").write_text("{}")
     loaded = loaded_by("cli(['list'])", guarded.parent, LATTICE_REMOTE_SERVER="1")
     assert loaded == {"lattice_remote.client", "lattice_remote.client.plugin"}
@@ -509,7 +509,7 @@ def test_a_usage_error_needs_no_server(guarded: Path) -> None:
     assert not loaded_by("cli(['comment', '--nope'])", guarded.parent) & {"asyncio", "websockets", "msgspec", "typer"}
 
 
-def test_next_in_a_session_that_the_group_names_writes() -> None:
+def test_next_with_a_session_given_to_the_group_is_a_write() -> None:
     _, path, ctx = context(["next"])
     assert routing._is_read(path, ctx)
     ctx.obj = {"_session_name": "Argus-1"}

@@ -1,4 +1,4 @@
-"""Where a token may go: only to a server that this user has named on this machine, and not in plain sight."""
+"""Trusted servers: tokens are sent only to servers that the user named on this machine, and encrypted."""
 
 import json
 import stat
@@ -19,7 +19,7 @@ def test_a_server_that_the_user_did_not_name_gets_no_token() -> None:
     assert error.value.code == "REMOTE_UNTRUSTED"
 
 
-def test_a_server_is_named_by_a_record_a_token_or_the_environment() -> None:
+def test_a_server_is_trusted_through_a_record_a_token_or_the_environment() -> None:
     assert trusted_servers.admit(HTTPS, trusted_servers.from_environment(" https://Board.example/web ")) == Server(
         HTTPS
     )
@@ -36,11 +36,11 @@ def test_a_server_is_named_by_a_record_a_token_or_the_environment() -> None:
 
 
 @pytest.mark.parametrize("named", ["", "   ", None])
-def test_an_empty_variable_names_no_actor(named: str | None) -> None:
+def test_an_empty_variable_sets_no_actor(named: str | None) -> None:
     assert trusted_servers.from_environment(named) is None
 
 
-def test_a_variable_that_is_no_url_is_named() -> None:
+def test_a_variable_that_is_no_url_is_reported() -> None:
     with pytest.raises(Misuse, match="LATTICE_REMOTE_URL: not a server's URL"):
         trusted_servers.from_environment("board.example")
 
@@ -64,7 +64,7 @@ def test_a_variable_that_is_no_url_is_named() -> None:
         ("http://board.example/127.0.0.1/", False),
     ],
 )
-def test_plain_http_is_for_this_machine_unless_the_user_says_otherwise(url: str, loopback: bool) -> None:
+def test_plain_http_is_limited_to_this_machine_unless_the_user_allows_it(url: str, loopback: bool) -> None:
     trusted_servers.record(Server(url))
     assert trusted_servers.is_loopback(url) is loopback
     if loopback:
@@ -77,7 +77,7 @@ def test_plain_http_is_for_this_machine_unless_the_user_says_otherwise(url: str,
     assert trusted_servers.admit(url).insecure
 
 
-def test_unmentioned_settings_stay(tmp_path: Path) -> None:
+def test_omitted_settings_are_kept(tmp_path: Path) -> None:
     authority = tmp_path / "ca.pem"
     authority.write_text("x")
     trusted_servers.record(trusted_servers.name(HTTPS, ca_file=str(authority)))
@@ -86,7 +86,7 @@ def test_unmentioned_settings_stay(tmp_path: Path) -> None:
     assert stat.S_IMODE(Path(trusted_servers.servers_path()).stat().st_mode) == 0o600
 
 
-def test_authorities_must_make_sense(tmp_path: Path) -> None:
+def test_authorities_must_be_valid(tmp_path: Path) -> None:
     with pytest.raises(Misuse, match="there is no file"):
         trusted_servers.name(HTTPS, ca_file=str(tmp_path / "nothing.pem"))
     with pytest.raises(Misuse, match="requires https"):

@@ -1,4 +1,4 @@
-"""``lattice remote ...`` and routed commands as they are typed, against the fake server."""
+"""``lattice remote ...`` and routed commands, against the fake server."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ LATTICE = [sys.executable, "-c", "import sys; from lattice.cli.main import cli; 
 
 @pytest.fixture(autouse=True)
 def no_agent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the agent: these are about the commands."""
+    """Switch the agent off."""
     monkeypatch.setenv("LATTICE_REMOTE_AGENT", "off")
 
 
@@ -34,7 +34,7 @@ def root(tmp_path: Path) -> Path:
 
 
 class Done:
-    """A finished command."""
+    """Result of a finished command."""
 
     def __init__(self, code: int, out: bytes, err: bytes) -> None:
         self.code, self.out, self.err = code, out.decode(), err.decode()
@@ -45,7 +45,7 @@ class Done:
 
 
 async def lattice(cwd: Path, *args: str, stdin: str = "", **environment: str) -> Done:
-    """Run a command in a thread of this process: many of these would take long as processes."""
+    """Run a command in a thread of this process, which is faster than a process."""
     return await asyncio.to_thread(_invoke, cwd, args, stdin, environment)
 
 
@@ -105,13 +105,13 @@ def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
 
-async def test_adding_takes_over_a_project_in_which_nothing_was_done(server: FakeServer, root: Path) -> None:
+async def test_adding_takes_over_an_empty_project(server: FakeServer, root: Path) -> None:
     await initialise(root)
     assert (await add(server, root)).code == 0
     assert tree(root / ".lattice") == server.files and names(root) == [".lattice"]
 
 
-async def test_a_project_with_tasks_of_its_own_is_not_touched(server: FakeServer, root: Path) -> None:
+async def test_a_project_with_tasks_is_not_changed(server: FakeServer, root: Path) -> None:
     await initialise(root)
     await lattice(root, "create", "Mine", "--actor", "human:a")
     before = everything(root)
@@ -189,7 +189,7 @@ async def test_an_interrupted_fill_leaves_nothing_behind(server: FakeServer, roo
     assert names(root) == [] and not has_tokens()
 
 
-async def test_removing_takes_the_copy_away(server: FakeServer, root: Path) -> None:
+async def test_removing_a_remote_removes_the_cache(server: FakeServer, root: Path) -> None:
     server.files[f"tasks/{TASK}.json"] = b"{}\n"
     await add(server, root)
     (root / ".lattice" / PLAN).write_text("edited")
@@ -202,7 +202,7 @@ async def test_removing_takes_the_copy_away(server: FakeServer, root: Path) -> N
 
 
 @pytest.mark.parametrize("path", ["context.md", "notes/ideas.md"])
-async def test_a_text_that_the_server_has_not_is_not_removed(server: FakeServer, root: Path, path: str) -> None:
+async def test_a_text_missing_on_the_server_is_not_removed(server: FakeServer, root: Path, path: str) -> None:
     server.files["context.md"] = b"# Ours\n"
     await add(server, root)
     (root / ".lattice" / path).write_text("mine")
@@ -217,7 +217,7 @@ async def test_a_text_that_the_server_has_not_is_not_removed(server: FakeServer,
     assert (await lattice(root, "remote", "remove", "origin")).code == 0
 
 
-async def test_a_directory_whose_name_is_no_text_is_shown(server: FakeServer, root: Path) -> None:
+async def test_a_directory_with_a_name_that_is_not_utf8_is_shown(server: FakeServer, root: Path) -> None:
     place = os.fsdecode(os.fsencode(root) + b"/x\xff")
     os.mkdir(place)
     await add(server, Path(place))
@@ -251,7 +251,7 @@ async def test_a_save_while_the_cache_is_removed_restores_it(
     assert (root / ".lattice" / PLAN).read_text() == "edited" and names(root) == [".lattice"]
 
 
-async def test_a_file_that_is_only_here_is_not_removed(server: FakeServer, root: Path) -> None:
+async def test_a_file_that_is_only_local_is_not_removed(server: FakeServer, root: Path) -> None:
     await add(server, root)
     (root / ".lattice" / (PLAN + "~")).write_text("precious")
     done = await lattice(root, "remote", "remove", "origin")
@@ -260,7 +260,7 @@ async def test_a_file_that_is_only_here_is_not_removed(server: FakeServer, root:
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 @pytest.mark.parametrize("command", ["comment T hi --actor human:a", "list", "remote sync"])
-async def test_closed_streams_are_no_trouble(server: FakeServer, root: Path, closed: str, command: str) -> None:
+async def test_closed_streams_cause_no_error(server: FakeServer, root: Path, closed: str, command: str) -> None:
     await add(server, root)
     line = shlex.join(LATTICE) + f" {command} {closed}"
     process = await asyncio.create_subprocess_shell(line, cwd=root, stdout=-1, stderr=-1)
@@ -283,7 +283,7 @@ async def test_a_notice_without_a_terminal_is_dropped(server: FakeServer, root: 
 # --- the other subcommands ---
 
 
-async def test_the_remote_is_listed_and_moved(server: FakeServer, root: Path) -> None:
+async def test_a_remote_is_listed_and_its_url_changed(server: FakeServer, root: Path) -> None:
     outside = await lattice(root, "remote")
     assert (outside.code, outside.out) == (1, "") and "there is no lattice project here" in outside.err
     await initialise(root)
@@ -308,7 +308,7 @@ async def test_lattices_own_commands_are_not_routed(server: FakeServer, root: Pa
     assert (await lattice(root, "remote", "route", "--json")).data == {"commands": []}
 
 
-async def test_resolving_all_of_no_conflicts_says_so(server: FakeServer, root: Path) -> None:
+async def test_resolving_without_conflicts_reports_that(server: FakeServer, root: Path) -> None:
     await add(server, root)
     done = await lattice(root, "remote", "resolve", "--all", "--theirs")
     assert (done.code, done.out) == (0, "No conflicts.\n")
@@ -366,7 +366,7 @@ async def test_logging_in_and_out(server: FakeServer, tmp_path: Path) -> None:
     assert (await lattice(root, "comment", "X-1", "x", "--actor", "human:a")).code == 1
 
 
-async def test_a_clone_waits_for_its_server_to_be_named(server: FakeServer, tmp_path: Path) -> None:
+async def test_a_clone_is_not_filled_before_the_user_names_its_server(server: FakeServer, tmp_path: Path) -> None:
     root = make_clone(tmp_path / "clone", server.url).parent
     done = await lattice(root, "list", LATTICE_TOKEN=TOKEN)
     assert done.code == 1 and f"lattice remote trust {server.url}" in done.err and done.err.count("\n") == 1
@@ -380,7 +380,7 @@ async def test_a_clone_waits_for_its_server_to_be_named(server: FakeServer, tmp_
     assert (await lattice(root, "remote", "pull", LATTICE_TOKEN=TOKEN)).code == 0
 
 
-async def test_a_stale_token_is_replaced_by_the_login_that_the_error_names(server: FakeServer, tmp_path: Path) -> None:
+async def test_the_login_suggested_for_a_stale_token_replaces_it(server: FakeServer, tmp_path: Path) -> None:
     root = make_cache(tmp_path / "clone", server.url).parent
     credentials.store(server.url, "web", "ltr_rotated")
     done = await lattice(root, "comment", "X-1", "x", "--actor", "human:ana")
@@ -391,16 +391,14 @@ async def test_a_stale_token_is_replaced_by_the_login_that_the_error_names(serve
     assert (await lattice(root, "remote", "pull")).code == 0
 
 
-async def test_a_login_says_which_tokens_go_before_it(server: FakeServer, tmp_path: Path) -> None:
+async def test_a_login_reports_a_token_with_precedence(server: FakeServer, tmp_path: Path) -> None:
     root = make_cache(tmp_path / "clone", server.url).parent
     credentials.store(server.url, "web", "ltr_rotated")
     done = await lattice(root, "remote", "login", server.url, stdin=TOKEN + "\n")
     assert done.code == 0 and f"replace it: lattice remote login {server.url}/web" in done.err
 
 
-async def test_a_login_that_replaces_a_token_of_the_server_names_the_login_for_a_project(
-    server: FakeServer, root: Path
-) -> None:
+async def test_a_login_that_replaces_a_server_token_suggests_one_per_project(server: FakeServer, root: Path) -> None:
     for previous, said in ((None, ""), (TOKEN, ""), ("ltr_other", f"lattice remote login {server.url}/PROJECT")):
         if previous is not None:
             credentials.store(server.url, credentials.ANY_PROJECT, previous)
@@ -409,7 +407,7 @@ async def test_a_login_that_replaces_a_token_of_the_server_names_the_login_for_a
 
 
 @pytest.mark.parametrize("words", [("login",), ("trust",), ("add", "origin")])
-async def test_plain_http_beyond_this_machine_takes_a_word(root: Path, words: tuple[str, ...]) -> None:
+async def test_plain_http_to_another_machine_requires_an_option(root: Path, words: tuple[str, ...]) -> None:
     url = "http://board.example"
     done = await lattice(root, "remote", *words, url + ("/web" if words[0] == "add" else ""), stdin="ltr_x\n")
     assert done.code == 1 and "--insecure" in done.err and done.err.count("\n") == 1
@@ -420,24 +418,24 @@ async def test_plain_http_beyond_this_machine_takes_a_word(root: Path, words: tu
         assert trusted_servers.admit(url).insecure
 
 
-async def test_a_token_is_taken_from_stdin(server: FakeServer, root: Path) -> None:
+async def test_a_token_is_read_from_stdin(server: FakeServer, root: Path) -> None:
     url = f"{server.url}/web"
     done = await lattice(root, "remote", "add", "origin", url, "--token", "-", stdin=TOKEN + "\n")
     assert done.code == 0 and done.err == "" and credentials.stored(server.url, "web") == TOKEN
 
 
-async def test_a_moved_server_is_named_by_moving(server: FakeServer, root: Path) -> None:
+async def test_a_moved_server_is_trusted_by_set_url(server: FakeServer, root: Path) -> None:
     make_clone(root, "http://127.0.0.1:1")
     assert (await lattice(root, "remote", "set-url", "origin", server.url)).code == 0
     assert (await lattice(root, "remote", "pull", LATTICE_TOKEN=TOKEN)).code == 0
 
 
-async def test_outside_a_project_the_way_in_is_named(root: Path) -> None:
+async def test_outside_a_project_the_error_suggests_a_command(root: Path) -> None:
     done = await lattice(root, "remote", "status")
     assert done.code == 1 and "lattice remote add origin" in done.err
 
 
-async def test_a_push_to_a_url_names_the_command_that_adds_it(server: FakeServer, root: Path) -> None:
+async def test_a_push_to_a_url_suggests_the_command_that_adds_it(server: FakeServer, root: Path) -> None:
     for url, words in (
         ("https://board.example/web", "lattice remote add origin https://board.example/web"),
         ("https://board.example:8443", "lattice remote add origin https://board.example:8443 --project SLUG"),
@@ -455,7 +453,7 @@ async def test_a_push_to_a_url_names_the_command_that_adds_it(server: FakeServer
 # --- routed commands ---
 
 
-async def test_a_command_travels_as_it_was_typed(server: FakeServer, root: Path) -> None:
+async def test_a_command_is_sent_as_typed(server: FakeServer, root: Path) -> None:
     await add(server, root)
     (root / "sub").mkdir()
     (root / "sub/file ü").write_bytes(b"content")
@@ -465,7 +463,7 @@ async def test_a_command_travels_as_it_was_typed(server: FakeServer, root: Path)
     assert [(file.index, file.name, file.data) for file in run.files] == [(2, "file ü", b"content")]  # type: ignore[union-attr]
 
 
-async def test_reads_go_on_without_the_server(server: FakeServer, root: Path) -> None:
+async def test_reads_work_without_the_server(server: FakeServer, root: Path) -> None:
     await add(server, root)
     server.files.pop("tasks/task_1.json")
     await lattice(root, "remote", "sync")
@@ -489,7 +487,7 @@ async def test_a_write_without_the_server_is_an_error(server: FakeServer, root: 
     assert "cannot reach server" in error["error"]["message"] and everything(root / ".lattice/tasks") == before
 
 
-async def test_the_root_may_be_named(server: FakeServer, root: Path, tmp_path: Path) -> None:
+async def test_the_root_can_be_given_as_an_option(server: FakeServer, root: Path, tmp_path: Path) -> None:
     await add(server, root)
     done = await lattice(tmp_path, "comment", "WEB-1", "x", "--actor", "human:ana", LATTICE_ROOT=str(root))
     assert done.out.startswith("comment WEB-1")

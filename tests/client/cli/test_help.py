@@ -1,4 +1,4 @@
-"""Every command of both programs says what it is for, with an example; and shells complete them."""
+"""Help with an example for each command of both programs, and shell completion."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from sandbox import BIN
 
 
 def commands(command: object, words: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], object]]:
-    """Yield every command of an app with its words; not its groups."""
+    """Yield the words of each command of an app, and the command; groups are skipped."""
     children = getattr(command, "commands", None)
     if children is None:
         yield words, command
@@ -39,7 +39,7 @@ ALL = [
 
 
 @pytest.mark.parametrize(("words", "command"), ALL, ids=[" ".join(words) for words, _ in ALL])
-def test_help_has_an_example_that_is_of_this_command(words: tuple[str, ...], command: object) -> None:
+def test_help_has_an_example_of_the_command(words: tuple[str, ...], command: object) -> None:
     help_ = " ".join(str(command.help).split())  # type: ignore[attr-defined]
     example = help_.partition("Example: ")[2]
     program, rest = ("lattice remote", words[2:]) if words[0] == "lattice" else (words[0], words[1:])
@@ -48,7 +48,7 @@ def test_help_has_an_example_that_is_of_this_command(words: tuple[str, ...], com
     assert not undescribed, f"options without a help text: {undescribed}"
 
 
-def test_the_usage_of_every_command_names_its_arguments_in_capitals_with_one_pair_of_brackets() -> None:
+def test_usage_has_arguments_in_capitals_with_one_pair_of_brackets() -> None:
     for words, command in ALL:
         context = command.make_context(words[-1], [], resilient_parsing=True)  # type: ignore[attr-defined]
         assert not re.search(r"<(str|int|bool|path)", command.get_help(context).partition("Options:")[2]), words  # type: ignore[attr-defined]
@@ -59,19 +59,19 @@ def test_the_usage_of_every_command_names_its_arguments_in_capitals_with_one_pai
 @pytest.mark.parametrize(
     "app", [client_app, client_rescued, client_agent, client_launcher, server_app, projects, tokens, clusters]
 )
-def test_the_list_of_commands_shows_whole_sentences(app: typer.Typer) -> None:
+def test_the_list_of_commands_has_whole_sentences(app: typer.Typer) -> None:
     command = get_command(app)
     context = command.make_context("lattice remote", [], resilient_parsing=True, terminal_width=80)
     listed = command.get_help(context).partition("Commands:")[2].splitlines()
     assert len(listed) > 2 and [line for line in listed if line.endswith("...")] == []
 
 
-def test_a_command_loads_the_family_that_has_it() -> None:
+def test_a_command_loads_only_its_group() -> None:
     assert {family: tuple(get_command(app_with([family])).commands) for family in FAMILIES} == FAMILIES
 
 
 def complete(shell: str, words: str, env: dict[str, str]) -> list[str]:
-    """Return what Click's own script for a shell is told for ``lattice WORDS``, where the last word is incomplete."""
+    """Return the completions of ``lattice WORDS`` that a shell receives from Click; the last word is incomplete."""
     typed = f"lattice {words}"
     number = typed.count(" ")
     place = typed.rpartition(" ")[2] if shell == "fish" else str(number)
@@ -102,12 +102,12 @@ def test_bash_completes_commands_and_options_below_lattice_remote(environment: d
     assert {"add", "status", "watch", "agent"} <= set(all_.split()) and not done.stderr
 
 
-def test_zsh_and_fish_get_kind_value_and_help(environment: dict[str, str]) -> None:
+def test_zsh_and_fish_receive_kind_value_and_help(environment: dict[str, str]) -> None:
     assert complete("zsh", "remote wa", environment) == ["plain", "watch", "Show changes as they arrive."]
     assert complete("fish", "remote wa", environment) == ["plain,watch\tShow changes as they arrive."]
 
 
-def test_names_in_a_cache_are_completed_without_server_agent_and_heavy_imports(
+def test_names_in_a_cache_are_completed_without_server_agent_or_heavy_imports(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
     place = tmp_path / ".lattice"
@@ -143,7 +143,7 @@ def test_names_in_a_cache_are_completed_without_server_agent_and_heavy_imports(
     assert "typer" in done.stderr.split() and set(done.stderr.split()).isdisjoint({"websockets", "watchfiles"})
 
 
-def test_the_server_program_completes_itself(environment: dict[str, str]) -> None:
+def test_the_server_program_has_completion(environment: dict[str, str]) -> None:
     def ask(*argv: str, **more: str) -> str:
         env = {**environment, **more}
         return subprocess.run(argv, env=env, capture_output=True, text=True, check=True).stdout

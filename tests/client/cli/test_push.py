@@ -1,4 +1,4 @@
-"""What a push makes of a directory: what was changed here meanwhile is an edit, or is kept, never lost (I4)."""
+"""Push of a local project: changes made during the push become edits or are rescued, never lost (I4)."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ def digests() -> dict[str, bytes]:
     return {path: hashlib.sha256(data).digest() for path, data in FILES.items()}
 
 
-def test_a_pack_is_of_one_moment_and_always_the_same(directory: Path) -> None:
+def test_a_pack_is_a_consistent_and_reproducible_snapshot(directory: Path) -> None:
     found = survey(str(directory))
     assert found.has_hooks and not found.skipped and set(found.files) == set(FILES)
     with (
@@ -76,7 +76,7 @@ def test_a_file_that_no_server_accepts_is_reported_before_the_upload(directory: 
 
 
 @pytest.mark.parametrize("knows_texts", [True, False])
-def test_changes_since_are_edits_or_are_kept(directory: Path, knows_texts: bool) -> None:
+def test_changes_during_a_push_are_edits_or_rescued(directory: Path, knows_texts: bool) -> None:
     (directory / PLAN).write_bytes(b"# Plan, edited since\n")
     (directory / f"tasks/{TASK}.json").write_bytes(b'{"changed": 1}\n')
     (directory / "new.txt").write_bytes(b"new")
@@ -91,7 +91,7 @@ def test_changes_since_are_edits_or_are_kept(directory: Path, knows_texts: bool)
     assert edits.base(PLAN) == (FILES[PLAN] if knows_texts else None)
 
 
-def test_files_that_are_not_as_sent_are_read_again_by_the_agent(directory: Path) -> None:
+def test_files_that_differ_from_the_pack_are_compared_by_the_agent(directory: Path) -> None:
     """I3, I4."""
     found = survey(str(directory))
     with Pack.of(str(directory), found, lambda _done, _total: None) as pack:
@@ -107,14 +107,14 @@ def test_files_that_are_not_as_sent_are_read_again_by_the_agent(directory: Path)
     assert Edits(cache).scan(kept) == [PLAN]
 
 
-def test_it_can_be_done_again(directory: Path) -> None:
+def test_a_push_can_be_repeated(directory: Path) -> None:
     (directory / "context.md").write_bytes(b"# since\n")
     first = push._become_cache(str(directory), REMOTE, digests(), {})
     assert push._become_cache(str(directory), REMOTE, digests(), {}) == first == ["context.md"]
     assert rescued(directory) == {"context.md": [b"# since\n"]}
 
 
-def test_nothing_but_our_file_tells_that_a_project_waits(directory: Path) -> None:
+def test_only_our_file_marks_a_project_that_waits_to_be_pushed(directory: Path) -> None:
     assert is_unpushed(str(directory)) and read_remote(str(directory), UNPUSHED_FILE) == REMOTE
     assert json.loads((directory / UNPUSHED_FILE).read_text())["project"] == "web"
     push.stay_local(str(directory))
@@ -122,7 +122,7 @@ def test_nothing_but_our_file_tells_that_a_project_waits(directory: Path) -> Non
 
 
 async def test_one_push_at_a_time_in_a_directory(directory: Path) -> None:
-    """The other's attempt, and the copy that comes of it, are not to be disturbed."""
+    """A second push must not disturb the first or the resulting cache."""
     with FileLock(directory / LOCK_FILE):
         with pytest.raises(Misuse, match="wait for it"):
             await push.push_project(str(directory), None)

@@ -1,4 +1,4 @@
-"""TLS, redirects, proxies, and refusals before the upgrade: real sockets, one clear line each, no token astray."""
+"""Connecting over real sockets: TLS, redirects, proxies, refusals before the upgrade, and token safety."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ DAY = datetime.timedelta(days=1)
 
 
 class Site:
-    """A server with a certificate of a private authority, and what the user knows of it."""
+    """A server with a certificate of a private authority, and the user's configuration."""
 
     def __init__(self, place: Path) -> None:
         self.authority = trustme.CA()
@@ -63,7 +63,7 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 
 
 async def fails(service: Service, *expected: str) -> RemoteError:
-    """Insist that the link fails, with all of ``expected`` in one printable line; close it."""
+    """Assert that the link fails with all of ``expected`` in one printable line, then close it."""
     try:
         await until(lambda: service._connection.error is not None)
         error = service._connection.error
@@ -86,7 +86,7 @@ def empty(place: str) -> None:
 # --- TLS ---
 
 
-async def test_a_private_authority_that_the_user_named_is_enough(site: Site) -> None:
+async def test_a_private_authority_that_the_user_trusts_is_accepted(site: Site) -> None:
     await site.start()
     service = site.service()
     await run(service, "put", "tasks/x.json", "x")
@@ -100,14 +100,14 @@ async def test_an_unknown_authority_gets_no_token(site: Site) -> None:
     assert error.code == "REMOTE_UNTRUSTED" and site.server.requests == []
 
 
-async def test_a_list_of_projects_is_not_asked_for_under_an_unknown_authority(site: Site) -> None:
+async def test_no_list_of_projects_is_requested_under_an_unknown_authority(site: Site) -> None:
     await site.start()
     with pytest.raises(Rejected, match="unknown certificate authority") as error:
         await asyncio.to_thread(fetch_projects, site.server.url, TOKEN, trusted_servers.name(site.server.url))
     assert error.value.code == "REMOTE_UNTRUSTED" and site.server.requests == []
 
 
-async def test_a_client_certificate_without_its_key_is_named(site: Site) -> None:
+async def test_a_client_certificate_without_its_key_is_reported(site: Site) -> None:
     await site.start()
     place = str(site.place / "own.pem")
     site.authority.cert_pem.write_to_path(place)
@@ -117,7 +117,7 @@ async def test_a_client_certificate_without_its_key_is_named(site: Site) -> None
     assert error.value.code == "REMOTE_UNTRUSTED" and site.server.requests == []
 
 
-async def test_another_private_authority_does_not_help(site: Site) -> None:
+async def test_another_private_authority_is_not_accepted(site: Site) -> None:
     await site.start()
     trustme.CA().cert_pem.write_to_path(site.ca_file)
     await fails(site.service(), "unknown certificate authority")
@@ -136,7 +136,7 @@ async def test_an_expired_certificate_is_refused(site: Site) -> None:
     assert site.server.requests == []
 
 
-async def test_authorities_that_are_none_are_named(site: Site) -> None:
+async def test_an_invalid_file_of_authorities_is_reported(site: Site) -> None:
     await site.start()
     empty(site.ca_file)
     await fails(site.service(), "cannot use the authorities in", site.ca_file)
@@ -169,10 +169,10 @@ async def test_tls_on_a_plain_http_port_is_reported(server: FakeServer, site: Si
     assert server.requests == []
 
 
-# --- where a token goes ---
+# --- recipients of tokens ---
 
 
-async def test_a_clone_does_not_send_the_token_of_the_environment_to_whom_it_names(
+async def test_a_clone_does_not_send_the_environments_token_to_the_server_it_names(
     server: FakeServer, tmp_path: Path
 ) -> None:
     service = Service(str(make_clone(tmp_path / "clone", server.url)))
@@ -181,7 +181,7 @@ async def test_a_clone_does_not_send_the_token_of_the_environment_to_whom_it_nam
     assert error.code == "REMOTE_UNTRUSTED" and server.requests == []
 
 
-async def test_a_clone_that_the_environment_names_works_at_once(server: FakeServer, tmp_path: Path) -> None:
+async def test_a_clone_whose_server_the_environment_names_works_at_once(server: FakeServer, tmp_path: Path) -> None:
     service = Service(str(make_clone(tmp_path / "clone", server.url)))
     service.start(TOKEN)
     with pytest.raises(RemoteError, match="no token was sent"):
@@ -190,19 +190,19 @@ async def test_a_clone_that_the_environment_names_works_at_once(server: FakeServ
     await service.close()
 
 
-async def test_a_login_takes_no_server_from_whom_the_environment_names(server: FakeServer, tmp_path: Path) -> None:
+async def test_a_login_keeps_a_server_that_the_environment_names(server: FakeServer, tmp_path: Path) -> None:
     directory = make_clone(tmp_path / "clone", server.url)
     service = Service(str(directory))
     service.start(TOKEN)
     await run(service, "put", "tasks/x.json", "x", named=server.url + "/web")
-    service._pool.choose(None)  # as after any login of this user
+    service._pool.choose(None)  # as any login of this user does
     server.cut()
     server.put("tasks/y.json", b"y")
     await until((directory / "tasks/y.json").exists)
     await service.close()
 
 
-async def test_a_further_token_goes_nowhere_else_either(server: FakeServer, tmp_path: Path) -> None:
+async def test_a_further_token_is_not_sent_to_an_untrusted_server(server: FakeServer, tmp_path: Path) -> None:
     server.tokens["ltr_bob"] = "human:bob"
     service = Service(str(make_clone(tmp_path / "clone", server.url)))
     service.start(None)
@@ -212,7 +212,7 @@ async def test_a_further_token_goes_nowhere_else_either(server: FakeServer, tmp_
     assert server.requests == []
 
 
-async def test_naming_a_server_takes_effect_without_another_command(server: FakeServer, tmp_path: Path) -> None:
+async def test_trusting_a_server_takes_effect_without_another_command(server: FakeServer, tmp_path: Path) -> None:
     service = Service(str(make_clone(tmp_path / "clone", server.url)))
     service.start(TOKEN)
     await until(lambda: service._connection.is_refused)
@@ -223,9 +223,9 @@ async def test_naming_a_server_takes_effect_without_another_command(server: Fake
 
 @contextlib.contextmanager
 def asking_for_certificates(authority: trustme.CA, version: ssl.TLSVersion) -> Iterator[str]:
-    """Serve TLS to clients with a certificate of the authority, and answer 404; yield the URL.
+    """Serve TLS to clients with a certificate of the authority and answer 404. Yield the URL.
 
-    Not with asyncio, whose server closes the connection without an alert.
+    It does not use asyncio, whose server closes the connection without an alert.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.verify_mode, context.maximum_version = ssl.CERT_REQUIRED, version
@@ -253,7 +253,7 @@ def asking_for_certificates(authority: trustme.CA, version: ssl.TLSVersion) -> I
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-async def test_a_server_that_asks_for_a_client_certificate(site: Site, version: ssl.TLSVersion) -> None:
+async def test_a_required_client_certificate_is_reported(site: Site, version: ssl.TLSVersion) -> None:
     for name, authority in (("other", trustme.CA()), ("own", site.authority)):
         authority.issue_cert("ana").private_key_and_cert_chain_pem.write_to_path(site.place / f"{name}.pem")
     with asking_for_certificates(site.authority, version) as url:
@@ -264,7 +264,7 @@ async def test_a_server_that_asks_for_a_client_certificate(site: Site, version: 
                 await asyncio.to_thread(fetch_projects, url, TOKEN, None)
             shutil.rmtree(site.place / "clone")
 
-        # Before 1.3 a server without a certificate from its client just refuses the handshake.
+        # Before TLS 1.3 the server refuses the handshake without naming the missing client certificate.
         await says("asks for a client certificate" if version is ssl.TLSVersion.TLSv1_3 else "no TLS there")
         trusted_servers.record(trusted_servers.name(url, client_cert=str(site.place / "other.pem")))
         await says("does not accept this one; name it with: lattice remote trust")
@@ -297,7 +297,7 @@ async def test_a_redirect_is_not_followed(server: FakeServer, service: Service, 
         (None, "connection refused"),
     ],
 )
-async def test_a_list_of_projects_that_can_not_be_read_says_why(answer: bytes | None, says: str) -> None:
+async def test_an_unreadable_list_of_projects_is_reported_with_the_reason(answer: bytes | None, says: str) -> None:
     async def reply(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(answer or b"")
@@ -313,7 +313,7 @@ async def test_a_list_of_projects_that_can_not_be_read_says_why(answer: bytes | 
     assert says in error.value.message and TOKEN not in error.value.message
 
 
-async def test_a_server_that_accepts_and_says_nothing_is_not_waited_for_long(
+async def test_a_server_that_accepts_but_does_not_answer_times_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dial, "OPEN_TIMEOUT_S", 0.05)
@@ -340,7 +340,7 @@ async def test_a_server_that_accepts_and_says_nothing_is_not_waited_for_long(
         ("REMOTE_NEWER", None, ConnectionFailed, "REMOTE_UNREACHABLE"),
     ],
 )
-def test_a_reason_of_the_server_says_whether_to_try_again(
+def test_the_servers_reason_decides_about_a_retry(
     code: str, retry_after_s: float | None, kind: type[RemoteError], found: str
 ) -> None:
     error = error_of(code, "why", Remote("origin", "https://board.example", "web"), retry_after_s)
@@ -355,7 +355,7 @@ def test_a_list_of_projects_does_not_use_socks(behind: Path, monkeypatch: pytest
         fetch_projects(BOARD, TOKEN, trusted_servers.name(BOARD, insecure=True))
 
 
-async def test_a_proxy_of_the_environment_does_not_carry_it_off_this_machine(
+async def test_a_token_for_this_machine_is_not_sent_through_a_proxy(
     server: FakeServer, site: Site, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await site.server.start()
@@ -370,7 +370,7 @@ async def test_a_proxy_of_the_environment_does_not_carry_it_off_this_machine(
 
 
 class Proxy:
-    """A proxy that speaks SOCKS 5 and HTTP CONNECT, and leads to one server whatever host is asked for."""
+    """A proxy for SOCKS 5 and HTTP CONNECT that connects each requested host to the same server."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -379,7 +379,7 @@ class Proxy:
         self.writers: list[asyncio.StreamWriter] = []
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one connection to its end."""
+        """Serve one connection."""
         self.writers.append(writer)
         if (first := await reader.readexactly(1)) == b"\x05":
             await reader.readexactly((await reader.readexactly(1))[0])
@@ -424,7 +424,7 @@ BOARD = "http://board.invalid:8443"
 
 @pytest.fixture
 def behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache whose server no name service knows."""
+    """A cache whose server's name cannot be resolved."""
     for name in list(os.environ):
         if name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
@@ -465,7 +465,7 @@ async def test_a_proxy_that_the_environment_names_is_used(
         ("http://127.0.0.1:secret", "a proxy variable of the environment"),
     ],
 )
-async def test_a_proxy_that_can_not_be_used_is_named(
+async def test_an_unusable_proxy_is_reported(
     site: Site, behind: Path, monkeypatch: pytest.MonkeyPatch, value: str, says: str
 ) -> None:
     async def hang_up(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -491,7 +491,7 @@ async def test_a_proxy_without_its_library_is_reported(behind: Path, monkeypatch
     await fails(service, "python-socks", "not installed")
 
 
-async def test_a_host_of_no_proxy_is_asked_directly(
+async def test_a_host_in_no_proxy_is_connected_directly(
     proxy: tuple[Proxy, int], behind: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ALL_PROXY", f"socks5h://127.0.0.1:{proxy[1]}")
@@ -502,7 +502,7 @@ async def test_a_host_of_no_proxy_is_asked_directly(
     assert proxy[0].asked == []
 
 
-# --- asked to wait ---
+# --- Retry-After ---
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -522,7 +522,7 @@ async def test_retry_after_is_honoured_for_every_caller(server: FakeServer, serv
     assert len(server.requests) == asked
 
 
-async def test_a_short_wait_is_sat_out_by_the_command(server: FakeServer, service: Service) -> None:
+async def test_a_command_waits_for_a_short_retry_after(server: FakeServer, service: Service) -> None:
     await ready(service)
     server.status, server.error_headers = HTTPStatus.SERVICE_UNAVAILABLE, {"Retry-After": "1"}
     server.cut()
@@ -531,7 +531,7 @@ async def test_a_short_wait_is_sat_out_by_the_command(server: FakeServer, servic
     assert (await run(service, "put", "tasks/x.json", "x"))["exit_code"] == 0
 
 
-# --- a token that is refused in the middle of a session ---
+# --- a token refused during a session ---
 
 
 async def test_a_new_token_in_the_file_is_used_without_a_command(server: FakeServer, directory: Path) -> None:
@@ -548,7 +548,7 @@ async def test_a_new_token_in_the_file_is_used_without_a_command(server: FakeSer
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(1.0):
             await asyncio.Event().wait()
-    assert len(server.requests) == asked  # no hot loop
+    assert len(server.requests) == asked  # no busy loop
     credentials.store(server.url, "web", "ltr_new")
     await until(lambda: service._connection.is_open)
     await service.close()

@@ -1,4 +1,4 @@
-"""The connections of one cache, and the tokens that its commands have used lately; no server."""
+"""The connections of one cache and its recent tokens, without a server."""
 
 import asyncio
 import os
@@ -23,7 +23,7 @@ URL = "http://127.0.0.1:1"
 
 
 class Stub:
-    """A connection that is never opened, and what it was asked to do."""
+    """A connection that is never opened and records its calls."""
 
     def __init__(self, remote: object, session: object, token: str | None, **options: object) -> None:
         del remote
@@ -130,7 +130,7 @@ def test_a_forgotten_token_is_recorded_at_its_next_use(cache: Cache) -> None:
     assert recent.digests() == {digest_of_token("one")}
 
 
-# --- which token follows ---
+# --- the follower's token ---
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ async def test_the_followers_token_changes_with_the_stored_one_or_when_it_is_ref
     assert following.is_refused == (is_refused and follows == expected), "a token that was kept is not tried again"
 
 
-async def test_a_server_that_is_named_differently_is_tried_again(pool: ConnectionPool) -> None:
+async def test_a_server_with_a_changed_name_is_retried(pool: ConnectionPool) -> None:
     store("stored")
     first, other = Server(URL), Server(URL, headers=(("x-proxy", "1"),))
     pool.start(None, named=first)
@@ -220,7 +220,7 @@ async def test_a_changed_token_file_is_noticed_and_refused_connections_try_again
     monkeypatch.setattr(pool_module, "LOOK_INTERVAL_S", 0.01)
     store("old")
     pool.start(None)
-    await asyncio.sleep(0)  # it has read the files as they are
+    await asyncio.sleep(0)  # it has read the current files
     following, writer = stub(pool.following), stub(pool.writing("given"))
     accepted = stub(pool.writing("accepted"))
     writer.is_refused = True
@@ -233,7 +233,7 @@ async def test_a_changed_token_file_is_noticed_and_refused_connections_try_again
     await until(lambda: "try again" in writer.done)
 
 
-async def test_unchanged_token_files_let_a_refused_connection_be(
+async def test_unchanged_token_files_retry_no_refused_connection(
     pool: ConnectionPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = 0
@@ -251,10 +251,10 @@ async def test_unchanged_token_files_let_a_refused_connection_be(
     assert stub(pool.following).done == ["start"]
 
 
-# --- which connection writes ---
+# --- writing connections ---
 
 
-async def test_each_further_token_writes_over_a_connection_of_its_own(pool: ConnectionPool) -> None:
+async def test_each_further_token_writes_over_its_own_connection(pool: ConnectionPool) -> None:
     store("stored")
     named = Server(URL)
     pool.start(None, named=named)
@@ -300,7 +300,7 @@ async def test_an_idle_writer_is_closed_unless_it_waits(pool: ConnectionPool, mo
     assert pool.writing("waiting") is waiting and pool.writing("idle") is not idle
 
 
-# --- whose edits they are ---
+# --- authors of edits ---
 
 
 async def test_edits_have_an_author_if_one_token_is_recent(pool: ConnectionPool, cache: Cache) -> None:
@@ -316,7 +316,7 @@ async def test_edits_have_an_author_if_one_token_is_recent(pool: ConnectionPool,
     assert writer is not None and stub(writer).token == "given" and not pool.has_several_tokens()
 
 
-async def test_a_token_that_a_command_names_is_the_stored_one_all_the_same(pool: ConnectionPool) -> None:
+async def test_the_stored_token_given_by_a_command_counts_as_stored(pool: ConnectionPool) -> None:
     store("stored")
     pool.start(None)
     pool.note_use("stored")
@@ -334,7 +334,7 @@ async def test_edits_wait_for_a_command_of_this_environment(pool: ConnectionPool
     assert pool.for_edits() is None and pool.has_several_tokens()
 
 
-async def test_edits_wait_when_the_token_of_the_last_command_is_gone(pool: ConnectionPool) -> None:
+async def test_edits_wait_if_the_token_of_the_last_command_was_removed(pool: ConnectionPool) -> None:
     store("stored")
     pool.start(None)
     pool.note_use(None)
@@ -348,7 +348,7 @@ async def test_without_any_token_no_use_is_recorded(pool: ConnectionPool) -> Non
     assert not pool.has_several_tokens() and pool.for_edits() is None
 
 
-async def test_another_commands_server_does_not_count(pool: ConnectionPool) -> None:
+async def test_a_server_named_by_another_command_is_ignored(pool: ConnectionPool) -> None:
     trusted_servers.forget(URL)
     named = Server(URL)
     pool.start(None)

@@ -1,4 +1,4 @@
-"""Requests over one connection: kicked, slow, refused before, answered late or twice."""
+"""Requests over one connection: early retries, slow servers, earlier refusals, late and duplicate replies."""
 
 import asyncio
 import secrets
@@ -36,7 +36,7 @@ def longest(_low: float, _high: float) -> float:
     return 300.0
 
 
-async def test_a_command_is_sent_without_sitting_out_the_delay(server: FakeServer, service: Service) -> None:
+async def test_a_command_ends_the_delay_before_the_next_attempt(server: FakeServer, service: Service) -> None:
     await ready(service)
     link = service._connection
     link._backoff.uniform = longest
@@ -71,7 +71,7 @@ async def test_a_connected_command_may_take_longer_than_a_lost_connection(
 async def test_a_server_that_has_just_started_may_be_slow(
     server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """A connection that it accepts is not reported as refused, as the attempt before it was."""
+    """An accepted connection is not reported as refused because of the previous attempt."""
     await ready(service)
     link, release = service._connection, asyncio.Event()
     await server.stop()
@@ -105,7 +105,7 @@ async def test_a_server_that_has_just_started_may_be_slow(
     assert isinstance(reply, Reply) and server.files["tasks/x.json"] == b"x"
 
 
-async def test_a_command_after_a_refusal_is_tried_once_more(server: FakeServer, service: Service) -> None:
+async def test_a_command_after_a_refusal_connects_once_more(server: FakeServer, service: Service) -> None:
     tokens, server.tokens = server.tokens, {}
     await until(lambda: service._connection.is_refused)
     server.tokens = tokens
@@ -113,9 +113,7 @@ async def test_a_command_after_a_refusal_is_tried_once_more(server: FakeServer, 
     assert isinstance(reply, Reply) and server.files["tasks/x.json"] == b"x"
 
 
-async def test_an_answer_whose_caller_left_while_it_waited_for_its_change_harms_nothing(
-    server: FakeServer, service: Service
-) -> None:
+async def test_an_answer_for_a_cancelled_caller_is_discarded(server: FakeServer, service: Service) -> None:
     await ready(service)
 
     async def answer_early(connection: ServerConnection, frame: ClientFrame) -> bool:
@@ -137,7 +135,7 @@ async def test_an_answer_whose_caller_left_while_it_waited_for_its_change_harms_
     assert service._connection.failed_attempts == 0 and service._connection.error is None
 
 
-async def test_an_answer_that_comes_twice_harms_nothing(server: FakeServer, service: Service) -> None:
+async def test_a_duplicate_answer_is_ignored(server: FakeServer, service: Service) -> None:
     await ready(service)
 
     async def answer_twice(connection: ServerConnection, frame: ClientFrame) -> bool:
@@ -157,7 +155,7 @@ async def test_an_answer_that_comes_twice_harms_nothing(server: FakeServer, serv
 async def test_a_connection_that_was_current_resets_the_delay(
     server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch, is_behind: bool
 ) -> None:
-    """Also one that had fallen behind by the time it was cut."""
+    """Also a connection that had fallen behind when it was cut."""
     monkeypatch.setattr(connection, "MIN_UPTIME_S", 0.0)
     await ready(service)
     link = service._connection
@@ -193,7 +191,7 @@ async def test_the_reason_of_a_closed_connection_is_reported(
     assert server.files["tasks/x.json"] == b"x"
 
 
-# --- refused before they are sent ---
+# --- requests refused before they are sent ---
 
 ID = "1" * 32
 
@@ -206,7 +204,7 @@ def welcome(**limits: int) -> Welcome:
     )
 
 
-def test_a_request_is_sent_up_to_each_limit_of_the_server() -> None:
+def test_requests_up_to_each_server_limit_are_sent() -> None:
     put = Put(ID, "plans/x.md", b"", b"x" * 100)
     assert refusal_of(put, welcome(max_text_bytes=100)) is None
     refused = refusal_of(put, welcome(max_text_bytes=99))
@@ -220,7 +218,7 @@ def test_a_request_is_sent_up_to_each_limit_of_the_server() -> None:
     assert refused is not None and "60 of them one file" in refused.message
 
 
-def test_a_surface_that_the_server_lacks_is_named() -> None:
+def test_a_surface_that_the_server_lacks_is_reported() -> None:
     call = Call(ID, "mcp", "create", b"{}", [])
     refused = refusal_of(call, welcome())
     assert refused is not None and refused.code == "REMOTE_VERSION"
@@ -239,7 +237,7 @@ def test_an_answer_of_another_kind_may_have_had_an_effect() -> None:
         assert error.value.code == code
 
 
-async def test_a_resent_write_says_its_age_and_is_waited_for_longer() -> None:
+async def test_a_resent_write_states_its_age_and_has_a_longer_timeout() -> None:
     answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     write, read = PendingRequest(Run(ID, ["list"], []), answer), PendingRequest(Log(ID), answer)
     assert (write.patience_s, write.sent, write.is_write) == (connection.UNSENT_PATIENCE_S, False, True)

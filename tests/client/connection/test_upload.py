@@ -1,4 +1,4 @@
-"""Upload of a file in parts: resumed where the server is, and ended with the reason where it cannot be."""
+"""Upload of a file in parts: resumed at the server's offset, or failed with the reason."""
 
 import asyncio
 import os
@@ -16,7 +16,7 @@ PIECE = 4
 
 
 class Store:
-    """A server that keeps what arrives without a gap."""
+    """A server that stores parts that arrive without a gap."""
 
     def __init__(self, have: bytes = b"") -> None:
         self.content = have
@@ -59,7 +59,7 @@ async def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
 
 
 @pytest.mark.parametrize("have", [0, 17, len(TEXT)])
-async def test_only_what_the_server_lacks_is_sent(source: Source, have: int) -> None:
+async def test_only_parts_missing_on_the_server_are_sent(source: Source, have: int) -> None:
     store, progress = Store(TEXT[:have]), list[tuple[int, int]]()
     await upload(store, source, purpose="project", on_progress=lambda *at: progress.append(at))
     assert store.content == TEXT
@@ -83,7 +83,7 @@ async def test_parts_that_the_server_has_lost_are_sent_again(source: Source) -> 
     assert store.content == TEXT and not lost
 
 
-async def test_a_server_that_loses_everything_again_and_again_is_given_up(source: Source) -> None:
+async def test_an_upload_to_a_server_that_keeps_losing_parts_fails(source: Source) -> None:
     store = Store()
     store.answer = lambda frame: Uploaded(frame.id, 0)
     with pytest.raises(ConnectionFailed, match="keeps losing what is sent"):
@@ -91,7 +91,7 @@ async def test_a_server_that_loses_everything_again_and_again_is_given_up(source
     assert len(store.frames) <= 2 + (module._MAX_SETBACKS + 1) * module._WINDOW
 
 
-async def test_a_busy_server_is_asked_again_and_at_last_its_answer_counts(source: Source) -> None:
+async def test_a_busy_server_is_retried_and_its_last_answer_returned(source: Source) -> None:
     store = Store()
     store.refuses(module._BUSY_ATTEMPTS - 1, "REMOTE_BUSY")
     await upload(store, source)
@@ -103,7 +103,7 @@ async def test_a_busy_server_is_asked_again_and_at_last_its_answer_counts(source
 
 
 async def test_a_content_of_another_digest_is_sent_once_more(source: Source) -> None:
-    """The earlier parts may have been of a file that has changed since."""
+    """The earlier parts may be from an older version of the file."""
     store = Store()
     store.refuses(1, "REMOTE_PROTOCOL")
     await upload(store, source)
@@ -122,7 +122,7 @@ async def test_a_refusal_is_passed_on(source: Source) -> None:
 
 
 @pytest.mark.parametrize("answer", [Uploaded("0" * 32, 51), Refused("0" * 32, "REMOTE_STORAGE", "full")])
-async def test_an_answer_that_makes_no_sense_ends_it(source: Source, answer: Response) -> None:
+async def test_an_invalid_answer_ends_the_upload(source: Source, answer: Response) -> None:
     store = Store()
     store.answer = lambda _: answer
     with pytest.raises(RemoteError) as error:

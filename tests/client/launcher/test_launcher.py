@@ -1,4 +1,4 @@
-"""The launcher behaves as ``lattice`` does, in output, exit codes, signals and process attributes (I13)."""
+"""The launcher matches ``lattice`` in output, exit codes, signals and process attributes (I13)."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ ANA = ("--actor", "human:ana")
 
 
 class Launched:
-    """One client with a launcher, and the same commands by the real ``lattice``."""
+    """A client with a launcher, which can also run commands with the real ``lattice``."""
 
     def __init__(self, server: Server, client: Client, programs: LauncherPrograms) -> None:
         self.server, self.client, self.programs = server, client, programs
@@ -60,7 +60,7 @@ class Launched:
         return subprocess.run(["bash", "-c", script], check=False, **everything)  # type: ignore[call-overload]
 
     def warm_process(self) -> int:
-        """Return the process id of the warm process, which is started if need be."""
+        """Return the process id of the warm process. Starts it if necessary."""
         wait_until_warm(self.client, self.programs)
         return int(json.loads(self.client.run("remote", "launcher", "status", "--json").stdout)["data"]["warm"]["pid"])
 
@@ -80,7 +80,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
 
 @pytest.fixture
 def runtime() -> Iterator[Path]:
-    """A private directory whose path leaves room for a socket's name."""
+    """Create a private directory with a path short enough for a socket."""
     with tempfile.TemporaryDirectory(prefix="warm-") as directory:
         yield Path(directory)
 
@@ -151,14 +151,14 @@ def test_a_directory_without_a_remote_is_left_to_lattice(launched: Launched, tmp
 
 
 def test_each_environment_has_its_own_warm_process(launched: Launched) -> None:
-    """Variables that an interpreter reads at its start; every other one travels with the command."""
+    """These are variables that an interpreter reads at its start. All others are sent with the command."""
     env = launched.client.env
     assert launched.executes("list", env={**env, "PYTHONIOENCODING": "latin-1"})
     assert not launched.executes("list", env={**env, "COLUMNS": "40", "TZ": "Asia/Tokyo"})
     assert launched.executes("list", env={**env, "LATTICE_REMOTE_LAUNCHER": "off"})
 
 
-def test_bytes_that_are_no_text_arrive_as_they_are(launched: Launched) -> None:
+def test_bytes_that_are_not_utf8_arrive_unchanged(launched: Launched) -> None:
     odd = os.fsdecode(b"odd \xff\xfe \xc3\xa9")
     ours, theirs = launched.run("show", odd), launched.run("show", odd, real=True)
     assert (ours.returncode, ours.stdout, ours.stderr) == (theirs.returncode, theirs.stdout, theirs.stderr)
@@ -263,7 +263,7 @@ def test_a_caller_with_more_rights_replaces_the_warm_process(launched: Launched)
 
 @pytest.fixture
 def waiting(launched: Launched) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Start commands that wait for a resource that another agent holds."""
+    """Start commands that wait for a resource held by another agent."""
     name = f"gpu-{time.monotonic_ns()}"
     launched.client.ok("resource", "create", name, *ANA)
     launched.client.ok("resource", "acquire", name, "--actor", "agent:holder")
@@ -288,8 +288,8 @@ def waiting(launched: Launched) -> Iterator[Callable[..., subprocess.Popen[bytes
 
 
 def _is_waiting(launched: Launched) -> bool:
-    """Return whether each command waits for the agent: it has a connection besides that of its launcher."""
-    with contextlib.suppress(OSError):  # it opens and closes files
+    """Return whether each command waits for the agent, with a connection besides its launcher's."""
+    with contextlib.suppress(OSError):  # it is opening and closing files
         return all(_sockets(child) == 2 and _state(child) == "S" for child in launched.children())
     return False
 
@@ -316,7 +316,7 @@ def test_a_signal_ends_the_command_as_it_ends_lattice(
     wait_for(lambda: not launched.children(), "the command to end")
 
 
-def test_a_signal_after_the_warm_process_ended_is_the_launchers_own(tmp_path: Path) -> None:
+def test_a_signal_after_the_end_of_the_warm_process_acts_on_the_launcher(tmp_path: Path) -> None:
     code = """
 import os, signal
 from lattice_remote.client.launcher import script
@@ -339,7 +339,7 @@ def test_a_killed_launcher_leaves_no_command(
     wait_for(lambda: not launched.children(), "the command to end")
 
 
-def test_a_suspended_command_stands_still_and_continues(
+def test_a_command_is_suspended_and_continued(
     launched: Launched, waiting: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     process = waiting(process_group=0)
@@ -376,8 +376,8 @@ def _take_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-def test_a_terminal_gets_the_same_bytes(launched: Launched) -> None:
-    """Colours, width and order on a terminal."""
+def test_a_terminal_receives_the_same_bytes(launched: Launched) -> None:
+    """Covers colours, width and order."""
 
     def shown(program: Path, *argv: str) -> bytes:
         parent, terminal = pty.openpty()
@@ -409,8 +409,8 @@ def test_a_terminal_gets_the_same_bytes(launched: Launched) -> None:
 # --- the warm process ---
 
 
-def test_it_keeps_no_descriptor_of_the_command_that_started_it(launched: Launched, tmp_path: Path) -> None:
-    """A pipe whose writing end stays open has a reader that never ends; a lock stays locked."""
+def test_the_warm_process_keeps_no_descriptor_of_its_first_command(launched: Launched, tmp_path: Path) -> None:
+    """An open writing end of a pipe would block its reader for ever, and an inherited lock would stay locked."""
     launched.client.run("remote", "agent", "stop")
     lock = tmp_path / "lock"
     done = launched.run_in_shell(f"{{ flock 9; {launched.programs.launcher} list 3>&1; }} 9>{lock} | cat")
@@ -423,7 +423,7 @@ def test_it_keeps_no_descriptor_of_the_command_that_started_it(launched: Launche
     assert str(lock) not in places.values()
 
 
-def test_it_and_the_agent_heed_signals_that_the_first_caller_ignored_or_blocked(launched: Launched) -> None:
+def test_warm_process_and_agent_handle_signals_that_the_first_caller_blocked(launched: Launched) -> None:
     def deaf() -> None:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTSTP, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
@@ -431,7 +431,7 @@ def test_it_and_the_agent_heed_signals_that_the_first_caller_ignored_or_blocked(
 
     def signals(pid: int) -> list[int]:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        of_libc = 1 << 32 - 1 | 1 << 33 - 1  # which no program can set by Python's signal module
+        of_libc = 1 << 32 - 1 | 1 << 33 - 1  # libc reserves these; no program can set them
         return [int(line.split()[1], 16) & ~of_libc for line in lines if line.startswith(("SigBlk", "SigIgn"))]
 
     launched.client.run("remote", "agent", "stop")
@@ -444,7 +444,7 @@ def test_it_and_the_agent_heed_signals_that_the_first_caller_ignored_or_blocked(
     wait_for(lambda: not Path(f"/proc/{warm_pid}").exists(), "the warm process to exit")
 
 
-def test_another_one_starts_while_a_stopped_one_finishes_its_commands(
+def test_a_new_warm_process_starts_while_a_stopped_one_finishes_its_commands(
     launched: Launched, waiting: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     before = launched.warm_process()
@@ -456,7 +456,7 @@ def test_another_one_starts_while_a_stopped_one_finishes_its_commands(
     assert launched.warm_process() != before
 
 
-def test_a_killed_warm_process_costs_no_command_and_doubles_none(launched: Launched) -> None:
+def test_a_killed_warm_process_loses_and_repeats_no_command(launched: Launched) -> None:
     """I6: the real ``lattice`` runs the command again under its request id."""
     server = launched.server
     for number in range(3):
@@ -491,7 +491,7 @@ def _children_of(pid: int) -> list[int]:
 
 
 def test_a_request_id_is_used_by_one_command_only(launched: Launched) -> None:
-    """A program that a command starts must not repeat the command's id."""
+    """A program started by a command must not reuse the command's id."""
     env = {**launched.client.env, "LATTICE_REMOTE_REQUEST": "0" * 32}
     assert launched.run("comment", "LAT-1", "one", *ANA, env=env).returncode == 0
     assert launched.run("comment", "LAT-1", "two", *ANA, env=env).returncode == 0
@@ -559,8 +559,8 @@ def test_a_package_replaced_while_it_is_loaded_is_never_served(
     launched.client.run("remote", "agent", "stop", env=env)
 
 
-def test_a_process_that_accepts_no_connection_holds_no_command_up(launched: Launched) -> None:
-    """The kernel queues connections, and lets a further one wait for as long as it takes."""
+def test_a_process_that_accepts_no_connection_delays_no_command(launched: Launched) -> None:
+    """The kernel queues connections, and blocks further ones without a timeout."""
     stopped = launched.warm_process()
     env = {os.fsencode(name): os.fsencode(value) for name, value in launched.client.env.items()}
     path = script.socket_path(env, script.world(env))
@@ -584,8 +584,8 @@ def test_a_process_that_accepts_no_connection_holds_no_command_up(launched: Laun
     wait_until_warm(launched.client, launched.programs)
 
 
-def test_many_at_once_run_once_each(launched: Launched) -> None:
-    """A command may end before its launcher runs again: no answer is lost, and nothing runs twice."""
+def test_concurrent_commands_run_once_each(launched: Launched) -> None:
+    """A command may end before its launcher is scheduled again. No answer is lost, and nothing runs twice."""
     launched.warm_process()
     before = launched.programs.executed()
 
@@ -615,7 +615,7 @@ def test_another_network_namespace_has_its_own_warm_process(launched: Launched) 
     assert len(launched.programs.executed()) == before + 1
 
 
-def test_a_directory_that_others_may_write_is_not_trusted(launched: Launched, runtime: Path) -> None:
+def test_a_directory_writable_by_others_is_not_trusted(launched: Launched, runtime: Path) -> None:
     runtime.chmod(0o777)
     env = {**launched.client.env, "LATTICE_REMOTE_RUNTIME_DIR": str(runtime)}
     path = script.socket_path(
@@ -632,8 +632,8 @@ def test_a_directory_that_others_may_write_is_not_trusted(launched: Launched, ru
             trap.accept()
 
 
-def test_requests_with_a_wrong_form_run_nothing(launched: Launched) -> None:
-    """The launcher's peer is a program of the same user; a malformed request gets no command."""
+def test_malformed_requests_run_nothing(launched: Launched) -> None:
+    """The peer is a program of the same user. A malformed request runs no command."""
     env = {os.fsencode(name): os.fsencode(value) for name, value in launched.client.env.items()}
     launched.run("list")
     path = script.socket_path(env, script.world(env))
@@ -654,7 +654,7 @@ def test_requests_with_a_wrong_form_run_nothing(launched: Launched) -> None:
 # --- installation ---
 
 
-def test_install_status_and_remove_say_what_to_do(launched: Launched, tmp_path: Path) -> None:
+def test_install_status_and_remove_report_the_next_step(launched: Launched, tmp_path: Path) -> None:
     client, directory = launched.client, tmp_path / "bin"
     missing = client.run("remote", "launcher", "status", "--dir", str(directory))
     assert (missing.returncode, missing.stdout) == (
