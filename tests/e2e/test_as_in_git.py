@@ -114,7 +114,7 @@ def test_files_written_by_hand_suffice(sandbox: Sandbox) -> None:
     assert "board" in json.loads(tokens.read_text())["tokens"][server.url]
 
 
-def test_exit_codes_for_scripts(sandbox: Sandbox) -> None:
+def test_scripts_get_documented_exit_codes(sandbox: Sandbox) -> None:
     server = sandbox.started_server()
     ana = sandbox.client("ana")
     ana.add_remote(server, server.token("human:ana"))

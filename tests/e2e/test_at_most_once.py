@@ -122,7 +122,7 @@ def test_a_hanging_worker_is_replaced_and_reported_to_the_caller(injected: tuple
     assert server.worker_pids() != [pid]
 
 
-def test_a_replaced_lattice_directory_is_noticed(injected: tuple[Server, Client, Path]) -> None:
+def test_a_replaced_lattice_directory_is_detected(injected: tuple[Server, Client, Path]) -> None:
     server, ana, _ = injected
     project = server.lattice_dir().parent
     copy = project.parent.parent / "copy"

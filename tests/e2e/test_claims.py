@@ -8,7 +8,7 @@ from sandbox import Sandbox
 pytestmark = pytest.mark.e2e
 
 
-def test_of_many_processes_on_several_caches_exactly_one_wins(sandbox: Sandbox) -> None:
+def test_of_many_racing_processes_on_several_caches_exactly_one_wins(sandbox: Sandbox) -> None:
     with racers(sandbox, 32) as made:
         for number, kind in enumerate(RACES, 1):
             RACES[kind](made, number)

@@ -289,7 +289,7 @@ def test_pages_get_live_updates_without_an_agent(shared_board: tuple[Server, Cli
         wait_for(lambda: "seen without an agent" in dashboard.get("/api/tasks")[1], "the change of somebody else")
 
 
-def test_it_restarts_in_place_as_lattices_own(shared_board: tuple[Server, Client, Client]) -> None:
+def test_the_dashboard_restarts_in_place_as_lattices_own(shared_board: tuple[Server, Client, Client]) -> None:
     _, ana, _ = shared_board
     with serving(ana) as dashboard:
         with dashboard.events() as events:

@@ -40,7 +40,7 @@ def test_a_silent_network_hangs_no_command_and_the_client_catches_up(sandbox: Sa
 
 
 @pytest.mark.parametrize("racers", [10])
-def test_of_many_that_claim_one_task_exactly_one_wins(sandbox: Sandbox, racers: int) -> None:
+def test_of_many_clients_claiming_one_task_exactly_one_wins(sandbox: Sandbox, racers: int) -> None:
     with three_people(sandbox) as (_server, clients, _proxy):
         ana = clients[0]
         ana.ok("create", "The prize", "--actor", "human:ana")

@@ -284,7 +284,7 @@ async def test_each_call_uses_the_project_that_it_names(
     assert len(list((plain.lattice_dir / "tasks").iterdir())) == 1
 
 
-async def test_it_survives_its_server_and_its_agent(sandbox: Sandbox) -> None:
+async def test_an_mcp_server_survives_its_server_and_its_agent(sandbox: Sandbox) -> None:
     server = sandbox.started_server()
     ana = sandbox.client("ana")
     ana.add_remote(server, server.token("human:ana"))
@@ -315,14 +315,14 @@ async def test_it_survives_its_server_and_its_agent(sandbox: Sandbox) -> None:
     assert "showing data from" in (ana.dir / "mcp.log").read_text()
 
 
-async def test_it_works_without_an_agent(both: Both) -> None:
+async def test_an_mcp_server_works_without_an_agent(both: Both) -> None:
     async with session(both.there.client, env={"LATTICE_REMOTE_AGENT": "off"}) as asked:
         made = told(await asked.call_tool("lattice_create", {"title": "without", "actor": "human:ana"}))
         shown = told(await asked.call_tool("lattice_show", {"task_id": made["short_id"]}))
         assert shown["title"] == "without"
 
 
-def test_ctrl_c_ends_it_at_once(both: Both) -> None:
+def test_ctrl_c_ends_an_mcp_server_at_once(both: Both) -> None:
     ana = both.there.client
     process = subprocess.Popen(
         [BIN / "lattice", "remote", "mcp"],

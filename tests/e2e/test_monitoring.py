@@ -237,7 +237,7 @@ def test_an_open_stream_counts_as_a_client(watched: Watched) -> None:
     wait_for(lambda: watched.figure("clients", kind="stream") == 0, "the stream to be gone")
 
 
-def test_the_socket_is_private_to_its_owner_and_reads_nothing(watched: Watched) -> None:
+def test_the_status_socket_is_private_to_its_owner(watched: Watched) -> None:
     place = watched.server.data / "status.sock"
     assert place.stat().st_mode & 0o777 == 0o600
 

@@ -66,7 +66,7 @@ def test_only_the_token_that_started_a_session_acts_as_it(people: tuple[Server, 
     assert "No active session named 'Argus-1'" in laptop.run("session", "end", session).stderr
 
 
-def test_a_session_survives_restart_rotation_a_backup_and_the_loss_of_the_journal(
+def test_a_session_survives_restart_rotation_and_a_restored_backup_without_a_journal(
     people: tuple[Server, Client, Client, Client],
 ) -> None:
     server, laptop, _, ben = people

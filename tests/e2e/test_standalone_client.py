@@ -72,7 +72,7 @@ class Standalone:
         return dict(json.loads((self.lattice / ".remote/state.json").read_text()))
 
 
-def test_it_runs_commands_and_follows(shared_board: Board) -> None:
+def test_the_client_runs_commands_and_follows_changes(shared_board: Board) -> None:
     server, ana, _ben = shared_board
     eve = Standalone(server, "eve")
     task = eve.ok("create", "From outside", "--actor", "human:eve", "--quiet").strip()
@@ -94,7 +94,7 @@ def test_it_runs_commands_and_follows(shared_board: Board) -> None:
     assert failed.returncode == 1
 
 
-def test_its_edits_arrive_and_conflicts_keep_both_texts(shared_board: Board) -> None:
+def test_edits_of_the_client_arrive_and_conflicts_keep_both_texts(shared_board: Board) -> None:
     server, ana, _ben = shared_board
     eve = Standalone(server, "eva")
     task = ana.ok("create", "Edited from outside", "--actor", "human:ana", "--quiet").strip()
@@ -177,7 +177,7 @@ def test_files_that_another_program_damaged_are_repaired_when_they_change(sandbo
     assert eve.is_equal
 
 
-def test_it_follows_a_new_epoch_and_a_killed_server(sandbox: Sandbox) -> None:
+def test_the_client_follows_a_new_epoch_and_a_killed_server(sandbox: Sandbox) -> None:
     server = sandbox.started_server()
     eve = Standalone(server, "eve")
     eve.ok("create", "Before", "--actor", "human:eve")
@@ -195,7 +195,7 @@ def test_it_follows_a_new_epoch_and_a_killed_server(sandbox: Sandbox) -> None:
     assert eve.is_equal
 
 
-def test_its_smallest_part_is_a_correct_client(shared_board: Board, tmp_path: Path) -> None:
+def test_the_smallest_part_is_a_correct_client(shared_board: Board, tmp_path: Path) -> None:
     server, ana, _ben = shared_board
     tree = standalone_client.Tree(tmp_path / "files", tmp_path / "new")
     tree["tasks/of-another-project.json"] = b"{}"

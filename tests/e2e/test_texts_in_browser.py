@@ -111,7 +111,7 @@ def test_different_lines_are_merged_and_the_same_line_is_a_visible_conflict(it: 
         assert it.text(task).read_text() == "ONE\ntheirs and mine\nthree\nfour\nFIVE\n"
 
 
-def test_the_users_text_is_saved_over_a_conflict_deliberately(it: Board) -> None:
+def test_overwrite_saves_the_users_text_over_a_conflict(it: Board) -> None:
     task = planned(it, "Put over", "one\n")
     with it.person() as person:
         page = it.open(person)

@@ -22,7 +22,7 @@ ANA = ("--actor", "human:ana")
 
 @pytest.fixture(scope="module")
 def people() -> Iterator[tuple[Server, Client, Client]]:
-    """A server, Ana who writes, and Ben who watches; each test starts at the previous one's last number."""
+    """A server, a writing client Ana and a watching client Ben; each test starts at the previous one's last number."""
     with Sandbox(warm()) as sandbox:
         server = sandbox.started_server()
         ana, ben = sandbox.client("ana"), sandbox.client("ben")
@@ -168,7 +168,7 @@ def test_a_terminal_gets_a_view_and_texts_of_others_cannot_control_it(
     )
 
 
-def test_a_closed_reader_ends_it_without_a_traceback(people: tuple[Server, Client, Client]) -> None:
+def test_a_closed_reader_ends_the_watcher_without_a_traceback(people: tuple[Server, Client, Client]) -> None:
     _, ana, ben = people
     n = head(ana)
     ana.ok("create", "Another", *ANA)

@@ -242,7 +242,9 @@ def test_a_push_to_a_server_project_with_tasks_is_refused_and_overwrites_nothing
     assert tree_of(server.lattice_dir()) == before
 
 
-def test_hooks_are_not_pushed_and_local_files_are_kept(sandbox: Sandbox, server: Server, master: Path) -> None:
+def test_a_push_removes_hooks_locally_and_rescues_the_configuration(
+    sandbox: Sandbox, server: Server, master: Path
+) -> None:
     """I9."""
     ana = own(sandbox, master)
     add_hooks(ana.lattice_dir)
