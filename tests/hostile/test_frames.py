@@ -62,7 +62,7 @@ def target() -> Iterator[Target]:
 
 
 def frames_of(answer: bytes) -> Iterator[tuple[int, bytes]]:
-    """Return opcode and payload of each complete frame of the server, all of which must be unmasked and final."""
+    """Return opcode and payload of each complete frame of the server; each must be unmasked and final."""
     while len(answer) >= 2:
         first, size = answer[0], answer[1]
         start = 2
@@ -79,7 +79,7 @@ def frames_of(answer: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def attack(target: Target, data: bytes) -> list[object]:
-    """Send these bytes after the upgrade; return the server's frames, all of which must be valid."""
+    """Send these bytes after the upgrade; return the server's frames; each must be valid."""
     with target.upgraded() as raw:
         with contextlib.suppress(OSError):  # already cut
             raw.sendall(data)
