@@ -1,4 +1,4 @@
-"""Faults planted one at a time in examples/standalone_client.py, as changes of its text, and what must notice them."""
+"""Faults planted one at a time in the text of examples/standalone_client.py, with the check that must detect each."""
 
 import base64
 import contextlib
@@ -42,7 +42,7 @@ def module_with(fault: Fault) -> ModuleType:
 
 
 def vectors_notice(client: Any) -> bool:
-    """Return whether a published vector differs from what this client does."""
+    """Return whether a published vector differs from this client's behaviour."""
     try:
         return not (_reads_frames(client) and _refuses_frames(client) and _applies_operations(client))
     except Exception:  # noqa: BLE001 - a fault may end in any way
@@ -421,7 +421,7 @@ FAULTS = [
     ),
     Fault("messages have at most 1 MiB", '"max_size": 2**25', '"max_size": 2**20', CONFORMANCE, "a file of 3 MiB"),
     Fault("no ping is sent", '"ping_interval": 10, "ping_timeout": 10', '"ping_interval": None', CONFORMANCE, "pings"),
-    # What only a crash, a sleeping machine or a reader at the wrong moment would show
+    # Detectable only by a crash, a suspended machine or a concurrent reader
     Fault("a silent server is not noticed", '"ping_timeout": 10', '"ping_timeout": None', NOTHING),
     Fault(
         "files are written in place",

@@ -1,4 +1,4 @@
-"""Clients that play the sessions of protocol/vectors/sessions.json: a step in, frames and state out."""
+"""Clients that play the sessions of protocol/vectors/sessions.json step by step."""
 
 import asyncio
 import base64
@@ -87,7 +87,7 @@ class StandaloneDriver:
 
 
 class CacheDriver:
-    """The cache of lattice-remote on disk; the requests are repeated here, as its connection does."""
+    """The cache of lattice-remote on disk. The driver repeats requests as its connection does."""
 
     defers = True
     violations = (ProtocolError,)
@@ -182,7 +182,7 @@ def as_sent(frame: ClientFrame) -> dict[str, Any]:
 
 
 def play(driver: Any, session: dict[str, Any]) -> None:
-    """Play a session; raise ``AssertionError`` at the first step that differs."""
+    """Play a session. Raises ``AssertionError`` at the first step that differs."""
     state = dict(session["before"])
     for number, step in enumerate(session["steps"]):
         where = f"{session['name']}, step {number}: {step['do']}"
@@ -197,7 +197,7 @@ def play(driver: Any, session: dict[str, Any]) -> None:
 
 
 def check_sent(sent: Sent, expected: Sent, where: str) -> None:
-    """Compare frames in the fields that the session names. Paths of Fetches are one set; Applied is free."""
+    """Compare the fields that the session names. Paths of Fetches form one set; Applied is ignored."""
     for kinds in (("run", "put"), ("hello",), ("manifest",)):  # their order among each other counts
         found = [frame for frame in sent if frame["type"] in kinds]
         wanted = [frame for frame in expected if frame["type"] in kinds]

@@ -1,4 +1,4 @@
-"""Packs: any project travels whole, however it is cut; anything else is refused, and nothing else is raised."""
+"""Packs: any project round-trips in parts of any size; other bytes raise only a violation."""
 
 import hashlib
 
@@ -57,7 +57,7 @@ def unpacked(*pieces: bytes) -> dict[str, bytes]:
 FILES = {"config.json": b"{}\n", "events/_lifecycle.jsonl": b"", f"plans/{TASK}.md": b"# P\n", "ö/x": b"\0" * 5000}
 
 
-def test_a_project_travels_whole_wherever_it_is_cut() -> None:
+def test_a_project_round_trips_at_every_split_point() -> None:
     data = pack(FILES)
     for at in range(len(data) + 1):
         assert unpacked(data[:at], data[at:]) == FILES
@@ -65,13 +65,13 @@ def test_a_project_travels_whole_wherever_it_is_cut() -> None:
 
 
 @given(st.dictionaries(st.text(min_size=1, max_size=20), st.binary(max_size=100)), st.integers(1, 50))
-def test_any_files_travel_in_any_pieces(files: dict[str, bytes], step: int) -> None:
+def test_any_files_round_trip_in_any_parts(files: dict[str, bytes], step: int) -> None:
     data = pack(files)
     assert unpacked(*(data[i : i + step] for i in range(0, len(data), step))) == files
 
 
 @given(st.binary(max_size=300), st.integers(0, 300), st.booleans())
-def test_hostile_bytes_raise_nothing_but_a_violation(noise: bytes, at: int, begins_well: bool) -> None:
+def test_hostile_bytes_raise_only_a_violation(noise: bytes, at: int, begins_well: bool) -> None:
     data = pack(FILES)
     at = min(at, len(data) - 1)
     damaged = (MAGIC if begins_well else b"") + noise if at % 2 else data[:at] + noise + data[at + 1 :]
@@ -125,7 +125,7 @@ def test_an_invalid_pack_is_refused(why: str, data: bytes) -> None:
         "\udcff",
     ],
 )
-def test_a_project_has_no_such_file(path: str) -> None:
+def test_files_that_no_project_has_are_refused(path: str) -> None:
     with pytest.raises(Misuse):
         Layout(max_bytes=1 << 30).add(path, 1)
 
@@ -134,14 +134,14 @@ def test_a_project_has_no_such_file(path: str) -> None:
     ("one", "other"),
     [("a/x", "A/y"), ("a", "a/b"), ("a/b", "a"), ("notes/é.md", "notes/e\u0301.md"), ("x", "x"), ("a/X", "a/x")],
 )
-def test_two_files_are_never_one_to_another_file_system(one: str, other: str) -> None:
+def test_names_that_collide_on_another_file_system_are_refused(one: str, other: str) -> None:
     layout = Layout(max_bytes=1 << 30)
     layout.add(one, 1)
     with pytest.raises(Misuse):
         layout.add(other, 1)
 
 
-def test_a_project_is_bounded() -> None:
+def test_the_size_of_a_project_is_bounded() -> None:
     with pytest.raises(Misuse, match="64 MiB"):
         Layout(max_bytes=1 << 40).add("config.json", MAX_TEXT_FILE_BYTES + 1)
     Layout(max_bytes=1 << 40).add(f"artifacts/payload/art_{TASK[5:]}.bin", MAX_TEXT_FILE_BYTES + 1)
@@ -153,7 +153,7 @@ def test_a_project_is_bounded() -> None:
         layout.add("config.json", 1)
 
 
-def test_a_project_that_fills_its_limits_exactly_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_project_exactly_at_its_limits_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lattice_remote.protocol.bundle.MAX_PROJECT_FILES", 2)
     layout = Layout(max_bytes=100)
     layout.add("config.json", 60)
@@ -180,5 +180,5 @@ def test_a_project_that_fills_its_limits_exactly_fits(monkeypatch: pytest.Monkey
         ({"plans/README.md": 1}, "plans/README.md"),
     ],
 )
-def test_a_project_is_empty_when_nothing_was_done_in_it(files: dict[str, int], sign: str | None) -> None:
+def test_an_unused_project_counts_as_empty(files: dict[str, int], sign: str | None) -> None:
     assert first_sign_of_use(files.items()) == sign

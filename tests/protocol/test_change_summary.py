@@ -1,4 +1,4 @@
-"""What a change is about."""
+"""Summary of a change: tasks, events and sessions."""
 
 import json
 
@@ -21,7 +21,7 @@ def append(path: str, data: bytes = LINE) -> AppendBytes:
     return AppendBytes(path, 0, bytes(32), data)
 
 
-def test_events_are_what_logs_gain_and_the_lifecycle_log_repeats_nothing() -> None:
+def test_events_are_those_appended_to_logs_without_the_lifecycle_log() -> None:
     found = summarize(
         change(
             PutFile(f"events/{TASK}.jsonl", LINE + LINE),
@@ -37,13 +37,13 @@ def test_events_are_what_logs_gain_and_the_lifecycle_log_repeats_nothing() -> No
     assert found.snapshots == {TASK: {"title": "T"}}
 
 
-def test_a_log_that_is_replaced_by_hand_or_not_sent_has_unknown_events() -> None:
+def test_a_log_replaced_by_hand_or_not_sent_has_unknown_events() -> None:
     by_hand = summarize(change(PutFile(f"events/{TASK}.jsonl", LINE), cause="edit"))
     large = summarize(change(AnnounceFile(f"events/{TASK}.jsonl", 9, bytes(32))))
     assert (by_hand.events, by_hand.is_complete, large.is_complete) == ([], False, False)
 
 
-def test_a_text_that_moves_is_not_written_and_sessions_are_named_in_the_archive_too() -> None:
+def test_a_moved_text_is_not_written_and_archived_sessions_are_named() -> None:
     found = summarize(
         change(
             MoveFile(f"plans/{TASK}.md", f"archive/plans/{TASK}.md", bytes(32)),
@@ -58,13 +58,13 @@ def test_a_text_that_moves_is_not_written_and_sessions_are_named_in_the_archive_
 
 
 @given(st.binary(max_size=200), st.sampled_from([f"events/{TASK}.jsonl", f"tasks/{TASK}.json", "ids.json"]))
-def test_no_content_breaks_it(data: bytes, path: str) -> None:
+def test_any_content_is_accepted(data: bytes, path: str) -> None:
     json.dumps(summarize(change(PutFile(path, data))).events)
 
 
-def test_deep_nesting_is_left_out() -> None:
+def test_deeply_nested_events_are_omitted() -> None:
     assert summarize(change(PutFile(f"events/{TASK}.jsonl", b"[" * 100_000))).events == []
 
 
-def test_only_files_of_tasks_name_them() -> None:
+def test_only_files_of_tasks_name_tasks() -> None:
     assert tasks_in([f"tasks/{TASK}.json", f"archive/notes/{OTHER}.md", f"artifacts/{TASK}.json"]) == [TASK, OTHER]

@@ -1,4 +1,4 @@
-"""The compact table of files behaves like a dict, through any history of changes."""
+"""The compact table of files behaves like a dict for any sequence of changes."""
 
 import hashlib
 
@@ -18,7 +18,7 @@ def table() -> FileTable[int]:
 
 
 @given(STEPS)
-def test_it_equals_a_dict_after_any_changes(steps: list[tuple[str, int | None]]) -> None:
+def test_the_table_equals_a_dict_after_any_changes(steps: list[tuple[str, int | None]]) -> None:
     ours, model = table(), dict[str, int]()
     for path, value in steps:
         if value is not None:
@@ -30,13 +30,13 @@ def test_it_equals_a_dict_after_any_changes(steps: list[tuple[str, int | None]])
 
 
 @given(STEPS)
-def test_many_removals_keep_the_rest(steps: list[tuple[str, int | None]]) -> None:
+def test_many_removals_keep_the_other_files(steps: list[tuple[str, int | None]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(file_table, "_MIN_GARBAGE_BYTES", 0)
-        test_it_equals_a_dict_after_any_changes.hypothesis.inner_test(steps)  # type: ignore[attr-defined]
+        test_the_table_equals_a_dict_after_any_changes.hypothesis.inner_test(steps)  # type: ignore[attr-defined]
 
 
-def test_files_that_come_and_go_take_no_room() -> None:
+def test_added_and_removed_files_leave_no_memory_in_use() -> None:
     ours = table()
     ours["stays"] = 1
     for number in range(20_000):

@@ -1,4 +1,4 @@
-"""Bytes from a peer become a frame or a ``ProtocolError``, whatever they are."""
+"""Decoding: any bytes from a peer become a frame or a ``ProtocolError``."""
 
 import json
 import tracemalloc
@@ -46,20 +46,20 @@ FRAMES = [msgspec.msgpack.decode(bytes.fromhex(vector["msgpack"])) for vector in
 
 @st.composite
 def spoiled_frames(draw: st.DrawFn) -> bytes:
-    """Draw the bytes of a frame, with some of its fields replaced by junk."""
+    """Draw the bytes of a frame with some fields replaced by junk."""
     frame = draw(st.sampled_from(FRAMES))
     return msgspec.msgpack.encode(frame | draw(st.dictionaries(st.sampled_from(sorted(frame)), JUNK, max_size=2)))
 
 
 @pytest.mark.parametrize("decode", DECODERS)
 @given(data=st.binary() | JUNK.map(msgspec.msgpack.encode))
-def test_random_bytes_raise_nothing_else(decode: Any, data: bytes) -> None:
+def test_random_bytes_raise_only_protocol_errors(decode: Any, data: bytes) -> None:
     with pytest.raises(ProtocolError):
         decode(data)
 
 
 @given(data=spoiled_frames())
-def test_spoiled_frames_raise_nothing_else(data: bytes) -> None:
+def test_spoiled_frames_raise_only_protocol_errors(data: bytes) -> None:
     for decode in DECODERS:
         try:
             frame = decode(data)
@@ -82,20 +82,20 @@ def test_spoiled_frames_raise_nothing_else(data: bytes) -> None:
         pytest.param(b"", id="nothing"),
     ],
 )
-def test_hostile_shapes_are_refused(decode: Any, data: bytes) -> None:
+def test_hostile_structures_are_refused(decode: Any, data: bytes) -> None:
     with pytest.raises(ProtocolError):
         decode(data)
 
 
 @pytest.mark.parametrize("decode", DECODERS)
-def test_frame_over_the_limit_is_not_even_looked_at(decode: Any) -> None:
+def test_frame_over_the_limit_is_not_decoded(decode: Any) -> None:
     data = messages.encode(Hello([1], "1", "1"))
     with pytest.raises(ProtocolError) as caught:
         decode(data, max_bytes=len(data) - 1)
     assert caught.value.code == "REMOTE_TOO_LARGE"
 
 
-def test_frame_at_the_limit_is_taken() -> None:
+def test_frame_at_the_limit_is_accepted() -> None:
     hello = Hello([1], "1", "1")
     data = messages.encode(hello)
     assert messages.decode_client_frame(data, max_bytes=len(data)) == hello
@@ -110,7 +110,7 @@ def test_paths_are_checked_while_decoding(frame: ClientFrame) -> None:
 
 
 @pytest.mark.parametrize("argv", [[], ["x"] * 1025])
-def test_argv_is_bounded(argv: list[str]) -> None:
+def test_the_size_of_argv_is_bounded(argv: list[str]) -> None:
     with pytest.raises(ProtocolError):
         messages.decode_client_frame(messages.encode(Run(ID, argv)))
 

@@ -1,4 +1,4 @@
-"""What a replica leaves out: large contents of artifacts, whatever happens to them before they are here."""
+"""Deferred contents of a replica: large artifacts that change, move or disappear before they are downloaded."""
 
 import os
 from collections.abc import Iterable
@@ -53,7 +53,7 @@ def fetched(effects: Iterable[Effect]) -> list[str]:
     return [path for frame in frames if isinstance(frame, Fetch) for path in frame.paths]
 
 
-def test_a_large_content_is_not_waited_for(replica: Replica) -> None:
+def test_a_large_content_is_deferred(replica: Replica) -> None:
     effects = change(replica, ANNOUNCED, PutFile("tasks/x.json", b"x"))
     assert replica.deferred == {BIG: ENTRY} and not replica.missing and replica.is_current
     assert applied(effects) == [PutFile("tasks/x.json", b"x")] and not fetched(effects)
@@ -84,25 +84,25 @@ def test_a_moved_content_stays_deferred_at_its_new_path(replica: Replica) -> Non
     assert replica.deferred == {OTHER: ENTRY}
 
 
-def test_what_grows_is_wanted_as_a_whole(replica: Replica) -> None:
+def test_an_append_to_a_deferred_content_fetches_the_whole_file(replica: Replica) -> None:
     change(replica, ANNOUNCED)
     effects = change(replica, append_to(BIG, CONTENT, b"more"))
     assert not replica.deferred and fetched(effects) == [BIG] and not applied(effects)
 
 
-def test_announced_anew_it_is_the_newer_one(replica: Replica) -> None:
+def test_a_second_announcement_replaces_the_deferred_content(replica: Replica) -> None:
     change(replica, ANNOUNCED)
     before = replica.deferred_version
     change(replica, AnnounceFile(BIG, LARGE_BYTES + 2, bytes(32)))
     assert replica.deferred == {BIG: (LARGE_BYTES + 2, bytes(32))} and replica.deferred_version > before
 
 
-def test_a_replica_that_leaves_nothing_out_does_as_before() -> None:
+def test_a_replica_that_defers_nothing_applies_announcements() -> None:
     replica = connected(Replica(Position("e", 1, b"m")))
     assert applied(change(replica, ANNOUNCED)) == [ANNOUNCED]
 
 
-def test_compared_as_a_whole_only_what_differs_is_left_out(replica: Replica) -> None:
+def test_a_comparison_defers_only_differing_contents(replica: Replica) -> None:
     entries = {BIG: ENTRY, OTHER: ENTRY, "artifacts/payload/small": (9, bytes(32)), "events/x.jsonl": ENTRY}
     [sent] = replica.compare(repair=True)
     assert sent == Send(Manifest())
@@ -114,7 +114,7 @@ def test_compared_as_a_whole_only_what_differs_is_left_out(replica: Replica) -> 
     assert [effect.paths for effect in effects if isinstance(effect, Remove)] == [("artifacts/payload/surplus",)]
 
 
-def test_what_the_server_says_of_unknown_content_counts_once_the_copy_is_there(replica: Replica) -> None:
+def test_size_and_digest_of_a_deferred_content_are_taken_at_their_position(replica: Replica) -> None:
     replica.defer(BIG)
     assert not replica.learned(BIG, ENTRY, 2) and replica.deferred == {BIG: None}
     change(replica, PutFile("ids.json", b"{}"))
@@ -141,7 +141,7 @@ STEPS = st.lists(
 @settings(max_examples=300)
 @given(STEPS)
 def test_files_that_are_not_deferred_equal_the_servers_at_every_number(steps: list[tuple[str, str, bytes]]) -> None:
-    """I3, I5: and what is left out is said rightly to be what the server has."""
+    """I3, I5: the recorded size and digest of deferred contents also equal the server's."""
     truth: dict[str, bytes] = {}
     tree = MemoryTree({})
     replica = connected(Replica(Position("e", 0, b""), deferred={}))

@@ -1,4 +1,4 @@
-"""Operations lead from one tree to the next, once or twice, and never guess (I3)."""
+"""Operations lead from one tree to the next, are idempotent, and never guess (I3)."""
 
 import json
 
@@ -59,9 +59,7 @@ DRIFTED: list[tuple[str, Operation, Files, Files, set[str]]] = [
 
 
 @pytest.mark.parametrize(("operation", "before", "after"), [case[1:] for case in DONE], ids=[case[0] for case in DONE])
-def test_operation_gives_the_tree_after_it_also_when_it_is_repeated(
-    operation: Operation, before: Files, after: Files
-) -> None:
+def test_operation_yields_the_next_tree_and_is_idempotent(operation: Operation, before: Files, after: Files) -> None:
     tree = MemoryTree(dict(before))
     for _ in range(2):
         assert apply(operation, tree) == frozenset()
@@ -71,7 +69,7 @@ def test_operation_gives_the_tree_after_it_also_when_it_is_repeated(
 @pytest.mark.parametrize(
     ("operation", "before", "after", "drifted"), [case[1:] for case in DRIFTED], ids=[case[0] for case in DRIFTED]
 )
-def test_operation_on_what_it_does_not_expect_names_the_file_to_fetch(
+def test_operation_on_an_unexpected_file_names_the_file_to_fetch(
     operation: Operation, before: Files, after: Files, drifted: set[str]
 ) -> None:
     tree = MemoryTree(dict(before))
@@ -130,7 +128,7 @@ def test_patches_follow_the_rfc(target: object, patch: object, result: object) -
     assert json.dumps(target) == before
 
 
-def test_paths_of_a_move_are_both() -> None:
+def test_paths_of_a_move_are_source_and_target() -> None:
     assert paths_of(MoveFile("a", to="b", digest=bytes(32))) == ("a", "b")
     assert paths_of(DeleteFile("a")) == ("a",)
 
@@ -140,7 +138,7 @@ FILES = st.dictionaries(PATHS, st.binary(max_size=6))
 
 
 @given(FILES, FILES)
-def test_what_was_made_of_two_trees_leads_from_one_to_the_other(before: Files, after: Files) -> None:
+def test_operations_from_two_trees_lead_from_one_to_the_other(before: Files, after: Files) -> None:
     tree = MemoryTree(dict(before))
     for operation in delta(before, after):
         assert apply(operation, tree) == frozenset()
@@ -151,8 +149,8 @@ def test_what_was_made_of_two_trees_leads_from_one_to_the_other(before: Files, a
 
 
 @given(FILES, FILES, FILES)
-def test_drift_is_named_or_harmless(before: Files, after: Files, found: Files) -> None:
-    """From any tree, what is not as it should be afterwards was named, or no operation was about it."""
+def test_drift_is_reported_or_harmless(before: Files, after: Files, found: Files) -> None:
+    """From any tree, each file that differs afterwards was reported or is not part of an operation."""
     tree = MemoryTree(dict(found))
     named: set[str] = set()
     operations = delta(before, after)
@@ -185,7 +183,7 @@ OPERATIONS = st.one_of(
 
 
 @given(st.lists(OPERATIONS, max_size=5), st.dictionaries(PATHS, st.sampled_from([b"", b"{}", b"[" * 100_000, b"\xff"])))
-def test_hostile_operations_raise_nothing_and_name_only_their_own_paths(
+def test_hostile_operations_raise_nothing_and_report_only_their_own_paths(
     operations: list[Operation], files: Files
 ) -> None:
     tree = MemoryTree(files)
@@ -194,7 +192,7 @@ def test_hostile_operations_raise_nothing_and_name_only_their_own_paths(
         apply(operation, tree)
 
 
-def test_a_patch_that_was_applied_already_writes_nothing() -> None:
+def test_a_patch_that_is_already_applied_writes_nothing() -> None:
     class Kept(MemoryTree):
         def replace(self, path: str, data: bytes) -> None:
             pytest.fail(f"{path} was written again")

@@ -1,4 +1,4 @@
-"""What may be named by a peer, and what may not (I9)."""
+"""Paths that a peer may name (I9)."""
 
 import posixpath
 from collections.abc import Callable
@@ -91,7 +91,7 @@ def test_files_of_a_project_are_shared(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", LOCAL)
-def test_files_of_one_machine_are_not_shared_and_not_taken_from_a_peer(path: str) -> None:
+def test_local_files_are_neither_shared_nor_accepted_from_a_peer(path: str) -> None:
     assert not is_replicated(path)
     with pytest.raises(HostilePath):
         check_path(path)
@@ -105,7 +105,7 @@ def test_paths_that_are_not_plain_are_refused(path: str) -> None:
             check(path)
 
 
-def test_a_refused_path_is_refused_with_its_reason() -> None:
+def test_a_refused_path_is_reported_with_the_reason() -> None:
     deep, long = "/".join("x" * (MAX_DEPTH + 1)), "/".join(["x" * 200] * 3)
     for path, reason in (
         (deep, "nested deeper"),
@@ -118,7 +118,7 @@ def test_a_refused_path_is_refused_with_its_reason() -> None:
 
 
 @pytest.mark.parametrize(("is_name", "longest"), [(is_component, 255), (is_resource_name, 240), (is_session_name, 218)])
-def test_a_name_is_one_component_with_room_for_the_suffixes_of_lattice(
+def test_a_name_is_one_component_short_enough_for_lattices_suffixes(
     is_name: Callable[[str], bool], longest: int
 ) -> None:
     for name in ("gpu.0", "Argus.1", "größe", "x" * longest):
@@ -127,12 +127,12 @@ def test_a_name_is_one_component_with_room_for_the_suffixes_of_lattice(
         assert not is_name(name), name
 
 
-def test_a_session_is_not_named_like_the_index_of_sessions() -> None:
+def test_a_session_cannot_have_the_name_of_the_session_index() -> None:
     assert [name for name in ("index", "INDEX", "index1") if is_session_name(name)] == ["index1"]
 
 
 @given(st.text() | st.lists(st.sampled_from(["..", ".", "", "a", "/", "\\", "tasks"])).map("/".join))
-def test_every_accepted_path_stays_inside(path: str) -> None:
+def test_every_accepted_path_is_inside_the_directory(path: str) -> None:
     try:
         check_path(path)
     except HostilePath:
@@ -156,5 +156,5 @@ def test_every_accepted_path_stays_inside(path: str) -> None:
         ("plans/task_1.md", False),
     ],
 )
-def test_only_the_plans_and_notes_of_tasks_are_edited_by_hand(path: str, editable: bool) -> None:
+def test_only_plans_and_notes_of_tasks_can_be_edited(path: str, editable: bool) -> None:
     assert is_editable(path) is editable

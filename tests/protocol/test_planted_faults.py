@@ -1,4 +1,4 @@
-"""Faults planted in a server or a client are noticed; docs/inside/reliability.md counts them."""
+"""Detection of faults planted in a server or a client; docs/inside/reliability.md counts them."""
 
 import asyncio
 import secrets
@@ -37,13 +37,13 @@ def sessions_notice(client: Any, place: Path) -> bool:
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
-def test_fault_in_a_client_is_noticed_no_later_than_stated(fault: Fault, tmp_path: Path) -> None:
+def test_fault_in_a_client_is_detected_no_later_than_stated(fault: Fault, tmp_path: Path) -> None:
     client = module_with(fault)
     layer = "vectors" if vectors_notice(client) else "sessions" if sessions_notice(client, tmp_path) else "later"
     assert ["vectors", "sessions", "later"].index(layer) <= {"vectors": 0, "sessions": 1}.get(fault.noticed_by, 2)
 
 
-async def test_faults_in_a_client_that_vectors_and_sessions_miss_fail_their_check(tmp_path: Path) -> None:
+async def test_client_faults_missed_by_vectors_and_sessions_fail_their_check(tmp_path: Path) -> None:
     turn = asyncio.Semaphore(8)
 
     async def outcome(number: int, fault: Fault) -> tuple[str, list[Outcome]]:
@@ -62,7 +62,7 @@ async def test_faults_in_a_client_that_vectors_and_sessions_miss_fail_their_chec
     assert not missed, ", ".join(missed)
 
 
-def test_nine_in_ten_faults_are_noticed() -> None:
+def test_nine_in_ten_faults_are_detected() -> None:
     noticed = sum(bool(fault.noticed_by) for fault in FAULTS)
     assert len(FAULTS) >= 20 and noticed >= 0.9 * len(FAULTS)
 
@@ -71,7 +71,7 @@ def test_nine_in_ten_faults_are_noticed() -> None:
 
 
 def of_kind(kind: str, alter: Callable[[Frame], list[Frame]]) -> Callable[[Frame], list[Frame]]:
-    """Return a function that alters the frames of one kind."""
+    """Return a function that alters frames of one kind."""
     return lambda frame: alter(frame) if frame["type"] == kind else [frame]
 
 
@@ -80,7 +80,7 @@ def setting(kind: str, **fields: Any) -> Callable[[Frame], list[Frame]]:
 
 
 class Held:
-    """Holds the frames of one kind back until one of another kind has passed."""
+    """Delay of frames of one kind until a frame of another kind has passed."""
 
     def __init__(self, kind: str, until: str) -> None:
         self._kind, self._until = kind, until
@@ -97,7 +97,7 @@ class Held:
 
 
 class EverySecond:
-    """Alters every second frame of a kind."""
+    """Alteration of every second frame of a kind."""
 
     def __init__(self, kind: str, alter: Callable[[Frame], list[Frame]]) -> None:
         self._kind, self._alter = kind, alter
@@ -128,7 +128,7 @@ def without(frame: Frame, *names: str) -> Frame:
 
 
 def ids_ignored() -> Lies:
-    """Give each request an id of its own, also a repeated one."""
+    """Give each request its own id, even a repeated one."""
     given: dict[str, str] = {}
 
     def forward(frame: Frame) -> list[Frame]:
@@ -304,7 +304,7 @@ def token(server: Server) -> str:
 
 
 async def tried(server: Server, token: str, lies: Lies, only: str, slug: str = "scratch") -> list[Outcome]:
-    """Run checks on a server with a fault; the task that they need is made without it."""
+    """Run checks on a server with a fault. The task that they need is created without the fault."""
     target = ServerTarget(f"{server.url}/projects/{slug}", token)
     await server_checks.prepare(target, may_be_in_use=True)
     async with lying(server.port, lies) as port:
@@ -334,6 +334,6 @@ async def test_faults_that_keep_a_server_silent_fail_their_checks(server: Server
     assert results == dict.fromkeys(SILENT, "failed")
 
 
-async def test_proxy_without_a_lie_fails_no_check(server: Server, token: str) -> None:
+async def test_an_unaltered_proxy_fails_no_check(server: Server, token: str) -> None:
     outcomes = [each for only in ("Run", "S3", "Put", "2.3") for each in await tried(server, token, Lies(), only)]
     assert [each.line() for each in outcomes if each.result == "failed"] == []

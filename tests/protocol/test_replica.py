@@ -1,4 +1,4 @@
-"""A replica reaches its server's tree, whatever happens on the way (I3, I5, I7)."""
+"""A replica converges to its server's tree despite faults (I3, I5, I7)."""
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -75,34 +75,34 @@ REQUEST = "0" * 32
 
 
 class Crash(Exception):
-    """The process is gone."""
+    """A crash of the process."""
 
 
 class Disk:
-    """One copy's files, and what is stored about them; one or more processes share it."""
+    """The files and the stored state of one cache, shared by one or more processes."""
 
     def __init__(self) -> None:
         self.files: Files = {}
         self.saved: tuple[Position, tuple[str, ...]] = (NOWHERE, ())
-        self.version = 0  # how often something was stored
-        self.locked_by: Copy | None = None  # a process that resyncs keeps the others out until it is done
-        self.edits: dict[str, bytes | None] = {}  # path -> the text before (the edit's base)
-        self.touched: set[str] = set()  # files that were changed behind our back, until a full comparison
-        self.ahead = 0  # a crash may have left the files at up to this number, ahead of the stored one
-        self.rolled_back = False  # the server lost changes; were some in files of which nothing is stored?
+        self.version = 0  # counts the stores
+        self.locked_by: Copy | None = None  # a process in a resync excludes the others until it is done
+        self.edits: dict[str, bytes | None] = {}  # path -> base of the edit
+        self.touched: set[str] = set()  # files changed by other programs, until a full comparison
+        self.ahead = 0  # files may be at up to this number after a crash, ahead of the stored one
+        self.rolled_back = False  # the server lost changes that may be in files ahead of the stored number
 
 
 class Copy:
-    """The shell of one replica: a process that brings a disk's files to where the server is."""
+    """The shell of one replica: a process that updates a disk's files from the server."""
 
     def __init__(self, server: InMemoryServer, disk: Disk) -> None:
         self.server = server
         self.disk = disk
-        self.version = 0  # of the disk, as this process knows it
+        self.version = 0  # version of the disk that this process has loaded
         self.replica = Replica()
         self.connection: InMemoryConnection | None = None
         self.arriving: dict[str, bytes] = {}
-        self.sent: dict[str, int] = {}  # edits that the server has taken, and as which change
+        self.sent: dict[str, int] = {}  # path -> change number of an edit that the server has stored
 
     # --- running ---
 
@@ -111,7 +111,7 @@ class Copy:
         return self.disk.locked_by in (None, self)
 
     def connect(self) -> None:
-        """Greet, with the same replica when no other process has stored anything since."""
+        """Connect and send Hello. Keeps the replica if no other process has stored anything since."""
         if self.version != self.disk.version:
             self.restart()
         self.connection = self.server.accept()
@@ -153,11 +153,11 @@ class Copy:
             self.disk.locked_by = None
 
     def release_settled(self) -> None:
-        """Go on with the files whose edits were sent, given up or undone, here or by another process."""
+        """Unblock the files whose edits were sent, abandoned or undone by this or another process."""
         self.perform(self.replica.unblock([path for path in self.replica.blocked if path not in self.disk.edits]))
 
     def catch_up_with_others(self) -> bool:
-        """Go on from where another process has brought the files; tell whether that can be done."""
+        """Continue at the position of another process. Return whether that is possible."""
         if self.version == self.disk.version:
             return True
         (position, wanted), here = self.disk.saved, self.replica.position
@@ -258,10 +258,10 @@ class Copy:
         assert differences <= excused or self.disk.rolled_back or self.disk.ahead > compare.seq
         self.perform(self.replica.verified())
 
-    # --- what must always hold ---
+    # --- invariants ---
 
     def check(self, *, at_least: int = 0) -> None:
-        """Every file is as the server had it at our number, except those that we say we don't know."""
+        """Check that every file equals the server's at the replica's position, except those reported as unknown."""
         position = self.replica.position
         if not position.epoch or self.disk.rolled_back:
             return
@@ -281,9 +281,9 @@ WHO = st.integers(0, 1)
 
 
 class Replication(RuleBasedStateMachine):
-    """One server, one copy with one or two processes at work on it, and everything that can come between them.
+    """One server, one cache with one or two processes, and all faults between them.
 
-    Troubles of one kind share a rule, so that most steps are ordinary work, which they then meet in all its phases.
+    Faults of one kind share a rule. Most steps are thus ordinary work, and faults occur in all its phases.
     """
 
     @initialize(
@@ -303,7 +303,7 @@ class Replication(RuleBasedStateMachine):
         sent = {path for copy in self.copies for path in copy.sent}
         return [path for path in self.disk.edits if path not in sent]
 
-    # --- the server's side ---
+    # --- the server ---
 
     @rule(log=st.sampled_from(LOGS), data=st.binary(min_size=1, max_size=3 * PIECE), mine=st.booleans())
     def log_grows(self, log: str, data: bytes, mine: bool) -> None:
@@ -354,10 +354,10 @@ class Replication(RuleBasedStateMachine):
             self.server.new_epoch()
 
     def _roll_back(self, back: int, overtake: int) -> None:
-        """Restored from a backup; it may have gone on from there before anybody connects."""
+        """Restore the server from a backup, which may accept changes before a client connects."""
         seq = max(self.server.head - back, 0)
         self._cut_all()
-        # Files that a crash left ahead of the stored number may be of the lost history: only a comparison tells.
+        # Files left ahead of the stored number by a crash may be of the lost history. Only a comparison detects them.
         self.disk.rolled_back |= self.disk.ahead > min(seq, self.disk.saved[0].seq)
         self.server.roll_back(seq)
         for number in range(overtake):
@@ -368,7 +368,7 @@ class Replication(RuleBasedStateMachine):
             if copy.connection is not None:
                 copy.cut()
 
-    # --- the wire ---
+    # --- the connection ---
 
     @rule(who=WHO)
     def server_takes_a_frame(self, who: int) -> None:
@@ -400,7 +400,7 @@ class Replication(RuleBasedStateMachine):
         copy = self.copies[who % len(self.copies)]
         return copy.may_run and copy.connection is not None and bool(copy.connection.to_client)
 
-    # --- the client's side ---
+    # --- the client ---
 
     @rule(who=WHO, what=st.sampled_from(["cut", "cut and back", "restart", "crash"]), crash_at=st.integers(0, 3))
     def client_is_disturbed(self, who: int, what: str, crash_at: int) -> None:
@@ -461,10 +461,10 @@ class Replication(RuleBasedStateMachine):
             text = self.disk.files.get(path, b"")
             copy.sent[path] = self.server.write([PutFile(path, text)], self.server.files | {path: text})
 
-    # --- the promise ---
+    # --- convergence ---
 
     def _exchange(self, who: int, frames: int = 10_000) -> None:
-        """Deliver until nobody has anything left to say, or so many frames have gone either way."""
+        """Deliver frames until both sides are idle, or until ``frames`` steps have run."""
         copy = self.copies[who % len(self.copies)]
         for _ in range(frames):
             if copy.connection is None:
@@ -484,7 +484,7 @@ class Replication(RuleBasedStateMachine):
         assert copy.replica.position.seq == self.server.head, "the copy is behind"
 
     def teardown(self) -> None:
-        """Once nothing disturbs it any more, the copy gets there, and stays within its bounds."""
+        """Check that the cache converges once there are no further faults."""
         if not hasattr(self, "copies"):
             return
         first, *others = self.copies
@@ -497,7 +497,7 @@ class Replication(RuleBasedStateMachine):
             first.connect()
         self._exchange(0)
         if first.connection is None:
-            first.connect()  # it found that the other process had begun anew
+            first.connect()  # it detected that the other process had reset the cache
         first.release_settled()
         self._settle(0)
         while self.unsent:
@@ -522,7 +522,7 @@ TestReplication.settings = settings(
 )
 
 
-# --- single steps, as a table of what the server says and what follows ---
+# --- single steps: frames of the server and their effects ---
 
 
 def welcome(*, epoch: str = "e", head: int = 0, resync: bool = False, version: int = 1) -> Welcome:
@@ -542,7 +542,7 @@ def part(path: str, seq: int, data: bytes = b"x") -> Part:
 
 
 def following(seq: int = 1, *, head: int | None = None, missing: tuple[str, ...] = ()) -> Replica:
-    """Return a replica at (e, seq) whose server has just said that it goes on from there."""
+    """Return a replica at (e, seq) whose server has just confirmed that position."""
     replica = Replica(Position("e", seq, b"m%d" % seq), missing)
     replica.hello(client_version="0", lattice_version="0")
     replica.receive(welcome(head=seq if head is None else head))
@@ -561,14 +561,14 @@ def answers(effects: list[Effect]) -> list[int]:
     ]
 
 
-def test_hello_says_where_the_copy_stands() -> None:
+def test_hello_states_the_position() -> None:
     replica = Replica(Position("e", 7, b"m"), follow=False)
     hello = replica.hello(client_version="0.1", lattice_version="0.2")
     assert (hello.epoch, hello.seq, hello.mark, hello.follow) == ("e", 7, b"m", False)
     assert (hello.client_version, hello.lattice_version) == ("0.1", "0.2")
 
 
-def test_resync_forgets_the_position_before_it_asks_for_the_manifest() -> None:
+def test_resync_clears_the_position_before_it_requests_the_manifest() -> None:
     replica = Replica(Position("old", 7, b"m"), ["a"])
     replica.hello(client_version="0", lattice_version="0")
     assert replica.receive(welcome(resync=True, head=3)) == [Save(), Send(Manifest())]
@@ -586,7 +586,7 @@ def test_repeated_change_is_ignored() -> None:
     assert following(5).receive(change(5, PutFile("a", b"1"))) == []
 
 
-def test_copy_is_current_once_it_has_the_head_and_every_wanted_file() -> None:
+def test_replica_is_current_once_it_has_the_head_and_every_wanted_file() -> None:
     replica = following(1, head=2, missing=("a",))
     assert not replica.is_current
     replica.receive(change(2))
@@ -603,7 +603,7 @@ def test_reply_waits_for_the_files_that_its_changes_touched() -> None:
     assert answers(replica.receive(part("a", 2, b"large"))) == [2]
 
 
-def test_reply_does_not_wait_for_a_file_that_is_edited_here() -> None:
+def test_reply_does_not_wait_for_a_locally_edited_file() -> None:
     replica = following()
     replica.block(PLAN)
     assert answers(replica.receive(reply(1))) == [1]
@@ -616,7 +616,7 @@ def test_reply_before_its_change_waits_for_it() -> None:
     assert answers(replica.receive(change(2))) == [2]
 
 
-def test_reply_of_a_lost_connection_is_not_handed_on_later() -> None:
+def test_reply_of_a_lost_connection_is_discarded() -> None:
     replica = following()
     replica.receive(reply(2))
     replica.disconnected()
@@ -625,12 +625,12 @@ def test_reply_of_a_lost_connection_is_not_handed_on_later() -> None:
     assert answers(replica.receive(change(2))) == []
 
 
-def test_refusal_is_handed_on_at_once() -> None:
+def test_refusal_is_delivered_at_once() -> None:
     refused = Refused(REQUEST, "REMOTE_FORBIDDEN", "no")
     assert following().receive(refused) == [DeliverReply(refused)]
 
 
-def test_connection_that_only_writes_gets_its_answer_at_once() -> None:
+def test_connection_that_only_writes_receives_its_reply_at_once() -> None:
     replica = Replica(follow=False)
     replica.hello(client_version="0", lattice_version="0")
     assert replica.receive(welcome(head=40, resync=True)) == []
@@ -639,7 +639,7 @@ def test_connection_that_only_writes_gets_its_answer_at_once() -> None:
     assert replica.position == NOWHERE
 
 
-def test_files_are_asked_for_in_batches_while_the_last_one_arrives() -> None:
+def test_files_are_requested_in_batches_while_the_last_batch_arrives() -> None:
     paths = [f"tasks/{number}.json" for number in range(3 * MAX_FETCH_PATHS)]
     replica = Replica(Position("e", 1, b"m1"), paths)
     replica.hello(client_version="0", lattice_version="0")
@@ -660,7 +660,7 @@ def test_a_file_that_is_ahead_of_the_changes_is_a_violation() -> None:
     assert replica.missing == {"a": 1}
 
 
-def test_moving_a_file_that_is_on_its_way_fetches_it_at_its_new_place() -> None:
+def test_a_file_moved_during_its_transfer_is_fetched_at_its_new_path() -> None:
     replica = following(1, missing=("a",))
     move = MoveFile("a", to="b", digest=digest_of(b"x"))
     effects = replica.receive(change(2, move))
@@ -672,7 +672,7 @@ def parts(seq: int, **files: bytes) -> Parts:
     return Parts(seq, *pack_files([WholeFile(path, digest_of(data), data) for path, data in files.items()]))
 
 
-def test_files_that_come_together_are_written_together_and_those_not_requested_are_ignored() -> None:
+def test_files_received_together_are_written_together_and_unrequested_ones_ignored() -> None:
     replica = following(1, missing=("a", "b", "c"))
     replica.block("c")
     effects = replica.receive(parts(1, a=b"1", b=b"", c=b"3", d=b"4"))
@@ -681,14 +681,14 @@ def test_files_that_come_together_are_written_together_and_those_not_requested_a
     assert replica.receive(parts(1, a=b"2")) == []
 
 
-def test_files_that_come_together_are_those_of_the_position() -> None:
+def test_files_received_together_are_those_of_the_position() -> None:
     replica = following(2, missing=("a", "b"))
     assert replica.receive(parts(1, a=b"1", b=b"2")) == []
     with pytest.raises(ProtocolError, match="is of 3"):
         replica.receive(parts(3, a=b"1", b=b"2"))
 
 
-def test_the_first_of_many_missing_files_are_requested_again_when_half_have_come() -> None:
+def test_the_first_missing_files_are_requested_again_when_half_have_arrived() -> None:
     names = [f"tasks/{number}.json" for number in range(MAX_FETCH_PATHS + 5)]
     replica = following(1, missing=())
     (first,) = sent(replica.drifted(names))
@@ -698,7 +698,7 @@ def test_the_first_of_many_missing_files_are_requested_again_when_half_have_come
     assert sent(replica.receive(parts(1, **{names[half]: b"{}"}))) == [Fetch(names[MAX_FETCH_PATHS:])]
 
 
-def test_whole_file_in_a_change_need_not_be_fetched_any_more() -> None:
+def test_whole_file_in_a_change_is_no_longer_fetched() -> None:
     for operation in (PutFile("a", b"x"), DeleteFile("a"), MoveFile("b", to="a", digest=digest_of(b"x"))):
         replica = following(1, missing=("a",))
         assert replica.receive(change(2, operation)) == [ApplyChange(change(2, operation), (operation,)), Save()]
@@ -706,7 +706,7 @@ def test_whole_file_in_a_change_need_not_be_fetched_any_more() -> None:
         assert replica.receive(part("a", 2)) == []
 
 
-def test_a_file_that_is_announced_before_its_first_piece_comes_as_announced() -> None:
+def test_a_file_announced_before_its_first_part_arrives_as_announced() -> None:
     replica = following(1, missing=("a",))
     assert sent(replica.receive(change(2, announce("a", b"new")))) == []
     assert replica.missing == {"a": 2}
@@ -714,7 +714,7 @@ def test_a_file_that_is_announced_before_its_first_piece_comes_as_announced() ->
     assert replica.is_current
 
 
-def test_a_file_that_is_announced_between_its_pieces_is_fetched_again() -> None:
+def test_a_file_announced_between_its_parts_is_fetched_again() -> None:
     replica = following(1, missing=("a",))
     first, last = pieces("a", 1, b"o", b"ld")
     replica.receive(first)
@@ -724,14 +724,14 @@ def test_a_file_that_is_announced_between_its_pieces_is_fetched_again() -> None:
     assert replica.is_current
 
 
-def test_a_file_edited_during_its_transfer_is_left_alone() -> None:
+def test_a_file_edited_during_its_transfer_is_not_written() -> None:
     replica = following(1, missing=("a",))
     replica.block("a")
     assert replica.receive(part("a", 1)) == []
     assert sent(replica.unblock(["a"])) == [Fetch(["a"])]
 
 
-def test_files_that_were_asked_for_on_a_lost_connection_are_asked_for_again() -> None:
+def test_files_requested_on_a_lost_connection_are_requested_again() -> None:
     replica = following(1, missing=("a",))
     replica.disconnected()
     replica.hello(client_version="0", lattice_version="0")
@@ -756,7 +756,7 @@ def test_an_append_during_a_transfer_is_applied_after_the_last_part() -> None:
     assert replica.is_current
 
 
-def test_a_file_whose_pieces_begin_again_includes_what_was_added_before_them() -> None:
+def test_a_restarted_transfer_includes_earlier_appends() -> None:
     replica = following(1, head=1, missing=("a",))
     replica.receive(pieces("a", 1, b"one\n", b"two\n")[0])
     replica.receive(change(2, append_to("a", b"one\ntwo\n", b"three\n")))
@@ -766,7 +766,7 @@ def test_a_file_whose_pieces_begin_again_includes_what_was_added_before_them() -
     assert replica.receive(last)[:2] == [WritePart(last), ApplyChange(change(3, later), (later,))]
 
 
-def test_an_append_before_the_first_part_is_in_it() -> None:
+def test_an_append_before_the_first_part_is_not_applied_again() -> None:
     replica = following(1, missing=("a",))
     assert replica.receive(change(2, grown := append_to("a", b"x", b"y"))) == [
         ApplyChange(change(2, grown), ()),
@@ -788,7 +788,7 @@ def test_parts_during_a_manifest_are_requested_again_after_it() -> None:
     assert replica.is_current
 
 
-def test_more_than_can_be_kept_has_the_file_come_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_appends_beyond_the_buffer_limit_fetch_the_file_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lattice_remote.protocol.replica._MAX_KEPT_BYTES", 10)
     replica = following(1, head=1, missing=("a",))
     replica.receive(pieces("a", 1, b"one\n", b"two\n")[0])
@@ -800,7 +800,7 @@ def test_more_than_can_be_kept_has_the_file_come_anew(monkeypatch: pytest.Monkey
     assert replica.is_current
 
 
-def test_operations_kept_on_lost_connections_take_nothing_from_what_may_be_kept_later(
+def test_operations_buffered_on_lost_connections_do_not_count_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     replica = following(1, head=1, missing=("a",))
@@ -816,7 +816,7 @@ def test_operations_kept_on_lost_connections_take_nothing_from_what_may_be_kept_
         assert sent(replica.receive(welcome(head=seq + 1))) == [Fetch(["a"])]
 
 
-def test_rest_of_an_answer_to_an_older_request_is_ignored() -> None:
+def test_remaining_parts_of_an_older_request_are_ignored() -> None:
     replica = following(1, missing=("a",))
     first, last = pieces("a", 1, b"x", b"y")
     replica.receive(first)
@@ -825,7 +825,7 @@ def test_rest_of_an_answer_to_an_older_request_is_ignored() -> None:
     assert replica.missing == {"a": 1}
 
 
-def test_copy_that_another_process_brought_on_goes_on_from_there() -> None:
+def test_replica_continues_at_the_position_of_another_process() -> None:
     replica = following(1, head=5, missing=("a", "b", "d"))
     replica.receive(pieces("a", 1, b"o", b"ld")[0])
     replica.receive(reply(4))
@@ -949,7 +949,7 @@ def told(replica: Replica, *frames: ServerFrame) -> Replica:
         pytest.param(greeting(), Bye("REMOTE_VERSION", "upgrade the server"), id="the end at once"),
     ],
 )
-def test_violation_ends_the_connection_and_leaves_the_copy_as_it_was(replica: Replica, frame: ServerFrame) -> None:
+def test_violation_ends_the_connection_and_leaves_the_replica_unchanged(replica: Replica, frame: ServerFrame) -> None:
     before = (replica.position, dict(replica.missing), replica.state, replica.head)
     with pytest.raises(ProtocolError) as caught:
         replica.receive(frame)
@@ -958,14 +958,14 @@ def test_violation_ends_the_connection_and_leaves_the_copy_as_it_was(replica: Re
         assert (caught.value.code, caught.value.message) == (frame.code, frame.reason)
 
 
-def test_manifest_of_another_number_than_the_copy_reached_is_a_violation() -> None:
+def test_manifest_at_another_number_than_the_replicas_is_a_violation() -> None:
     replica = following(1)
     replica.compare(repair=False)
     with pytest.raises(ProtocolError):
         replica.receive(Entries(2, b"", [], last=True))
 
 
-# --- a server without measure ---
+# --- bounds against a misbehaving server ---
 
 
 def test_changes_that_wait_for_a_manifest_are_bounded_in_bytes() -> None:
@@ -994,7 +994,7 @@ def test_an_unrequested_part_does_not_prove_the_head() -> None:
     assert replica.is_current
 
 
-def test_a_reply_that_waits_for_an_edit_alone_is_handed_on_when_that_is_settled() -> None:
+def test_a_reply_that_waits_only_for_an_edit_is_delivered_once_the_edit_is_settled() -> None:
     replica = following()
     replica.receive(change(2, announce(PLAN, b"large")))
     replica.drifted([PLAN])

@@ -1,4 +1,4 @@
-"""Every client plays the published sessions: same frames, same files (SPEC section 5, I3)."""
+"""Published sessions: every client sends the same frames and has the same files (SPEC section 5, I3)."""
 
 from contextlib import closing
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The published vectors hold for the client of examples/standalone_client.py, which was written from SPEC.md."""
+"""Published vectors against examples/standalone_client.py, which was written from SPEC.md."""
 
 import base64
 import json
@@ -22,7 +22,7 @@ def load(name: str, **fields: str) -> Any:
 
 
 def text_of(value: Any) -> Any:
-    """Return a value as in the vectors: binary values as base64."""
+    """Return a value in the form of the vectors, with binary values as base64."""
     match value:
         case bytes():
             return base64.b64encode(value).decode()
@@ -34,17 +34,17 @@ def text_of(value: Any) -> Any:
 
 
 @load("frames", **{"from": "server"})
-def test_frame_is_read_as_published(vector: dict[str, Any]) -> None:
+def test_frame_is_decoded_as_published(vector: dict[str, Any]) -> None:
     data = bytes.fromhex(vector["msgpack"])
     if vector["frame"]["type"] in FRAMES:
         assert text_of(decode(data)) == vector["frame"]
     else:
-        with pytest.raises(Violation):  # it answers a request that this client never sends
+        with pytest.raises(Violation):  # it is the reply to a request that this client never sends
             decode(data)
 
 
 @load("accepted", **{"from": "server"})
-def test_frame_in_another_form_is_read_as_published(vector: dict[str, Any]) -> None:
+def test_frame_in_another_encoding_is_decoded_as_published(vector: dict[str, Any]) -> None:
     assert text_of(decode(bytes.fromhex(vector["msgpack"]))) == vector["frame"]
 
 

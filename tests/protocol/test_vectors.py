@@ -1,4 +1,4 @@
-"""What protocol/ publishes is what the code does: the vectors, the schema and SPEC.md."""
+"""Agreement of protocol/ with the code: vectors, schema and SPEC.md."""
 
 import base64
 import json
@@ -52,7 +52,7 @@ def test_part_of_a_frame_is_refused(vector: dict[str, Any]) -> None:
 
 
 @named(FRAMES)
-def test_frame_may_have_more_fields_than_are_known(vector: dict[str, Any]) -> None:
+def test_frame_may_have_unknown_fields(vector: dict[str, Any]) -> None:
     fields = msgspec.msgpack.decode(bytes.fromhex(vector["msgpack"]))
     longer = msgspec.msgpack.encode({"later": {"a": [1, None]}, **fields, "even_later": 1.5})
     assert DECODE[vector["from"]](longer) == DECODE[vector["from"]](bytes.fromhex(vector["msgpack"]))
@@ -65,13 +65,13 @@ def test_frame_that_breaks_the_rules_is_refused(vector: dict[str, Any]) -> None:
 
 
 @named(ACCEPTED)
-def test_frame_in_another_form_has_the_published_meaning(vector: dict[str, Any]) -> None:
+def test_frame_in_another_encoding_has_the_published_meaning(vector: dict[str, Any]) -> None:
     frame = DECODE[vector["from"]](bytes.fromhex(vector["msgpack"]))
     assert msgspec.to_builtins(frame) == vector["frame"]
 
 
 @named(PACKS)
-def test_pack_has_the_published_files_or_is_none(vector: dict[str, Any]) -> None:
+def test_pack_has_the_published_files_or_is_refused(vector: dict[str, Any]) -> None:
     pack = bytes.fromhex(vector["pack"])
     for step in (1, 7, max(1, len(pack))):
         files = unpacked(pack, step)
@@ -81,7 +81,7 @@ def test_pack_has_the_published_files_or_is_none(vector: dict[str, Any]) -> None
 
 
 def unpacked(pack: bytes, step: int) -> dict[str, bytes] | None:
-    """Return the files of a pack that comes in pieces of ``step`` bytes; None if it is no whole pack."""
+    """Return the files of a pack read in parts of ``step`` bytes; None if the pack is invalid or incomplete."""
     unpacker, files = Unpacker(), dict[str, bytes]()
     try:
         for start in range(0, len(pack), step):

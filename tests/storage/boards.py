@@ -1,4 +1,4 @@
-"""Boards for the tests of the storage: events to write, and what must be true of a project after every write."""
+"""Boards for the tests of the storage: sample events, and a check of the project after writes."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ def made_resource(board: StorageBackend, name: str, **data: Any) -> Snapshot:
 
 
 def require_sound(lattice_dir: Path, scratch: Path) -> None:
-    """What is on disk passes ``lattice doctor``, and ``lattice rebuild --all`` makes the same of it."""
+    """Check that the project passes ``lattice doctor`` and that ``lattice rebuild --all`` reproduces it."""
     root = scratch / "examined"
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(lattice_dir, root / ".lattice", ignore=shutil.ignore_patterns("locks", "remote.json"))

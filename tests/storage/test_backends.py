@@ -1,4 +1,4 @@
-"""``StorageBackend``: one suite for a local project and for a remote one."""
+"""``StorageBackend``: one test suite for local and remote projects."""
 
 import json
 import threading
@@ -23,7 +23,7 @@ type Command = Callable[..., str]
 
 
 class Place:
-    """A project, and how a person works in it with commands; ``truth`` is where its files are written."""
+    """A project and its command line. ``truth`` is the directory in which its files are written."""
 
     def __init__(self, board: StorageBackend, truth: Path, command: Command) -> None:
         self.board = board
@@ -47,7 +47,7 @@ def local_place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def remote_place(shared_board: tuple[Server, Client, Client]) -> Iterator[Place]:
-    """This process is on Ana's machine: it asks her agent, with her token."""
+    """Make this process run on Ana's machine with her agent and token."""
     server, ana, _ben = shared_board
     with pytest.MonkeyPatch.context() as environment:
         for name in ("HOME", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR", "LATTICE_REMOTE_RUNTIME_DIR"):
@@ -63,7 +63,7 @@ def place(request: pytest.FixtureRequest) -> Place:
 
 @pytest.fixture
 def board(place: Place, tmp_path: Path) -> Iterator[StorageBackend]:
-    """The board; afterwards the project is one with which lattice finds nothing wrong."""
+    """Yield the board. Afterwards check that the project is sound."""
     yield place.board
     require_sound(place.truth, tmp_path)
 
@@ -76,7 +76,7 @@ def test_both_are_storage_backends(board: StorageBackend) -> None:
     assert (board.root_path / ".lattice" / "config.json").is_file()
 
 
-def test_what_commands_write_is_read(place: Place, board: StorageBackend) -> None:
+def test_writes_of_commands_are_read(place: Place, board: StorageBackend) -> None:
     place.command("create", "By a command", "--actor", ANA)
     listed = board.list_tasks()[-1]
     assert listed["title"] == "By a command"
@@ -104,7 +104,7 @@ def test_a_missing_entry_is_none(forge_on: tuple[StorageBackend, Snapshot], task
 # --- writing a task ---
 
 
-def test_a_task_is_made_as_by_the_command(place: Place, board: StorageBackend) -> None:
+def test_a_task_is_created_as_by_the_command(place: Place, board: StorageBackend) -> None:
     task = made(board, "By a program", description="With words", tags=["a"])
     assert board.get_task(task["short_id"]) == task
     assert board.read_plan(task["id"]) == f"# {task['short_id']}: By a program\n\nWith words\n"
@@ -161,7 +161,7 @@ def test_several_events_are_one_write(board: StorageBackend) -> None:
     assert (written.content["status"], written.content["comment_count"]) == ("planned", 2)
 
 
-def test_one_bad_event_among_good_ones_and_nothing_is_written(board: StorageBackend) -> None:
+def test_one_invalid_event_among_valid_ones_prevents_the_write(board: StorageBackend) -> None:
     task = made(board)
     good = event("comment_added", task, {"body": "good"})
     bad = event("status_changed", task, {"from": "done", "to": "planned"})
@@ -170,8 +170,8 @@ def test_one_bad_event_among_good_ones_and_nothing_is_written(board: StorageBack
     assert board.get_task(task["id"]) == task
 
 
-def test_times_and_the_order_of_beginnings_are_the_writers(board: StorageBackend) -> None:
-    """A program's clock may be wrong, and it may lie."""
+def test_times_and_creation_order_are_the_writers(board: StorageBackend) -> None:
+    """A program may have a wrong clock or send false times."""
     first = beginning("From 1970")
     first |= {"ts": "1970-01-01T00:00:00Z", "id": "ev_" + "0" * 26}
     written = board.write_task(first["task_id"], [first], None)
@@ -196,7 +196,7 @@ def test_a_session_may_write(place: Place, board: StorageBackend) -> None:
 # --- conflicts ---
 
 
-def test_a_base_that_has_moved_is_a_conflict_and_a_value(board: StorageBackend) -> None:
+def test_an_outdated_base_returns_a_conflict(board: StorageBackend) -> None:
     task = made(board)
     newer = added(board, task, "comment_added", {"body": "meanwhile"})
     late = event("status_changed", task, {"from": "backlog", "to": "planned"})
@@ -206,7 +206,7 @@ def test_a_base_that_has_moved_is_a_conflict_and_a_value(board: StorageBackend) 
     assert isinstance(board.write_task(task["id"], [late], newer["last_event_id"]), Written)
 
 
-def test_a_task_that_is_gone_is_a_conflict(place: Place, board: StorageBackend) -> None:
+def test_a_removed_task_is_a_conflict(place: Place, board: StorageBackend) -> None:
     task = made(board)
     place.command("archive", task["short_id"], "--actor", ANA)
     late = event("comment_added", task, {"body": "late"})
@@ -215,8 +215,8 @@ def test_a_task_that_is_gone_is_a_conflict(place: Place, board: StorageBackend) 
         board.write_task(task["id"], [event("task_created", task, {})], None)
 
 
-def test_of_writers_on_one_base_one_wins(board: StorageBackend) -> None:
-    """Threads, each with a claim built on the same event: exactly one is written."""
+def test_one_of_several_writers_on_one_base_wins(board: StorageBackend) -> None:
+    """Each thread writes a claim based on the same event. Exactly one is written."""
     task, ready = made(board), threading.Barrier(6)
 
     def claim(number: int) -> object:
@@ -303,7 +303,7 @@ def test_deep_nesting_is_refused(forge_on: tuple[StorageBackend, Snapshot], leve
         added(board, task, "x_odd", deep(levels))
 
 
-def test_too_many_events_none_and_the_same_one_twice_are_refused(forge_on: tuple[StorageBackend, Snapshot]) -> None:
+def test_too_many_no_and_duplicate_events_are_refused(forge_on: tuple[StorageBackend, Snapshot]) -> None:
     board, task = forge_on
     one = event("x_odd", task, {})
     for events in ([], [one] * 100_000, [one, one], [board.get_task_events(task["id"])[0]]):
@@ -314,19 +314,19 @@ def test_too_many_events_none_and_the_same_one_twice_are_refused(forge_on: tuple
 
 @pytest.fixture(scope="module")
 def forge_on(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StorageBackend, Snapshot]]:
-    """A task that nobody manages to change; the project is looked at when all have tried."""
+    """Yield a task that no test may change. Afterwards check that the project is sound."""
     yield place.board, made(place.board)
     require_sound(place.truth, tmp_path_factory.mktemp("forged"))
 
 
 @pytest.mark.parametrize("task_id", ["task_../../config", "task_" + "a" * 26, "LAT-77777", "", "../x"])
-def test_a_task_is_made_under_an_id_and_nothing_else(forge_on: tuple[StorageBackend, Snapshot], task_id: str) -> None:
+def test_a_task_is_created_only_under_a_valid_id(forge_on: tuple[StorageBackend, Snapshot], task_id: str) -> None:
     board, _ = forge_on
     with pytest.raises(Rejected):
         board.write_task(task_id, [event("task_created", task_id, beginning()["data"])], None)
 
 
-def test_a_new_task_brings_no_short_id(board: StorageBackend) -> None:
+def test_a_new_task_with_a_short_id_is_refused(board: StorageBackend) -> None:
     with pytest.raises(Rejected, match="short_id"):
         made(board, short_id="LAT-1")
 
@@ -334,7 +334,7 @@ def test_a_new_task_brings_no_short_id(board: StorageBackend) -> None:
 # --- resources ---
 
 
-def test_a_resource_is_made_held_and_released(place: Place, board: StorageBackend) -> None:
+def test_a_resource_is_created_held_and_released(place: Place, board: StorageBackend) -> None:
     browser = made_resource(board, "browser", description="one at a time", ttl_seconds=100)
     assert board.get_resource("browser") == board.get_resource(browser["id"]) == browser
 
@@ -357,7 +357,7 @@ def test_a_resource_is_made_held_and_released(place: Place, board: StorageBacken
     assert "browser" in [one["name"] for one in board.list_resources()]
 
 
-def test_a_resource_whose_base_has_moved_is_a_conflict(board: StorageBackend) -> None:
+def test_an_outdated_base_of_a_resource_is_a_conflict(board: StorageBackend) -> None:
     camera = made_resource(board, "camera")
     taken = board.write_resource(
         "camera", [of_resource("resource_acquired", camera, {"holder": ANA})], camera["last_event_id"]
@@ -434,7 +434,7 @@ def test_a_text_is_read_as_it_was_written(board: StorageBackend, text: str) -> N
     assert board.read_notes(task["id"]) == text
 
 
-def test_texts_are_merged_by_line_and_the_same_lines_are_a_conflict(board: StorageBackend) -> None:
+def test_texts_are_merged_by_line_and_changes_of_the_same_lines_conflict(board: StorageBackend) -> None:
     task = made(board)
     base = "one\ntwo\nthree\nfour\n"
     assert isinstance(board.write_notes(task["id"], base, None), Written)
@@ -451,21 +451,21 @@ def test_texts_are_merged_by_line_and_the_same_lines_are_a_conflict(board: Stora
     assert board.read_notes(task["id"]) == both
 
 
-def test_a_text_of_no_task_or_too_long_is_refused(board: StorageBackend) -> None:
+def test_a_text_without_a_task_or_too_long_is_refused(board: StorageBackend) -> None:
     task = made(board)
     for where, text in ((task["id"], "x" * (1 << 20) + "x"), (task["id"], "\ud800"), ("LAT-9999", "x"), ("../x", "x")):
         with pytest.raises(Rejected):
             board.write_plan(where, text, board.read_plan(task["id"]))
 
 
-# --- a local one only: beside plain lattice, and after a kill ---
+# --- local only: concurrent lattice commands, and kills ---
 
 
 def _log_of(place: Place, task: Snapshot) -> Path:
     return place.truth / "events" / f"{task['id']}.jsonl"
 
 
-def test_a_line_that_is_being_written_is_not_read_yet(local_place: Place) -> None:
+def test_an_incomplete_line_is_not_read(local_place: Place) -> None:
     task = made(local_place.board)
     log = _log_of(local_place, task)
     before = log.read_bytes()
@@ -474,8 +474,8 @@ def test_a_line_that_is_being_written_is_not_read_yet(local_place: Place) -> Non
     log.write_bytes(before)
 
 
-def test_after_a_write_that_was_cut_off_nothing_is_written_twice(local_place: Place, tmp_path: Path) -> None:
-    """Killed between log and snapshot, a program that tries again must not add its events a second time."""
+def test_a_repeated_write_after_a_kill_writes_nothing_twice(local_place: Place, tmp_path: Path) -> None:
+    """A program killed between log and snapshot must not append its events again when it retries."""
     board, task = local_place.board, made(local_place.board)
     said = event("comment_added", task, {"body": "once"})
     with _log_of(local_place, task).open("a") as log:
@@ -488,7 +488,7 @@ def test_after_a_write_that_was_cut_off_nothing_is_written_twice(local_place: Pl
     require_sound(local_place.truth, tmp_path)
 
 
-def test_a_text_is_not_left_behind_by_a_task_that_is_being_archived(local_place: Place, tmp_path: Path) -> None:
+def test_a_text_is_refused_if_its_task_is_archived_before_the_write(local_place: Place, tmp_path: Path) -> None:
     """`lattice archive` holds the task's lock while it moves its files."""
     board, task = local_place.board, made(local_place.board)
     base = board.read_plan(task["id"])
@@ -505,10 +505,10 @@ def test_a_text_is_not_left_behind_by_a_task_that_is_being_archived(local_place:
         (tmp_path / Path(name).name).rename(local_place.truth / name)
 
 
-# --- a remote one only ---
+# --- remote only ---
 
 
-def test_a_token_writes_in_its_own_names_and_those_of_its_own_sessions(
+def test_a_token_writes_only_under_its_own_names_and_sessions(
     shared_board: tuple[Server, Client, Client], remote_place: Place, tmp_path: Path
 ) -> None:
     _server, _ana, ben = shared_board
@@ -527,7 +527,7 @@ def test_a_token_writes_in_its_own_names_and_those_of_its_own_sessions(
     require_sound(remote_place.truth, tmp_path)
 
 
-def test_a_copy_is_never_written_as_if_it_were_local(remote_place: Place) -> None:
+def test_a_cache_is_never_written_as_a_local_project(remote_place: Place) -> None:
     """I4."""
     task = made(remote_place.board)
     copy = LocalStorage(remote_place.board.root_path)
@@ -542,14 +542,14 @@ def test_a_copy_is_never_written_as_if_it_were_local(remote_place: Place) -> Non
             write()
 
 
-def test_who_wrote_is_in_the_log(shared_board: tuple[Server, Client, Client], remote_place: Place) -> None:
+def test_the_log_has_the_author_of_a_write(shared_board: tuple[Server, Client, Client], remote_place: Place) -> None:
     made(remote_place.board)
     ana = shared_board[1]
     line = ana.ok("remote", "log", "-n", "1")
     assert "human:ana" in line and "storage: write-task" in line
 
 
-def test_without_an_agent_and_out_of_reach(
+def test_without_an_agent_an_unreachable_server_leaves_stale_reads(
     shared_board: tuple[Server, Client, Client], remote_place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, _ana, _ben = shared_board
@@ -572,7 +572,7 @@ def test_without_an_agent_and_out_of_reach(
 
 
 @pytest.mark.parametrize("answer", ["{}", "[]", "no json", '{"outcome": "?"}', '{"error": {}}', '{"error": 1}'])
-def test_a_server_that_answers_nonsense_is_a_connection_that_failed(
+def test_an_invalid_answer_of_the_server_is_a_connection_error(
     remote_place: Place, monkeypatch: pytest.MonkeyPatch, answer: str
 ) -> None:
     def ask(_request: object) -> dict[str, Any]:

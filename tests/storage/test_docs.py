@@ -1,4 +1,4 @@
-"""What the documentation says of the Python interface is run: the example as a program, the page block by block."""
+"""Documentation of the Python interface: run the example as a program and the page block by block."""
 
 import os
 import re
@@ -21,7 +21,7 @@ type Run = Callable[..., str]
 
 @pytest.fixture(params=["local", "remote"])
 def run(request: pytest.FixtureRequest, shared_board: tuple[Server, Client, Client], tmp_path: Path) -> Run:
-    """Run a Python program in a project, or with no program a command."""
+    """Run a Python program in a project, or a command if there is no program."""
     ana = shared_board[1]
     client = ana if request.param == "remote" else ana.elsewhere(tmp_path)
     if request.param == "local":
@@ -47,7 +47,7 @@ def run(request: pytest.FixtureRequest, shared_board: tuple[Server, Client, Clie
     return run
 
 
-def test_the_example_works_as_it_says(run: Run) -> None:
+def test_the_example_has_its_documented_output(run: Run) -> None:
     first = run(str(EXAMPLE), "agent:first")
     assert ": plan written\n1 comments on LAT-" in first
     second = run(str(EXAMPLE), "agent:second")
@@ -56,7 +56,7 @@ def test_the_example_works_as_it_says(run: Run) -> None:
     assert "agent:second" in run("show", second.split()[0])
 
 
-def test_the_page_works_as_it_says(run: Run, tmp_path: Path) -> None:
+def test_the_page_has_its_documented_output(run: Run, tmp_path: Path) -> None:
     run("create", "A task to comment on", "--actor", "human:ana")
     script = tmp_path / "page.py"
     script.write_text("\n".join(_BLOCK.findall((ROOT / "docs" / "use" / "python.md").read_text())))
@@ -65,7 +65,7 @@ def test_the_page_works_as_it_says(run: Run, tmp_path: Path) -> None:
     assert "Written(content=" in said
 
 
-def test_out_of_a_project_it_says_what_to_do(tmp_path: Path) -> None:
+def test_outside_a_project_the_example_suggests_a_command(tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if name != "LATTICE_ROOT"}
     argv = [sys.executable, str(EXAMPLE)]
     done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""``resolve_backend``: the board that a ``lattice`` command would work on."""
+"""``resolve_backend``: the board that a ``lattice`` command would use."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def project(root: Path, remote: str | None = None) -> Path:
 REMOTE = json.dumps({"name": "origin", "url": "http://127.0.0.1:1", "project": "board"})
 
 
-def test_the_nearest_project_above_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_nearest_project_above_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outer = project(tmp_path / "with spaces and ünï", REMOTE)
     inner = project(outer / "in" / "here")
     deep = inner / "a" / "b"
