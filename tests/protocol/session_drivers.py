@@ -198,7 +198,7 @@ def play(driver: Any, session: dict[str, Any]) -> None:
 
 def check_sent(sent: Sent, expected: Sent, where: str) -> None:
     """Compare the fields that the session names. Paths of Fetches form one set; Applied is ignored."""
-    for kinds in (("run", "put"), ("hello",), ("manifest",)):  # their order among each other counts
+    for kinds in (("run", "put"), ("hello",), ("manifest",)):  # in order within each group
         found = [frame for frame in sent if frame["type"] in kinds]
         wanted = [frame for frame in expected if frame["type"] in kinds]
         assert len(found) == len(wanted), f"{where}: sends {found} instead of {wanted}"

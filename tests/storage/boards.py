@@ -62,7 +62,7 @@ def require_sound(lattice_dir: Path, scratch: Path) -> None:
     shutil.copytree(lattice_dir, root / ".lattice", ignore=shutil.ignore_patterns("locks", "remote.json"))
     (root / ".lattice" / "locks").mkdir()
     env = {"LATTICE_ROOT": str(root)}
-    with mock.patch("lattice.storage.fs.os.fsync"):  # nothing of it need survive
+    with mock.patch("lattice.storage.fs.os.fsync"):  # a temporary copy needs no durability
         _require_sound(root, env)
 
 

@@ -131,7 +131,7 @@ async def test_a_failing_cache_does_not_affect_others(server: FakeServer, tmp_pa
 async def test_without_a_runtime_directory_no_agent_starts(
     server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LATTICE_REMOTE_RUNTIME_DIR", "/dev/null")  # a short path: a long one is replaced
+    monkeypatch.setenv("LATTICE_REMOTE_RUNTIME_DIR", "/dev/null")  # a short path, as a long one is replaced
     assert (await ask("ready", directory))["current"]
     assert await status() is None
 

@@ -63,7 +63,7 @@ async def test_commands_run_without_a_frozen_agent_and_report_it(
             await status()
     await until(lambda: tree(directory) == server.files)
     await run(directory, "append", "events/x.jsonl", "twice\n")
-    assert server.files["events/x.jsonl"] == b"once\ntwice\n"  # the agent came to itself, and sent it again (I6)
+    assert server.files["events/x.jsonl"] == b"once\ntwice\n"  # the agent resumed and sent the request again (I6)
     assert tree(directory) == server.files and agent_pid() == pid
 
 
@@ -339,7 +339,7 @@ async def test_three_failing_caches_do_not_slow_seventeen_others(
         FaultProxy(server.port) as stalled,
         contextlib.closing(socket.socket()) as bound,
     ):
-        bound.bind(("127.0.0.1", 0))  # and does not listen: refused
+        bound.bind(("127.0.0.1", 0))  # it does not listen, so connections are refused
         refused = make_cache(tmp_path / "refused", f"http://127.0.0.1:{bound.getsockname()[1]}")
         silent = make_cache(tmp_path / "silent", stalled.url)
         place = tmp_path / "full" / ".lattice"

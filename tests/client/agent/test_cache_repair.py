@@ -185,7 +185,7 @@ async def test_the_agents_own_writes_are_not_fetched_again(server: FakeServer, k
     server.change(MoveFile("tasks/task_3.json", "archive/tasks/task_3.json", digest_of(b"3")))
     server.change(DeleteFile("tasks/task_4.json"))
     await equal(directory, server)
-    (directory / "tasks/task_5.json").write_bytes(b"a stranger's")  # once this is mended, all before was looked at
+    (directory / "tasks/task_5.json").write_bytes(b"a stranger's")  # repaired only after earlier writes were compared
     await equal(directory, server)
     assert set(fetched(server)) == {"tasks/task_5.json"}
     assert kept._repaired()["count"] == 1

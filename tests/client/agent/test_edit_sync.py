@@ -158,7 +158,7 @@ def beside(directory: Path) -> set[str]:
 async def test_a_save_is_sent_once_and_whole_without_temporary_files(
     server: FakeServer, live: Service, directory: Path, editor: Steps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(edit_sync, "SAVING_S", 60.0)  # an emptied file waits for its text, on a slow machine too
+    monkeypatch.setattr(edit_sync, "SAVING_S", 60.0)  # long enough for the text of an emptied file on a slow machine
     files = set(server.files)
     seen: set[str] = set()
     for _ in editor(directory / PLAN):

@@ -572,7 +572,7 @@ async def test_a_rewritten_text_that_a_full_disk_may_have_truncated_is_withheld(
             await until(lambda: PLAN in service._replicator.edits.evidence.cramped)
         await until(lambda: "disk was full" in service._edit_sender.withheld().get(PLAN, ""))
         assert puts(board) == []
-        (directory / PLAN).write_bytes(b"# My line first\n" + THEIRS)  # saved once more, whole
+        (directory / PLAN).write_bytes(b"# My line first\n" + THEIRS)  # saved again, completely
         await until(lambda: board.files[PLAN] == b"# My line first\n" + THEIRS)
 
 

@@ -149,7 +149,7 @@ async def test_after_a_reboot_the_files_are_compared(
     first.start(TOKEN)
     await ready(first)
     await first.close()
-    (directory / "tasks/task_1.json").write_bytes(b"")  # what a power cut may leave
+    (directory / "tasks/task_1.json").write_bytes(b"")  # possible after a power cut
     monkeypatch.setattr("lattice_remote.client.cache.cache._boot_id", "another")
     second = Service(str(directory))
     second.start(TOKEN)
@@ -418,7 +418,7 @@ async def test_a_conflict_keeps_both_texts(server: FakeServer, service: Service,
     plan = await edited(server, service, directory)
     server.put(PLAN, b"# Plan\ntheirs\n")
     await until(lambda: service._replicator.replica.position.seq == 1)
-    assert plan.read_bytes() == b"# Plan\nmine\n"  # an edited file is left alone
+    assert plan.read_bytes() == b"# Plan\nmine\n"  # an edited file is not overwritten
     answer = await ask(service, "push")
     assert answer["sent"] == [{"path": PLAN, "outcome": "conflict"}]
     await until(lambda: plan.read_bytes() == b"# Plan\ntheirs\n")

@@ -279,7 +279,7 @@ def test_an_edit_is_found_with_and_without_an_older_reading(cache: Cache) -> Non
     edits.rebase(PLAN)
     unedited = settled(read_all(cache))
     assert edits.scan(unedited) == []
-    cache.replace(PLAN, b"edited")  # as long as the other
+    cache.replace(PLAN, b"edited")  # same length
     assert edits.scan(unedited) == [PLAN], "the reading is of another state"
     assert edits.scan(settled(read_all(cache))) == [PLAN]
 
@@ -310,7 +310,7 @@ def test_a_save_in_the_same_clock_tick_as_the_last_scan_is_an_edit(
     same = (*found[:3], time.time_ns())
     monkeypatch.setattr(cache, "signature", lambda _: same)
     assert not edits.is_edited(PLAN)
-    Path(cache.absolute(PLAN)).write_bytes(b"edited")  # as long as the other, and the clock has not moved on
+    Path(cache.absolute(PLAN)).write_bytes(b"edited")  # same length and clock tick
     assert edits.is_edited(PLAN)
 
 

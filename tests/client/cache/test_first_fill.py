@@ -61,7 +61,7 @@ def test_parts_wrong_digests_and_existing_files_take_the_usual_path(cache: Cache
         part("tasks/half.json", b"1", size=2),
         part("tasks/wrong.json", b"1", digest=b"0" * 32),
         part("tasks/there.json", b"new"),
-        part("config.json", b"{}"),  # a person's own text may be compared with it
+        part("config.json", b"{}"),  # may be compared with a text that the user wrote
     ]
     assert asyncio.run(fill.write([*parts, part("tasks/new.json", b"{}")])) == parts
     fill.close()
@@ -99,7 +99,7 @@ def test_an_unedited_plan_equals_its_base_also_in_the_next_process(cache: Cache)
     later = Cache(cache.directory, cache.remote)
     later.load_known()
     edits = Edits(later)
-    os.unlink(later.absolute(f".remote/base/{PLAN}"))  # its absence would show that it was compared
+    os.unlink(later.absolute(f".remote/base/{PLAN}"))  # a comparison would fail without it
     assert edits.scan() == []
     Path(later.absolute(PLAN)).write_bytes(b"# Pawn\n")
     assert edits.scan() == [PLAN]

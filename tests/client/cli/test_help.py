@@ -149,7 +149,7 @@ def test_the_server_program_has_completion(environment: dict[str, str]) -> None:
         return subprocess.run(argv, env=env, capture_output=True, text=True, check=True).stdout
 
     program = str(BIN / "lattice-remote")
-    script = ask("bash", "-c", f"{program} --show-completion; true")  # the program looks for its shell
+    script = ask("bash", "-c", f"{program} --show-completion; true")  # the program detects its parent shell
     assert "complete -o default -F _lattice_remote_completion lattice-remote" in script
     completed = ask(
         program, COMP_WORDS="lattice-remote project cr", COMP_CWORD="2", _LATTICE_REMOTE_COMPLETE="complete_bash"

@@ -100,7 +100,7 @@ def test_files_that_differ_from_the_pack_are_compared_by_the_agent(directory: Pa
         texts = {path: pack.content(path) for path in pack.entries if path.startswith(("plans/", "notes/"))}
         assert push._become_cache(str(directory), REMOTE, digests(), texts, pack.readings) == ["context.md"]
     cache = Cache(str(directory), REMOTE)
-    (directory / f"tasks/{TASK}.json").write_bytes(b"[]\n")  # as long as the other
+    (directory / f"tasks/{TASK}.json").write_bytes(b"[]\n")  # same length
     kept = take_readings(cache)
     assert kept.keys() == FILES.keys() - {"context.md", PLAN}
     assert read_all(cache, kept)[f"tasks/{TASK}.json"].digest == hashlib.sha256(b"[]\n").digest()

@@ -157,7 +157,7 @@ async def test_the_stored_token_follows_unless_the_given_one_is_preferred(
     ("before", "follows", "stored", "given", "is_refused", "expected"),
     [
         ("old", "old", None, None, False, None),  # logged out
-        ("old", "given", None, None, False, "given"),  # of a command: not that of the logout
+        ("old", "given", None, None, False, "given"),  # a command's token, which the logout does not affect
         ("old", "old", "new", "given", False, "new"),
         ("old", "old", "old", "given", False, "old"),
         ("old", "given", "new", None, False, "given"),

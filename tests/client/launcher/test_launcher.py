@@ -327,7 +327,7 @@ script._execute = lambda *_: print(*[int(signal.getsignal(n)) for n in (*script.
 script.main("lattice", "python")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["0", "0", "1", "0", "0"]  # ignored stays ignored
+    assert done.stdout.split() == ["0", "0", "1", "0", "0"]  # ignored signals stay ignored
 
 
 def test_a_killed_launcher_leaves_no_command(
@@ -506,7 +506,7 @@ def test_twenty_first_commands_start_one_warm_process(launched: Launched) -> Non
         assert b"First" in stdout
     wait_until_warm(launched.client, launched.programs)
     runtime = Path(launched.client.env["XDG_RUNTIME_DIR"])
-    assert len(list(runtime.glob("warm-*.sock"))) <= 2  # the other one is of another encoding, from a test above
+    assert len(list(runtime.glob("warm-*.sock"))) <= 2  # an earlier test started one with another encoding
 
 
 def test_an_idle_warm_process_exits_and_leaves_no_socket(launched: Launched, runtime: Path) -> None:
@@ -546,7 +546,7 @@ def test_a_package_replaced_while_it_is_loaded_is_never_served(
 ) -> None:
     package = tmp_path / "site" / "lattice_remote"
     shutil.copytree(Path(script.__file__).parents[2], package, ignore=shutil.ignore_patterns("__pycache__"))
-    last = package / "client" / "attachments.py"  # only a warm process loads it
+    last = package / "client" / "attachments.py"  # loaded by the warm process only
     last.write_text(f"{last.read_text()}\nos.utime({str(package / '__init__.py')!r})\n")
     env = {**launched.client.env, "PYTHONPATH": str(package.parent), "LATTICE_REMOTE_RUNTIME_DIR": str(runtime)}
     for _ in range(3):
