@@ -613,9 +613,7 @@ async def test_the_cache_converges_after_random_damage_during_changes(
                 await sibling.handle({"do": "ready", "token": TOKEN}, lambda _: None)
                 await sibling.close()
             case 6:
-                await asyncio.sleep(
-                    rng.random() * 0.2
-                )  # a random moment during the repairs, not a wait for a condition
+                await asyncio.sleep(rng.random() * 0.2)  # a random moment, not a wait for a condition
             case _:
                 change_at_random(rng, server)
         await asyncio.sleep(0)
