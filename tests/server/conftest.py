@@ -1,4 +1,4 @@
-"""What the tests of several modules share."""
+"""Shared fixtures."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from server_process import Process
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Process, Rest]]:
-    """A server for what is asked over REST, and a program that asks; nobody ends it, or counts all of its tasks."""
+    """A server and a REST client. Tests must not stop the server or count all of its tasks."""
     with rest_server(tmp_path_factory.mktemp("rest")) as both:
         yield both
 

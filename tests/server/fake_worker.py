@@ -1,4 +1,4 @@
-"""A worker that does as it is told: the process behind ``server/ipc.py`` with commands for tests instead of lattice.
+"""Scripted worker: the process behind ``server/ipc.py`` with commands for tests instead of lattice.
 
 put PATH TEXT      write a file                    noop           answer, change nothing
 die                end without a trace             die-once       the same, but only the first time

@@ -1,4 +1,4 @@
-"""A program that speaks HTTP to a server: one session, one project, and what was answered."""
+"""HTTP client for tests: one session and one project, with checked responses."""
 
 import contextlib
 import re
@@ -25,7 +25,7 @@ class Rest:
         self.session.headers["Authorization"] = f"Bearer {token}"
 
     def ask(self, method: str, path: str, **options: Any) -> requests.Response:
-        """Ask, and see that whatever is answered is an envelope in which a refusal is one line."""
+        """Send a request, and check that the response is an envelope whose refusal is one line."""
         answer = self.session.request(method, self.url + path, timeout=30, **options)
         assert answer.status_code != 500, answer.text
         if answer.status_code >= 400:
@@ -36,13 +36,13 @@ class Rest:
         return answer
 
     def ok(self, method: str, path: str, *, status: int = 200, **options: Any) -> Any:
-        """Ask for what must be done; return the data."""
+        """Send a request that must succeed; return the data."""
         answer = self.ask(method, path, **options)
         assert answer.status_code == status, (answer.status_code, answer.text)
         return answer.json()["data"]
 
     def refused(self, method: str, path: str, **options: Any) -> tuple[int, str]:
-        """Ask for what must be refused; return the status and the code. Nothing may have changed."""
+        """Send a request that must be refused without effect; return the status and the code."""
         before = self.head
         answer = self.ask(method, path, **options)
         assert answer.status_code >= 400, answer.text
@@ -55,7 +55,7 @@ class Rest:
         return int(self.session.get(self.url, timeout=30).json()["head"])
 
     def task(self, title: str = "t", *, planned: bool = False, **fields: Any) -> str:
-        """Make a task and return its short id; with ``planned`` one that can be begun."""
+        """Create a task and return its short id; ``planned`` makes it ready to begin."""
         made = self.ok("POST", "/tasks", status=201, json={"title": title, **fields})
         if planned:
             self.ok("PUT", f"/plans/{made['id']}", data=_PLAN, headers={"If-Match": "*"})

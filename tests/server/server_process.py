@@ -19,7 +19,7 @@ COMMAND = [sys.executable, "-c", "from lattice_remote.server.cli import main; ma
 
 
 class Process:
-    """``lattice-remote start`` on a free port, and what it printed."""
+    """``lattice-remote start`` on a free port, and its output."""
 
     def __init__(self, data: DataDir, *options: str | Path) -> None:
         self.data = data
@@ -73,5 +73,5 @@ def children_of(server: Process, what: bytes) -> list[int]:
 
 
 def is_gone(pid: int) -> bool:
-    """Tell whether a process has ended."""
+    """Return whether a process has ended."""
     return not Path(f"/proc/{pid}").exists() or "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()

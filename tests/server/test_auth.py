@@ -125,7 +125,7 @@ def test_a_token_is_valid_until_the_moment_at_which_it_expires(path: Path) -> No
     assert not store.refresh()
     assert not why(store, login)
     clock.now = end
-    assert store.refresh()  # a server that looks now and then is told to look at its clients
+    assert store.refresh()  # the periodic check of the server
     assert not store.refresh()
     assert why(store, login) == f"token {token.id} expired at 2030-04-01T00:00:00Z; ask for another"
     assert why(store, found(store, text)).startswith(f"token {token.id} expired")

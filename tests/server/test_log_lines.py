@@ -1,4 +1,4 @@
-"""What a server logs: a line is a line, whoever said what is in it, for people and as JSON."""
+"""Log lines of a server, as text and as JSON, with untrusted content."""
 
 import json
 import logging
@@ -71,7 +71,7 @@ def test_an_exception_can_write_no_line_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("write", [logged, as_json])
-def test_what_gives_access_is_struck_out_wherever_it_stands(write: Callable[..., str]) -> None:
+def test_credentials_are_masked_everywhere(write: Callable[..., str]) -> None:
     secret = "ltr_" + "s" * 43
     line = write("%s", f"Bearer {secret}", error=ValueError(secret), fields={"path": secret})
     line += write("%s", "x" * 990 + secret)  # cut in the middle of it
@@ -86,7 +86,7 @@ def test_the_line_has_what_its_pattern_says() -> None:
     assert re.fullmatch(r"INFO b\\nc\n", done.stderr)
 
 
-def test_the_environment_says_how_and_how_much() -> None:
+def test_the_environment_selects_format_and_level() -> None:
     code = CODE + "f('%(message)s', {'project': 'web'}); logging.info('quiet'); logging.warning('loud')"
     environment = {**os.environ, "LATTICE_REMOTE_LOG_FORMAT": "json", "LATTICE_REMOTE_LOG_LEVEL": "warning"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)

@@ -191,7 +191,7 @@ class WorkerProcess:
         return _decoder.decode(data)
 
     def has_message(self, *, within_s: float) -> bool:
-        """Tell whether something has come from the worker, or comes within this time."""
+        """Return whether the worker has sent a message, or sends one within this time."""
         return bool(self._received or select.select([self._connection], [], [], within_s)[0])
 
     def done(self) -> RequestDone:
@@ -220,7 +220,7 @@ class WorkerProcess:
         return answer
 
     def ok(self, *argv: str, **options: object) -> str:
-        """Run a command line that succeeds; return what it printed."""
+        """Run a command line that succeeds; return its output."""
         reply = self.reply(*argv, **options)
         assert reply.exit_code == 0, reply
         return reply.stdout.decode()

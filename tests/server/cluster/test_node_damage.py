@@ -140,7 +140,7 @@ def titles_on(cluster: RunningCluster, name: str) -> set[str]:
 
 
 def limit_stream(cluster: RunningCluster, free_bytes: int | None, name: str = "") -> None:
-    """Leave so much room in a stream, by default in the order; None: any."""
+    """Limit a stream, by default the order, to this much free space; None removes the limit."""
 
     async def work(engine: Engine, order: JetStreamOrder) -> None:
         info = await engine.stream_info(name or order.name)

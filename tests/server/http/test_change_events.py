@@ -1,4 +1,4 @@
-"""What a change tells those who listen, and where in it somebody stands."""
+"""Events of a change, and positions in the stream of events."""
 
 import json
 from collections.abc import Mapping
@@ -36,9 +36,9 @@ def append(path: str, data: bytes = LINE) -> AppendBytes:
 
 
 def told(*ops: Operation, cause: str = "0" * 32, **contents: bytes) -> list[tuple[str, dict]]:
-    """Return kind and data of each event, except for the last, as it is read on the other side.
+    """Return kind and data of each event except the last, as a client parses them.
 
-    ``contents`` are by the digest's first digit.
+    ``contents`` are keyed by the digest's first digit.
     """
     events = events_of(change(*ops, cause=cause))
     found = {e.wanted: contents[f"d{e.wanted.digest[:1].decode()}"] for e in events if e.wanted and contents}
@@ -148,7 +148,7 @@ CASES: dict[str, tuple[list[Operation], list[tuple[str, dict]]]] = {
 
 
 @pytest.mark.parametrize(("ops", "expected"), CASES.values(), ids=CASES)
-def test_what_a_change_tells(ops: list[Operation], expected: list[tuple[str, dict]]) -> None:
+def test_the_events_of_a_change(ops: list[Operation], expected: list[tuple[str, dict]]) -> None:
     assert told(*ops, d1=b'{"one": 1}', d2=b'{\n "two":\n 2}') == expected
 
 
@@ -177,7 +177,7 @@ def test_the_changed_fields_are_at_the_top(kind: object, data: object, fields: d
     )
 
 
-def test_what_was_replaced_by_hand_is_named_only() -> None:
+def test_a_file_replaced_by_hand_is_only_named() -> None:
     assert told(PutFile(LOG, LINE), cause="edit") == [("files", {"paths": [LOG], "more": 0})]
 
 
@@ -232,7 +232,7 @@ def test_events_of_any_change_are_reproducible_lines(ops: list[tuple[str, str, b
         assert sent.endswith(b"\n\n") and b"\r" not in sent
         lines = sent[:-2].split(b"\n")
         assert [line.partition(b": ")[0] for line in lines] == [b"event", b"id", b"data"]
-    # Each path is named by an event, so that a program with a copy knows what to request.
+    # Each path is named by an event, so that a program with a cache knows what to request.
     assert bool(events[:-1]) == bool(ops)
 
 

@@ -1,4 +1,4 @@
-"""The cookie of a browser that is signed in: what it is worth, what ends it, and that no other site can use it."""
+"""Session cookie of a signed-in browser: rights, expiry and protection against other sites."""
 
 from collections.abc import Iterator
 from datetime import timedelta
@@ -47,7 +47,7 @@ def given(cookies: Cookies, login: Login, request: Request) -> SimpleCookie:
     return SimpleCookie(response.headers["Set-Cookie"])
 
 
-# --- by itself ---
+# --- without a server ---
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_it_holds_no_token_and_no_script_reads_it() -> None:
         ("https", "192.0.2.1", "", True),
         ("http", "10.0.0.1", "https", True),  # the trusted proxy
         ("http", "10.0.0.1", "http", False),
-        ("http", "192.0.2.1", "https", False),  # anybody
+        ("http", "192.0.2.1", "https", False),  # any other host
     ],
 )
 def test_with_tls_it_belongs_to_this_host_alone(scheme: str, host: str, proto: str, secure: bool) -> None:
@@ -97,7 +97,7 @@ def test_with_tls_it_belongs_to_this_host_alone(scheme: str, host: str, proto: s
     assert (name.startswith("__Host-"), bool(morsel["secure"])) == (secure, secure)
     assert cookies.read(request_with(f"{name}={morsel.value}", **way)) is not None
     planted = request_with(f"{name.removeprefix('__Host-')}={morsel.value}", scheme="https")
-    assert cookies.read(planted) is None  # by somebody on the way, without TLS
+    assert cookies.read(planted) is None  # set by an attacker on the network, without TLS
 
 
 def test_two_servers_of_a_host_do_not_sign_each_other_out() -> None:
@@ -120,7 +120,7 @@ def test_the_key_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
     assert len(key) == 32
     assert path.stat().st_mode & 0o777 == 0o600
     assert signing_key(path) == key
-    path.chmod(0o644)  # somebody else may know it
+    path.chmod(0o644)  # it may be known to others
     assert signing_key(path) != key
     assert path.stat().st_mode & 0o777 == 0o600
     path.write_bytes(b"short")
@@ -189,8 +189,8 @@ def test_it_ends_with_its_token(browser: Browser) -> None:
     assert "revoked" in ended.json()["error"]["message"]
 
 
-def test_a_page_that_goes_on_asking_is_no_guessing_but_a_forged_cookie_is(server: Process, browser: Browser) -> None:
-    browser.session = session_from("127.0.0.7")  # what is counted here is not to be counted against the other tests
+def test_a_polling_page_does_not_count_as_guessing_but_a_forged_cookie_does(server: Process, browser: Browser) -> None:
+    browser.session = session_from("127.0.0.7")  # failures counted here must not count against the other tests
     with browser.session:
         honest, good = Browser(server, browser.session), browser.value
         browser.tokens.revoke(browser.token.id)
@@ -198,7 +198,7 @@ def test_a_page_that_goes_on_asking_is_no_guessing_but_a_forged_cookie_is(server
         forged = [browser.ask(cookie=text).status_code for text in [f"{good}x", "a.b.c", "x" * 5000, "."] * 10]
         assert forged[0] == 401
         assert forged[-1] == 429
-        assert honest.ask().status_code == 200  # and nobody honest is locked out
+        assert honest.ask().status_code == 200  # and no valid user is locked out
 
 
 FETCH = {"Sec_Fetch_Mode": "cors", "Sec_Fetch_Dest": "empty"}

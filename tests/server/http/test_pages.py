@@ -1,4 +1,4 @@
-"""Our own pages, as they are asked for over HTTP: signing in and out, where one gets to, what is said to whom."""
+"""The server's own pages over HTTP: signing in and out, redirects, and messages."""
 
 import re
 from collections.abc import Iterator
@@ -67,7 +67,7 @@ def token(server: Process) -> str:
     return TokenFile(server.data.tokens).create(projects=["web"], actor="human:ana", act_as=[])[1]
 
 
-def test_a_token_is_taken_once_and_the_cookie_does_from_then_on(visitor: Visitor, token: str) -> None:
+def test_signing_in_exchanges_the_token_for_a_cookie(visitor: Visitor, token: str) -> None:
     away = visitor.get("/")
     assert (away.status_code, leads_to(away)) == (303, "/sign-in")
     signed = visitor.sign_in(f" {token}\n")  # as it was pasted
@@ -91,7 +91,7 @@ def test_a_signed_in_user_is_not_asked_again(visitor: Visitor, token: str) -> No
     assert leads_to(visitor.get("/sign-in?next=/projects/web")) == "/projects/web"
 
 
-def test_one_gets_where_one_wanted_to(visitor: Visitor, token: str) -> None:
+def test_sign_in_redirects_to_the_requested_page(visitor: Visitor, token: str) -> None:
     away = visitor.get("/projects/web?a=1&b=%2F")
     assert leads_to(away) == "/sign-in?next=/projects/web%3Fa%3D1%26b%3D%252F"
     form = visitor.get(leads_to(away)).text
@@ -148,7 +148,7 @@ def test_a_wrong_token_is_reported_and_counted_and_a_valid_one_still_accepted(
     server: Process,
 ) -> None:
     visitor = Visitor(server)
-    visitor.session = session_from("127.0.0.8")  # what is counted here is not to be counted against the other tests
+    visitor.session = session_from("127.0.0.8")  # failures counted here must not count against the other tests
     visitor.session.headers.update(OURS)
     with visitor.session:
         assert {visitor.get("/").status_code for _ in range(40)} == {303}  # looking in is no guessing
@@ -253,7 +253,7 @@ def test_without_projects_the_page_says_what_to_do(server: Process, visitor: Vis
 # --- what the list shows ---
 
 
-def test_how_long_ago() -> None:
+def test_elapsed_time() -> None:
     now = datetime(2026, 3, 1, tzinfo=UTC)
     cases = {
         0: "just now",
@@ -270,7 +270,7 @@ def test_how_long_ago() -> None:
     assert ago("whenever", now) == "whenever"
 
 
-def test_what_was_done() -> None:
+def test_descriptions_of_activities() -> None:
     assert did("status LAT-4 done --actor human:ana") == "status LAT-4 done"
     assert did("create --json -- --help") == "create"
     assert did("--odd") == "--odd"

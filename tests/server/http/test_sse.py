@@ -1,4 +1,4 @@
-"""Who listens over HTTP: every change, whole, once, in order; and what ends it."""
+"""Event streams over HTTP: every change, complete, once and in order."""
 
 import asyncio
 import contextlib
@@ -84,7 +84,7 @@ def everything(server: Process, token: str, session: requests.Session, url: str)
         return listening.until(ends=here(session, url))
 
 
-def test_it_goes_on_behind_any_event(server: Process, token: str, session: requests.Session, url: str) -> None:
+def test_a_stream_resumes_after_any_event(server: Process, token: str, session: requests.Session, url: str) -> None:
     for n in range(3):
         create(session, url, f"no {n}")
     events = everything(server, token, session, url)
@@ -101,7 +101,7 @@ def test_it_goes_on_behind_any_event(server: Process, token: str, session: reque
 def test_a_header_counts_more_than_the_address(
     server: Process, token: str, session: requests.Session, url: str
 ) -> None:
-    """A browser that comes back asks at the address at which it began."""
+    """A browser that reconnects repeats the original address."""
     events = everything(server, token, session, url)
     with Listening(server.port, token, since="0", last=events[-2].id) as listening:
         assert listening.take(1) == events[-1:]
@@ -124,7 +124,7 @@ def test_without_a_position_it_begins_at_the_head_and_says_where_that_is(
 @pytest.mark.parametrize(
     ("last", "reason"), [("nobody-3", "epoch"), ("999999", "ahead"), ("nonsense\x1b[2J", "epoch"), ("", "epoch")]
 )
-def test_a_position_that_is_not_to_be_had_is_reset_to_the_head(
+def test_an_unavailable_position_is_reset_to_the_head(
     server: Process, token: str, session: requests.Session, url: str, last: str, reason: str
 ) -> None:
     create(session, url)
@@ -138,13 +138,13 @@ def test_a_position_that_is_not_to_be_had_is_reset_to_the_head(
 
 
 @pytest.mark.parametrize("since", ["nonsense", "-1", "1&since=2", "%00", "1.x", "abc-1", "1.2"])
-def test_a_since_that_is_no_position_is_an_error(server: Process, token: str, since: str) -> None:
+def test_an_invalid_since_is_an_error(server: Process, token: str, since: str) -> None:
     with Listening(server.port, token, since=since) as listening:
         assert listening.status == 422
         assert json.loads(listening.response.read())["error"]["code"] == "REMOTE_INVALID"
 
 
-def test_only_who_may_use_the_project_listens(server: Process, token: str) -> None:
+def test_listening_requires_a_right_to_the_project(server: Process, token: str) -> None:
     for shown, slug, status in (("ltr_wrong", "web", 401), (token, "other", 403)):
         with Listening(server.port, shown, slug) as listening:
             assert listening.status == status
@@ -153,7 +153,7 @@ def test_only_who_may_use_the_project_listens(server: Process, token: str) -> No
 def test_a_large_snapshot_is_sent_whole_and_an_older_one_is_null(
     server: Process, token: str, session: requests.Session, url: str
 ) -> None:
-    """Of a large snapshot the change holds a patch only."""
+    """The change holds only a patch of a large snapshot."""
     made = session.post(f"{url}/tasks", json={"title": "large", "description": "x" * 9000}, timeout=30)
     task, before = made.json()["data"]["id"], here(session, url)
     with Listening(server.port, token) as listening:
@@ -188,7 +188,7 @@ def test_a_head_request_is_answered_and_over(session: requests.Session, url: str
 
 
 def test_a_client_of_http_1_0_gets_no_chunks(server: Process, token: str, session: requests.Session, url: str) -> None:
-    """nginx asks so unless it is told otherwise."""
+    """nginx uses HTTP/1.0 by default."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as raw:
         raw.sendall(
             f"GET /projects/web/events/stream HTTP/1.0\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
@@ -216,7 +216,7 @@ def test_a_token_that_is_revoked_ends_its_streams(server: Process) -> None:
         assert again.status == 401
 
 
-def test_nothing_is_kept_for_those_who_have_left(
+def test_nothing_is_kept_for_disconnected_listeners(
     server: Process, token: str, session: requests.Session, url: str
 ) -> None:
     files = Path(f"/proc/{server.process.pid}/fd")
@@ -229,7 +229,7 @@ def test_nothing_is_kept_for_those_who_have_left(
 
 
 def test_a_killed_server_loses_and_doubles_nothing(tmp_path: Path) -> None:
-    """Its successor goes on where each listener was, in the middle of a change if need be."""
+    """Streams continue at each listener's position after the restart, even within a change."""
     data = make_data(tmp_path / "data")
     token = make_token(data)
     first = Process(data)
@@ -257,7 +257,7 @@ def test_a_killed_server_loses_and_doubles_nothing(tmp_path: Path) -> None:
 def test_two_hundred_streams_end_at_shutdown_in_less_than_two_seconds(
     server: Process, token: str, session: requests.Session, url: str
 ) -> None:
-    """SIGTERM, with fifty of them that take nothing. It is the last test of this server."""
+    """The server is stopped with SIGTERM while fifty streams are not read. Must be this server's last test."""
     told, ended = [0] * 150, [0.0] * 150
     with contextlib.ExitStack() as stack:
         stalled = [stack.enter_context(stalling(server.port, token)) for _ in range(50)]
@@ -287,7 +287,7 @@ def test_two_hundred_streams_end_at_shutdown_in_less_than_two_seconds(
 
 @contextlib.contextmanager
 def stalling(port: int, token: str) -> Iterator[socket.socket]:
-    """Open a stream of which nothing is read."""
+    """Open a stream and read nothing from it."""
     with socket.socket() as raw:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         raw.connect(("127.0.0.1", port))

@@ -1,4 +1,4 @@
-"""Streams inside a server of the test's own: silence, the slow, other histories, what is not kept any more."""
+"""Event streams of a server in the test's process: heartbeats, slow listeners, resets and expired history."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,7 @@ async def running(tmp_path: Path) -> AsyncIterator[Running]:
 
 @contextlib.asynccontextmanager
 async def listening(running: Running, **options: str) -> AsyncIterator[Listening]:
-    """Listen from a thread: the server is in this one."""
+    """Listen from a thread, because the server runs in this one."""
     opened = await asyncio.to_thread(lambda: Listening(running.port, running.token, **options))  # type: ignore[arg-type]
     try:
         yield opened
@@ -44,7 +44,7 @@ async def take(opened: Listening, count: int) -> list[Event]:
 
 
 async def snapshots(opened: Listening, count: int) -> list[Event]:
-    """Return the snapshots of so many changes; each comes with the change itself."""
+    """Return the snapshots of ``count`` changes; each comes with the change itself."""
     events = await take(opened, 2 * count)
     assert [event.kind for event in events[1::2]] == ["change"] * count
     return events[::2]
@@ -76,7 +76,7 @@ async def test_silence_is_broken_by_the_position(running: Running, monkeypatch: 
 
 
 async def test_a_page_gets_one_event_a_change_from_the_head_on(running: Running) -> None:
-    """It reads the board again after each, so it needs neither contents nor what it missed."""
+    """The page reads the board again after each change, so it needs no contents and no replay."""
     async with writing(running) as client:
         await put(client, "{}")
         first = await position_of(running, 1)
@@ -125,7 +125,7 @@ async def test_a_position_before_the_retention_gets_a_reset(running: Running) ->
         assert [event.data["snapshot"]["n"] for event in await snapshots(opened, 2)] == [2, 3]
 
 
-async def test_many_that_come_back_together_have_their_events_made_once(
+async def test_events_are_made_once_for_listeners_that_reconnect_together(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with writing(running) as client:
@@ -144,7 +144,7 @@ async def test_many_that_come_back_together_have_their_events_made_once(
 async def test_a_client_that_reads_nothing_is_disconnected_and_delays_no_other(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """I10: bounded in bytes. The other listeners and clients are told at once meanwhile."""
+    """I10: bounded in bytes. The other listeners and clients are notified without delay."""
     monkeypatch.setattr(sse, "_MAX_PENDING_BYTES", 1_000_000)
     loop, large = asyncio.get_running_loop(), '{"x": "' + "x" * 200_000 + '"}'
     async with listening(running) as opened, writing(running, follow=True) as client:
@@ -164,24 +164,26 @@ async def test_a_client_that_reads_nothing_is_disconnected_and_delays_no_other(
         lazy.close()
 
 
-async def test_who_takes_nothing_is_cut_after_its_time(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_listener_that_reads_nothing_is_cut_at_its_deadline(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sse, "_MAX_PENDING_BYTES", 1 << 30)
     lazy = await stalled(running)
     await until(lambda: streams_of(running))
     [one] = streams_of(running)
     one._outbox._deadline_s = 0.3
     async with writing(running) as client:
-        for _ in range(40):  # more than any system keeps for a connection
+        for _ in range(40):  # more than any system buffers for a connection
             await put(client, '{"x": "' + "x" * 250_000 + '"}')
     await until(lambda: not streams_of(running))
     lazy.close()
 
 
 class Batch(list[tuple[int, bytes]]):
-    """One of which can be told whether anybody holds it."""
+    """A batch that supports weak references."""
 
 
-async def test_for_one_that_stalls_while_it_catches_up_next_to_nothing_is_held(
+async def test_a_listener_that_stalls_while_catching_up_uses_little_memory(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with writing(running) as client:
@@ -218,7 +220,7 @@ def streams_of(running: Running) -> list[sse.EventStream]:
 
 
 async def stalled(running: Running, query: str = "") -> socket.socket:
-    """Open a stream of which nothing is read, on a connection of which the system keeps little."""
+    """Open a stream that reads nothing, on a connection with small system buffers."""
     raw = socket.socket()
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     raw.setblocking(False)

@@ -1,4 +1,4 @@
-"""One fsync makes a batch durable, and nothing that is done waits for what is not (I2, I10)."""
+"""Group commit: one fsync makes a batch durable, and no durable work waits for later work (I2, I10)."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""The journal: what was appended is there again, whatever else is on the disk."""
+"""Journal: appended records survive reopening, torn tails, damage and rotation."""
 
 import os
 from pathlib import Path
@@ -45,7 +45,7 @@ def reopen(directory: Path, retention: Retention | None = None) -> Journal:
     return journal
 
 
-def test_what_was_appended_is_there_after_reopening(tmp_path: Path) -> None:
+def test_appended_records_survive_reopening(tmp_path: Path) -> None:
     fill(Journal.create(tmp_path, "e", SMALL_SEGMENTS), 20)
     journal = reopen(tmp_path, SMALL_SEGMENTS)
     assert (journal.epoch, journal.head, journal.mark, journal.oldest) == ("e", 20, bytes([20]) * 8, 1)
@@ -99,7 +99,7 @@ def test_no_journal_or_one_that_is_not_readable_is_none(tmp_path: Path) -> None:
     assert Journal.open(tmp_path) is None
 
 
-def test_a_segment_that_was_being_made_is_removed(tmp_path: Path) -> None:
+def test_an_incomplete_segment_is_removed(tmp_path: Path) -> None:
     fill(Journal.create(tmp_path, "e"), 3)
     (tmp_path / f"{3:020d}.new").write_bytes(b"\0\0")
     assert reopen(tmp_path).head == 3
@@ -189,7 +189,7 @@ def test_a_new_history_forgets_the_old_one(tmp_path: Path) -> None:
 
 
 def test_a_crash_between_two_histories_loses_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """I6: the old history goes only when the new one, with the answers on their way, is there as a whole."""
+    """I6: the old history is removed only after the new one, with the pending answers, is complete."""
     fill(Journal.create(tmp_path, "old"), 5)
     steps = ["write", "fsync", "rename"]
     for step in steps:
@@ -258,7 +258,7 @@ def test_a_segment_is_durable_before_the_next_says_where_it_ended(tmp_path: Path
 
 @pytest.fixture
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of what was made durable, in order."""
+    """Names of the synced files, in order."""
     names: list[str] = []
 
     def note(descriptor: int) -> None:

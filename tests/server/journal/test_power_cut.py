@@ -1,4 +1,4 @@
-"""A power cut at a random moment of a random history, and what people do before the server starts again (I2, I12)."""
+"""Power cuts at random moments of random histories, and local changes before the server restarts (I2, I12)."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ SETTINGS = ["{}", '{"segment_bytes": 8192, "max_bytes": 65536}']
 
 
 def history(rng: random.Random, count: int, lattice: Path) -> Iterator[tuple[list[str], list[Attachment]]]:
-    """Yield random command lines for a board on which there is something to do."""
+    """Yield random command lines for a board with tasks."""
     for line in (*[f"create T{number}" for number in range(6)], "resource create gpu", "resource create db"):
         yield [*line.split(), *ANA], []
     yield ["session", "start", "--name", "Argus", "--model", "m", "--framework", "f"], []
@@ -90,7 +90,7 @@ def check_whole(worker: WorkerProcess, project: Path, cache: Copy, epoch: str) -
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=["all of the history", "small segments"])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_after_a_power_cut_every_acknowledged_command_is_there_once(tmp_path: Path, seed: int, settings: str) -> None:
+def test_after_a_power_cut_every_acknowledged_command_is_applied_once(tmp_path: Path, seed: int, settings: str) -> None:
     rng = random.Random(seed)
     project = make_project(tmp_path / "web")
     lattice, trace = project / ".lattice", tmp_path / "trace"
@@ -160,7 +160,7 @@ def follow(cache: Copy, done: RequestDone) -> None:
 
 @pytest.mark.parametrize("options", ["auto_da_alloc", "noauto_da_alloc"])
 def test_a_file_system_that_was_cut_off_while_in_use_is_recovered(tmp_path: Path, options: str) -> None:
-    """An image of ext4 is copied while a worker is at work: the copy has what the disk has after a power cut."""
+    """Copying the image of an ext4 in use yields the state of the disk after a power cut."""
     rng = random.Random(options)
     image, cut, place = tmp_path / "image", tmp_path / "cut", tmp_path / "mounted"
     options += ",commit=600"  # nothing is written but by fsync
@@ -214,7 +214,7 @@ def test_many_files_are_durable_after_one_sync_of_their_file_system(tmp_path: Pa
         assert {name: (place / name).read_bytes() for name in written} == written
 
 
-# --- what people do before the next start ---
+# --- changes before the next start ---
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def log_of_first_task(project: Path) -> Path:
 
 
 def put_back(lattice: Path, tree: dict[str, bytes]) -> None:
-    """Make the files of this tree what they were, and remove all others."""
+    """Restore the files of this tree, and remove all others."""
     for path in tree_of(lattice).keys() - tree.keys():
         (lattice / path).unlink()
     for path, data in tree.items():
@@ -371,7 +371,7 @@ def test_an_edit_that_no_change_knows_is_kept(project: Path) -> None:
         assert worker.ready.head == 2
 
 
-def test_fsck_says_that_what_a_power_cut_took_comes_back(tmp_path: Path) -> None:
+def test_fsck_reports_files_lost_in_a_power_cut_as_recoverable(tmp_path: Path) -> None:
     data = DataDir(tmp_path / "data")
     data.create()
     project = make_project(data.project("web").root)
@@ -401,7 +401,7 @@ def test_without_doubt_an_earlier_state_is_an_edit(project: Path, stop: str) -> 
 
 
 def test_a_refused_command_does_not_come_back(project: Path) -> None:
-    """The event was written, and taken back by the rollback, which the disk did not see."""
+    """The event was written and rolled back, but the rollback did not reach the disk."""
     log_size = 0
     with in_boot(project, "one") as worker:
         worker.ok("create", "x", *ANA)

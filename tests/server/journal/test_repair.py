@@ -1,4 +1,4 @@
-"""A power cut: the files may be of any moment, the journal is what was promised (I2)."""
+"""Repair after a power cut: files may be of any moment, the journal is authoritative (I2)."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def open_after_power_cut(project: Path, monkeypatch: pytest.MonkeyPatch) -> Open
 
 
 def damage(rng: random.Random, path: Path, versions: list[bytes | None]) -> None:
-    """Leave the file as a power cut may: of another moment, not there, or empty."""
+    """Damage the file as a power cut may: an older version, missing, or empty."""
     content = rng.choice(versions)
     if path.suffix == ".jsonl" and content:
         durable = versions[0] or b""
@@ -84,9 +84,7 @@ def test_after_a_power_cut_the_files_are_those_of_the_journal(
         assert "No issues found" in worker.ok("doctor")
 
 
-def test_what_was_edited_since_the_machine_is_back_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_edited_after_the_reboot_are_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = make_project(tmp_path / "web")
     with WorkerProcess(project) as worker:
         worker.ok("create", "x", *ANA)
@@ -210,7 +208,7 @@ def test_a_snapshot_that_the_journal_lacks_follows_from_its_log(root: Path, left
 
 
 def test_a_snapshot_of_another_moment_is_derived_rather_than_left_without_its_events(root: Path) -> None:
-    """The journal's snapshot may hold what its log does not say, for example after an edit by hand."""
+    """The journal's snapshot may differ from its log, for example after a local edit."""
     write(root, {LOG: CREATED, SNAPSHOT: b""})
     assert check_repair(root, {LOG: CREATED, SNAPSHOT: b"by hand"}) == [f"{SNAPSHOT}: restored from the journal"]
     assert (root / SNAPSHOT).read_bytes() == derived(SNAPSHOT, **{TASK: CREATED})

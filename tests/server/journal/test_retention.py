@@ -1,4 +1,4 @@
-"""How much history is kept, and what that means for clients that were away and for requests that are sent again."""
+"""Retention of history, resyncs of older clients, and repeated requests after expiry."""
 
 import secrets
 import time
@@ -81,7 +81,7 @@ async def test_the_journal_stays_within_its_bound_and_a_client_older_than_it_res
 
 
 async def test_age_expires_while_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """I7: a look at the tree, which comes now and then by itself, is enough; the server then refuses to replay."""
+    """I7: a periodic scan of the tree is enough; the server then refuses to replay."""
     monkeypatch.setattr("lattice_remote.server.registry.RESCAN_S", 0.1)
     data, token = make_server_data(tmp_path / "data", f'{{"max_age_days": {0.4 / 86400}}}')
     away, writer = Copy(), Copy()
@@ -111,11 +111,11 @@ async def test_settings_out_of_bounds_are_refused(tmp_path: Path) -> None:
             data.config()
 
 
-# --- a request that is sent again ---
+# --- repeated requests ---
 
 
 class Again:
-    """A worker that forgets in a moment what it did, and the same requests again and again."""
+    """A worker that soon forgets its answers, and repeated requests."""
 
     def __init__(self, worker: WorkerProcess) -> None:
         self.worker = worker
@@ -133,7 +133,7 @@ def titles(project: Path) -> list[str]:
 
 
 def test_a_request_sent_again_after_its_answer_expired_is_refused_not_run_twice(tmp_path: Path) -> None:
-    """I6 has no end: what is not known any more is not tried again."""
+    """I6 has no end: a forgotten request is not run again."""
     project = make_project(tmp_path / "web")
     with WorkerProcess(project, settings=f'{{"max_age_days": {0.2 / 86400}}}') as worker:
         again, first, sent = Again(worker), secrets.token_hex(16), time.time()
@@ -155,7 +155,7 @@ def test_a_request_sent_again_after_its_answer_expired_is_refused_not_run_twice(
 
 @pytest.mark.parametrize("lose", ["journal", "epoch"])
 def test_a_request_sent_again_into_a_new_history_runs_once(tmp_path: Path, lose: str) -> None:
-    """I6: answers go along into a new epoch; where the journal was lost, nothing that is sent again is run."""
+    """I6: answers are carried into a new epoch; if the journal was lost, no repeated request runs."""
     project = make_project(tmp_path / "web")
     known, lost_on_its_way = secrets.token_hex(16), secrets.token_hex(16)
     with WorkerProcess(project) as worker:
@@ -178,7 +178,7 @@ def test_a_request_sent_again_into_a_new_history_runs_once(tmp_path: Path, lose:
 
 
 def test_a_key_is_of_one_request_in_a_new_epoch_and_after_a_kill_too(tmp_path: Path) -> None:
-    """I6: what was asked is kept beside the answer, wherever that goes."""
+    """I6: the digest of the request is kept beside its answer."""
     project = make_project(tmp_path / "web")
     first = msgspec.structs.replace(execute("create", "one", *ANA), fingerprint=b"1" * 16)
     other = msgspec.structs.replace(first, argv=["create", "two", *ANA], fingerprint=b"2" * 16)
@@ -205,7 +205,7 @@ SMALL = f'{{"max_bytes": {MAX_BYTES}, "segment_bytes": {SEGMENT_BYTES}}}'
 
 @pytest.mark.parametrize("then", ["trimmed", "a new epoch", "trimmed, a new epoch, a kill"])
 def test_an_id_is_remembered_though_its_answer_was_trimmed(tmp_path: Path, then: str) -> None:
-    """I6: a key says no age, so that it must be known for as long as is promised, whatever else is written."""
+    """I6: a key has no age, so it must be known for the promised time, however much is written."""
     project = make_project(tmp_path / "web")
     keyed = msgspec.structs.replace(execute("create", "one", *ANA), fingerprint=b"1" * 16)
     plain = execute("create", "two", *ANA)
@@ -247,7 +247,7 @@ def test_an_id_is_remembered_though_its_answer_was_trimmed(tmp_path: Path, then:
 
 
 def test_an_id_with_another_command_line_is_refused(tmp_path: Path) -> None:
-    """I6: whatever the surface, and over restarts; what a client says of the age is no part of the request."""
+    """I6: on every surface, and over restarts; the reported age is no part of the request."""
     project, id_ = make_project(tmp_path / "web"), secrets.token_hex(16)
     first = execute("create", "one", *ANA, id=id_)
     for restart in range(3):
@@ -260,8 +260,8 @@ def test_an_id_with_another_command_line_is_refused(tmp_path: Path) -> None:
     assert titles(project) == ["one"]
 
 
-def test_a_lock_that_others_hold_is_no_answer_for_ever(tmp_path: Path) -> None:
-    """I6: what did not come to its own end is tried again when it is asked again."""
+def test_a_refusal_for_a_held_lock_is_not_remembered(tmp_path: Path) -> None:
+    """I6: a request that was not completed may be tried again."""
     project, id_ = make_project(tmp_path / "web"), secrets.token_hex(16)
     with WorkerProcess(project) as worker:
         worker.ok("create", "one", *ANA)
@@ -326,7 +326,7 @@ def test_too_many_keys_are_refused_and_known_ones_answered(tmp_path: Path) -> No
     assert sorted(titles(project)) == ["keyed", "without a key"]
 
 
-def test_half_an_entry_of_the_index_is_no_hindrance(tmp_path: Path) -> None:
+def test_a_torn_entry_of_the_index_is_ignored(tmp_path: Path) -> None:
     index = RequestIds(tmp_path, 1000.0)
     index.add([outline(1, "tok", time=100.0)], 100.0)
     with (tmp_path / "request-ids").open("ab") as file:
@@ -347,7 +347,7 @@ def ids_of_index(directory: Path) -> bytes:
 
 @pytest.mark.parametrize("at", ["the stop", "the kill"])
 def test_a_request_whose_answer_was_damaged_is_not_run_twice(tmp_path: Path, at: str) -> None:
-    """I6, I7: whole records after one that can't be read were acknowledged; their answers are not known any more."""
+    """I6, I7: intact records after an unreadable one were acknowledged; their answers are lost."""
     project = make_project(tmp_path / "web")
     ids = [secrets.token_hex(16) for _ in range(4)]
     with WorkerProcess(project) as worker:
@@ -392,7 +392,7 @@ def rot_record_of(project: Path, request: str) -> None:
 
 
 async def test_a_client_that_slept_through_the_retention_gets_a_reset(tmp_path: Path) -> None:
-    """I6, over the wire: the age that a client says is what counts."""
+    """I6, over the wire: the age that the client reports decides."""
     data, token = make_server_data(tmp_path / "data", "{}")
     async with serving(data, token, worker=WORKER_COMMAND) as running, running.connected() as socket:
         copy, id_ = Copy(), secrets.token_hex(16)

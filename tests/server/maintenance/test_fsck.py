@@ -99,11 +99,11 @@ def everything(data: DataDir) -> dict[str, tuple[bytes, int]]:
     }
 
 
-# --- damage of each kind: what is done, where it is found, and in what words ---
+# --- each kind of damage: outcome, place and message ---
 
 
 def rot(path: Path, at: int) -> None:
-    """Change a byte as a disk does: nothing else of the file changes."""
+    """Change a byte as a disk does: no other part of the file changes."""
     before = path.stat()
     content = bytearray(path.read_bytes())
     content[at] ^= 1
@@ -227,7 +227,6 @@ def manifests(contents_: set[bytes]) -> set[bytes]:
 
 
 def test_a_command_that_was_cut_off_is_found_and_undone(data: DataDir) -> None:
-    """I6."""
     project, log = web(data), a_log(data)
     before = log.read_bytes()
     listed = load_manifest(project / "journal/manifest")

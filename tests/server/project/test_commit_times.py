@@ -1,4 +1,4 @@
-"""How fast a project is written, and how far its clients are, as far as what they say can be true."""
+"""Rate of changes of a project, and lag of its clients, with implausible reports ignored."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def test_the_age_of_a_change_is_known_as_long_as_it_is_kept() -> None:
     assert [pace.age_of(seq, 60.0) for seq in range(1, 8)] == [None, None, 30.0, 20.0, 10.0, None, None]
 
 
-def test_another_history_begins_anew() -> None:
+def test_another_history_resets_the_times() -> None:
     pace = CommitTimes()
     pace.committed(1, 0.0)
     pace.committed(2, 1.0)
@@ -32,7 +32,7 @@ def test_the_changes_of_the_last_minute_are_counted() -> None:
     assert (pace.per_minute(120.0), pace.per_minute(150.0), pace.per_minute(500.0)) == (60, 30, 0)
 
 
-def test_of_more_than_are_kept_the_pace_is_known_from_those() -> None:
+def test_the_rate_is_computed_from_the_kept_times() -> None:
     pace = CommitTimes(most=100)
     for seq in range(1, 1001):
         pace.committed(seq, seq / 100)  # 100 a second
@@ -52,7 +52,7 @@ def greeted(pace: CommitTimes, metrics: Metrics, *, follow: bool = True) -> Repl
     return standing
 
 
-def test_the_way_of_a_change_is_measured_on_one_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_delay_of_a_change_is_measured_on_one_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     pace, metrics = CommitTimes(), Metrics()
     for seq in range(1, 13):
         pace.committed(seq, 100.0 + seq)
@@ -71,7 +71,7 @@ def test_the_way_of_a_change_is_measured_on_one_clock(monkeypatch: pytest.Monkey
     [Applied(13, 0.0), Applied(4, 0.0), Applied(5, 0.0), Applied(2**62, 0.0)],
     ids=["not sent yet", "before its greeting", "known", "of another world"],
 )
-def test_what_can_not_be_true_is_not_believed(said: Applied) -> None:
+def test_implausible_reports_are_ignored(said: Applied) -> None:
     pace, metrics = CommitTimes(), Metrics()
     pace.committed(1, 0.0)
     standing = greeted(pace, metrics)
@@ -94,7 +94,7 @@ def test_a_lag_is_between_zero_and_the_age_for_every_reported_time(
     assert 0.0 <= total <= 1.0
 
 
-def test_who_keeps_no_copy_is_behind_in_nothing() -> None:
+def test_a_client_without_a_cache_has_no_lag() -> None:
     standing = greeted(CommitTimes(), Metrics(), follow=False)
     standing.acknowledged(Applied(12, 0.0), sent=12)
     assert standing.applied is None

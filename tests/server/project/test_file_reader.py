@@ -1,4 +1,4 @@
-"""Files on their way to a client: what is held open, and whose trouble a bad one is."""
+"""Files sent to a client: open descriptors, and errors of single files."""
 
 import asyncio
 import hashlib
@@ -73,7 +73,7 @@ def test_a_log_that_grew_since_it_was_read_is_known_at_what_it_has_now(tmp_path:
 
 
 class OneFile:
-    """As much of a project as a sender looks at: one file, of which the disk is ahead of the head."""
+    """A project as a sender sees it: one file, which is newer on disk than at the head."""
 
     def __init__(self, root: Path) -> None:
         self.paths = SimpleNamespace(lattice=root)

@@ -1,4 +1,4 @@
-"""Hooks: one after the other, off the loop's way, whatever they do; what fails is logged, and no secret with it."""
+"""Hooks: run in order outside the event loop; failures are logged without secrets."""
 
 import asyncio
 import json
@@ -44,7 +44,7 @@ async def test_they_run_in_order_one_at_a_time_with_the_event_on_stdin(hooks: Ho
     await until(lambda: (tmp_path / "event").read_text() == EVENT)
 
 
-def test_those_that_end_before_they_have_read_their_event_do_not_stop_the_next(tmp_path: Path) -> None:
+def test_a_hook_that_ignores_its_event_does_not_stop_the_next(tmp_path: Path) -> None:
     """As with the server's own event loop, under which writing to such a hook is an error."""
 
     async def run() -> None:
@@ -121,7 +121,7 @@ async def test_a_process_left_in_the_background_delays_nothing(hooks: HookRunner
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)  # fails if it has ended
 
 
-async def test_too_many_are_dropped_and_said(
+async def test_excess_hooks_are_dropped_and_logged(
     hooks: HookRunner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("lattice_remote.server.project.hooks._MAX_WAITING", 3)

@@ -61,7 +61,7 @@ async def work(copy: Copy) -> None:
 
 
 async def test_every_client_gets_the_same_bytes_live_and_on_replay(running: Running) -> None:
-    """S3: whatever a client names, a change has one encoding."""
+    """S3: a change has one encoding, independent of the client's capabilities."""
 
     async def changes(socket: ClientConnection, head: int) -> list[bytes]:
         """Return the changes that arrive, as sent, up to ``head``."""
@@ -95,7 +95,7 @@ async def test_every_client_gets_the_same_bytes_live_and_on_replay(running: Runn
     assert copy.tree == tree_of(running.tree)
 
 
-async def test_files_come_together_only_to_a_client_that_takes_that(running: Running) -> None:
+async def test_files_are_sent_together_only_to_a_client_that_supports_it(running: Running) -> None:
     together, apart = Copy(), Copy()
     async with running.connected() as socket:
         await together.greet(socket)

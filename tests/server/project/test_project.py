@@ -1,4 +1,4 @@
-"""A project's queue, its worker's life, and what followers are told: with a real process that misbehaves on demand."""
+"""A project's queue, its worker's life and its followers, with a real process that misbehaves on demand."""
 
 import asyncio
 import logging
@@ -26,7 +26,7 @@ from lattice_remote.server.project.worker_process import WorkerProcess
 
 
 class Watcher:
-    """A follower that remembers what it was told, in order."""
+    """A follower that records its messages in order."""
 
     def __init__(self) -> None:
         self.events: list[object] = []
@@ -376,12 +376,12 @@ async def wait_in_line(opened: Opened, count: int) -> list[RunCommand]:
     return requests
 
 
-async def test_who_comes_while_a_waiter_is_woken_does_not_get_before_it(opened: Opened) -> None:
+async def test_a_request_during_the_wake_up_of_a_waiter_does_not_overtake_it(opened: Opened) -> None:
     (first,) = await wait_in_line(opened, 1)
     late = [command("want", "gpu", "30") for _ in range(5)]
     freed = command("put", "resources/gpu/free", "")
     other = Watcher()
-    # All in one tick: the worker has the late ones behind it before it is known here that anything is free.
+    # All in one tick: the worker has the late requests queued before the server knows that the resource is free.
     opened.project.submit(freed, opened.watcher)
     for request in late:
         opened.project.submit(request, other)
@@ -406,7 +406,7 @@ async def test_waiters_keep_their_order_when_the_worker_dies(opened: Opened) -> 
     assert [id_ for id_ in opened.watcher.answers if id_ in order] == order
 
 
-async def test_who_was_cut_off_and_asks_again_has_its_place_and_not_more_time(opened: Opened) -> None:
+async def test_a_reconnected_waiter_keeps_its_place_and_its_deadline(opened: Opened) -> None:
     (second,) = await wait_in_line(opened, 1)
     now = time.time()
     first = msgspec.structs.replace(command("want", "gpu", "30"), first_sent_at=now - 20)
@@ -433,7 +433,7 @@ async def test_a_waiter_that_leaves_lets_the_next_one_try(opened: Opened) -> Non
     assert not gone.answers and not opened.project._queue._by_id and not opened.project._queue.waiting._lines
 
 
-async def test_edits_behind_its_back_become_changes(opened: Opened, paths: ProjectPaths) -> None:
+async def test_local_edits_become_changes(opened: Opened, paths: ProjectPaths) -> None:
     (paths.lattice / "edited").mkdir()
     (paths.lattice / "edited/x").write_text("by hand")
     opened.project.files_touched({"edited/x"})
@@ -475,10 +475,10 @@ async def test_missed_changes_come_from_memory_and_from_the_journal(opened: Open
     assert await opened.project.history.mark_at(20) == opened.project.history.mark
 
 
-async def test_what_a_read_saw_of_a_command_that_was_undone_is_not_given_again(
+async def test_a_read_of_an_undone_command_is_not_reused(
     opened: Opened, paths: ProjectPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Head and queue are afterwards what they were before it."""
+    """Head and queue are then as before."""
     file, asked = paths.lattice / "a", ReadPage("/api/tasks")
 
     async def look(_: Read) -> ReadResult:
@@ -571,7 +571,7 @@ async def test_a_worker_that_keeps_dying_is_replaced_ever_more_slowly(
 
 
 async def test_a_worker_is_named_once_it_works(paths: ProjectPaths) -> None:
-    """Not while it starts: it may be repairing the files, and must not be taken for hung."""
+    """Not during its start: it may be repairing files, and must not be taken for hung."""
     gate = paths.root / "may-start"
     script = f'while [ ! -e "{gate}" ]; do sleep 0.01; done; exec "$@"'
     project = Project("web", paths, hooks=None, worker_command=("/bin/sh", "-c", script, "sh", *FAKE_WORKER))

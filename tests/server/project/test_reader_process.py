@@ -1,4 +1,4 @@
-"""The reader of a project: killed, stuck, attacked, asked by many; what it may keep, and what it must see."""
+"""Reader process of a project: failures, hostile requests, concurrent reads, caching and isolation."""
 
 import asyncio
 import itertools
@@ -45,7 +45,7 @@ shares_a_reader = pytest.mark.asyncio(loop_scope="module")
 
 
 class State:
-    """What the project says of its tree; a test sets it."""
+    """State of the project's tree, set by the test."""
 
     numbers = itertools.count()
 
@@ -58,7 +58,7 @@ class State:
         return self.head
 
     def touch(self) -> None:
-        """What was read before is not given again."""
+        """Invalidate earlier reads."""
         self.value = ("e", next(self.numbers))
 
     def __call__(self) -> object | None:
@@ -99,7 +99,7 @@ async def test_commands_and_pages_are_lattices_own(reader: ReaderProcess) -> Non
 
 
 async def stopped(reader: ReaderProcess) -> int:
-    """Have the process stand still, whatever it is asked; return its pid."""
+    """Suspend the process; return its pid."""
     await reader.read(CONFIG)
     os.kill(pid_of(reader), signal.SIGSTOP)
     return pid_of(reader)
@@ -130,8 +130,8 @@ async def test_stuck_over_its_time_it_is_ended(reader: ReaderProcess, monkeypatc
 
 
 @shares_a_reader
-async def test_one_who_leaves_takes_the_half_read_answer_with_him(reader: ReaderProcess) -> None:
-    """Else the next would get it in place of his own."""
+async def test_a_cancelled_read_discards_its_partial_answer(reader: ReaderProcess) -> None:
+    """Otherwise the next read would get it as its own."""
     pid = await stopped(reader)
     reading = asyncio.create_task(reader.read(TASKS))
     await until(lambda: reader.waiting == 1)
@@ -164,7 +164,7 @@ FORBIDDEN: list[Read] = [
 
 
 @shares_a_reader
-async def test_what_would_write_does_not(reader: ReaderProcess, data: DataDir) -> None:
+async def test_a_command_that_would_write_does_not(reader: ReaderProcess, data: DataDir) -> None:
     before = tree_of(data.project("web").lattice)
     await reader.read(CONFIG)
     pid = pid_of(reader)
@@ -266,7 +266,7 @@ async def test_kept_answers_are_bounded_however_small(monkeypatch: pytest.Monkey
 
 
 @shares_a_reader
-async def test_many_who_ask_the_same_wait_for_one_read(reader: ReaderProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_identical_requests_share_one_read(reader: ReaderProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     found = await asyncio.gather(*(reader.read(LIST) for _ in range(200)))
     assert all(one is found[0] for one in found)
     monkeypatch.setattr(reader_module, "_MAX_WAITING", 5)
@@ -345,7 +345,7 @@ async def test_a_read_in_a_transaction_waits_for_its_commit_and_for_the_disk(
 
 
 @shares_a_reader
-async def test_what_was_rolled_back_is_read_again(reader: ReaderProcess, state: State, title: Title) -> None:
+async def test_a_rolled_back_change_is_read_again(reader: ReaderProcess, state: State, title: Title) -> None:
     state.value = None
     title.change()
     seeing = asyncio.create_task(title.seen(reader))
@@ -401,7 +401,7 @@ async def test_a_list_of_projects_counts_no_status_that_is_rolled_back(
 
 
 async def has_read(reader: ReaderProcess) -> None:
-    """Return once the process of the reader has answered; what it found may wait."""
+    """Return once the reader process has answered; its answer may be pending."""
     await asyncio.sleep(0)  # the read begins, and takes its turn
     async with reader._lock.turn(None):
         pass
@@ -432,13 +432,13 @@ async def test_after_the_end_nothing_is_started(data: DataDir, state: State) -> 
 
 
 def connections_to(server: Process) -> int:
-    """Return how many are connected to a server's port."""
+    """Return the number of connections to a server's port."""
     lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
     return sum(line.split()[1].endswith(f":{server.port:04X}") and line.split()[3] == "01" for line in lines)
 
 
 def test_a_read_sees_what_was_acknowledged_and_a_stop_waits_for_none(tmp_path: Path) -> None:
-    """Through HTTP; with its reader killed now and then, which costs no more than the read that it was at."""
+    """Through HTTP. Killing its reader fails only the read in progress."""
     server = Process(make_data(tmp_path / "data"))
     headers = {"Authorization": f"Bearer {make_token(server.data)}"}
     url = f"http://127.0.0.1:{server.port}/projects/web/tasks"

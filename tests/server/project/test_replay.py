@@ -123,7 +123,7 @@ def genuine(running: Running, seq: int) -> bytes:
 
 @pytest.mark.parametrize("seq", [2, 9])
 async def test_a_made_up_position_proves_nothing(running: Running, seq: int) -> None:
-    """I7: a token holder must not be able to end an epoch, whichever number and mark it makes up."""
+    """I7: a token holder must not be able to end an epoch with any made-up number and mark."""
     await write(running, 2)
     history = running.registry.project("web").history
     epoch = history.epoch
@@ -156,7 +156,7 @@ async def test_a_genuine_position_that_the_server_lacks_proves_a_rollback(runnin
 
 
 async def test_a_number_alone_proves_nothing_and_a_mark_does(running: Running) -> None:
-    """I7: anybody may guess a number; who has a change's mark has seen it."""
+    """I7: a number can be guessed; a change's mark is known only to a client that received it."""
     await write(running, 2)
     history = running.registry.project("web").history
     epoch = history.epoch

@@ -1,4 +1,4 @@
-"""Texts as of earlier changes, from whatever part of the journal is left."""
+"""Texts as of earlier changes, restored from the remaining part of the journal."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What is uploaded, on the disk: pieces in order, nothing but what the digest says, bounded, and gone in time."""
+"""Staged uploads on disk: ordered pieces, verified digests, bounds and expiry."""
 
 import hashlib
 import os
@@ -96,7 +96,7 @@ def test_content_with_another_digest_is_forgotten(paths: ProjectPaths) -> None:
     fill(place, CONTENT)
 
 
-def test_what_a_crash_has_spoilt_is_noticed_at_the_end(paths: ProjectPaths) -> None:
+def test_damage_by_a_crash_is_detected_at_the_end(paths: ProjectPaths) -> None:
     first, *rest = pieces()
     staging(paths).take(first, ANA)
     paths.upload(ANA, DIGEST).with_suffix(".part").write_bytes(bytes(4096))
@@ -118,7 +118,9 @@ def test_what_a_crash_has_spoilt_is_noticed_at_the_end(paths: ProjectPaths) -> N
         (piece(0, b"", purpose="../x"), "REMOTE_UNSUPPORTED"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_leaves_nothing(paths: ProjectPaths, frame: Upload, code: str) -> None:
+def test_an_upload_that_does_not_fit_is_refused_and_leaves_nothing(
+    paths: ProjectPaths, frame: Upload, code: str
+) -> None:
     with pytest.raises(Rejected) as refusal:
         staging(paths).take(frame, ANA)
     assert refusal.value.code == code
@@ -148,7 +150,7 @@ def test_each_token_has_its_own(paths: ProjectPaths) -> None:
     assert not paths.upload(BEN, DIGEST).exists()
 
 
-def test_one_token_holds_so_much_and_others_go_on(paths: ProjectPaths) -> None:
+def test_the_bound_of_one_token_does_not_affect_others(paths: ProjectPaths) -> None:
     place = staging(paths, upload_bytes_per_token=2 * len(CONTENT))
     fill(place, os.urandom(len(CONTENT)))
     fill(place, os.urandom(len(CONTENT)))
@@ -160,7 +162,7 @@ def test_one_token_holds_so_much_and_others_go_on(paths: ProjectPaths) -> None:
         staging(paths, upload_bytes_per_token=2 * len(CONTENT)).take(piece(0, b""), ANA)
 
 
-def test_all_tokens_together_hold_so_much(paths: ProjectPaths) -> None:
+def test_all_tokens_together_are_bounded(paths: ProjectPaths) -> None:
     place = staging(paths, upload_bytes=2 * len(CONTENT))
     fill(place, CONTENT, "tok_1")
     fill(place, CONTENT, "tok_2")
@@ -177,7 +179,7 @@ def test_many_uploads_of_one_token_are_bounded(paths: ProjectPaths) -> None:
     assert list(paths.uploads.iterdir()) == [], "one that only asks leaves nothing on the disk"
 
 
-def test_what_was_given_up_makes_room(paths: ProjectPaths) -> None:
+def test_an_abandoned_upload_makes_room(paths: ProjectPaths) -> None:
     staging(paths).take(next(pieces()), ANA)
     [part] = paths.uploads.iterdir()
     os.utime(part, (time.time() - 3600,) * 2)

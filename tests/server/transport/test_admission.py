@@ -1,4 +1,4 @@
-"""Who is let in, and what the admission remembers: counted on a clock of the test's own."""
+"""Admission control: limits per address and per token, on a clock set by the test."""
 
 import logging
 from http import HTTPStatus
@@ -27,7 +27,7 @@ def arrived(admission: AdmissionControl, host: str = "192.0.2.1") -> ConnectionQ
 
 
 def refusal(quota: ConnectionQuota, *forwarded: str) -> tuple[int, int | None] | None:
-    """Return status and patience of a refusal at the head of a request."""
+    """Return status and retry delay of a refusal at the head of a request."""
     refused = quota.enter(forwarded)
     return None if refused is None else (refused.status.value, refused.retry_after_s)
 
@@ -112,7 +112,7 @@ def test_behind_a_proxy_the_limit_counts_each_address_of_one_connection() -> Non
 
 
 def admitted(quota: ConnectionQuota, *forwarded: str) -> tuple[int, int | None] | None:
-    """Return status and patience of a refusal of a request that shows a valid token."""
+    """Return status and retry delay of a refusal of a request with a valid token."""
     refused = quota.enter(forwarded, "tok_a") or quota.admit("tok_a")
     return None if refused is None else (refused.status.value, refused.retry_after_s)
 
@@ -186,8 +186,8 @@ def test_of_too_many_strangers_the_one_that_waits_longest_goes() -> None:
     assert cut == [1, 2]
 
 
-def test_who_comes_again_and_again_pushes_out_himself_alone() -> None:
-    """A few addresses that open connections all the time, while others are in their TLS handshakes."""
+def test_an_address_that_reconnects_repeatedly_displaces_only_itself() -> None:
+    """A few addresses open connections all the time, while others are in their TLS handshakes."""
     admission = AdmissionControl(LimitSettings(waiting_connections=64))
     cut: list[str] = []
 
@@ -205,7 +205,7 @@ def test_who_comes_again_and_again_pushes_out_himself_alone() -> None:
     assert {quota.admit("tok_a") for quota in honest + team} == {None}
 
 
-def test_a_token_has_so_many_connections() -> None:
+def test_connections_of_a_token_are_bounded() -> None:
     admission = AdmissionControl(LimitSettings(connections_per_token=2))
     visits = [arrived(admission) for _ in range(3)]
     assert [quota.admit("tok_a") is None for quota in visits] == [True, True, False]

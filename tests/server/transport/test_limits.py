@@ -1,4 +1,4 @@
-"""The limits of config.json, against a server that runs: each refusal is clear, and the others go on."""
+"""Limits of config.json on a running server: each refusal is clear and affects no other client."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ from lattice_remote.server.transport.websocket import SendBudget
 
 @contextlib.asynccontextmanager
 async def limited(tmp_path: Path, *, proxies: tuple[str, ...] = (), **limits: int) -> AsyncIterator[Running]:
-    """A server with these limits, for which no time passes."""
+    """A server with these limits and a stopped clock."""
     config = Config(limits=LimitSettings(**limits), trusted_proxies=list(proxies))
     async with serving(*make_data(tmp_path / "data"), config=config) as running:
         running.registry.admission.clock = lambda: 0.0
@@ -87,7 +87,7 @@ async def test_new_connections_of_an_address(tmp_path: Path) -> None:
         assert (await reader.read()).startswith(b"HTTP/1.1 429 ")
         writer.close()
         async with running.connected():
-            pass  # who shows a valid token is counted for the token
+            pass  # a request with a valid token counts for the token
 
 
 async def test_requests_with_a_token_are_not_those_of_its_address(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ async def test_logins_that_fail(tmp_path: Path) -> None:
         for _ in range(3):
             assert await refused(running, token="ltr_wrong") == (401, "REMOTE_UNAUTHORIZED", None)
         assert await refused(running, token="ltr_wrong") == (429, "REMOTE_BUSY", "20")
-        async with running.connected():  # who has a token is not kept out by a neighbour who has none
+        async with running.connected():  # a failed login does not block a valid token of the same address
             pass
 
 
@@ -194,14 +194,14 @@ async def test_the_bytes_of_a_request(tmp_path: Path) -> None:
         welcome = decode_server_frame(await client.recv())
         assert isinstance(welcome, Welcome)
         assert welcome.limits.max_frame_bytes == 4 * 1024 * 1024
-        # The head of a frame alone: it is refused for what it declares, before a byte of it has come.
+        # The head of a frame alone: the declared size is refused before any of its bytes arrive.
         client.transport.write(struct.pack(">BBQ", 0x82, 0xFF, 4 * 1024 * 1024 + 1) + b"mask")
         assert (await farewell(client))[1] == 1009
 
 
 @pytest.mark.parametrize("fragment", [0, 1_000_000], ids=["one frame", "fragments"])
 async def test_messages_that_do_not_end(tmp_path: Path, fragment: int) -> None:
-    """What one token's clients have begun to send is bounded, and who sends little is let be."""
+    """Unfinished messages of one token are bounded; small ones are not affected."""
     limit, piece = 32 * 1024 * 1024, b"\0" * 1_000_000
     async with limited(tmp_path, unfinished_bytes_per_token=limit) as running, contextlib.AsyncExitStack() as stack:
         greedy = [await stack.enter_async_context(running.connected(close_timeout=0.1)) for _ in range(2)]
@@ -247,7 +247,7 @@ async def test_messages_a_second(tmp_path: Path) -> None:
 
 
 async def test_answers_that_are_not_read_are_bounded_for_all_connections_of_a_token(tmp_path: Path) -> None:
-    """A reader that would exceed the bound is told to come back; the answer stays in the journal."""
+    """A reader that would exceed the bound is refused with a retry; the answer stays in the journal."""
     async with limited(tmp_path) as running:
         budget = running.registry.send_budget = SendBudget(10_000_000)
         token_file = TokenFile(running.data.tokens)

@@ -1,4 +1,4 @@
-"""One connection of HTTP on a stub of its transport: heads that are late, and data that is not HTTP."""
+"""One HTTP connection on a stub transport: late heads, and data that is not HTTP."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -15,7 +15,7 @@ Scope = dict[str, Any]
 
 
 class Transport(asyncio.Transport):
-    """Keeps what is written."""
+    """Transport that records its output."""
 
     def __init__(self) -> None:
         super().__init__({"peername": ("192.0.2.1", 1), "sockname": ("192.0.2.2", 80)})
@@ -33,13 +33,13 @@ class Transport(asyncio.Transport):
         return 0, 65536
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        """One protocol stays."""
+        """Do nothing: the protocol stays."""
 
     def pause_reading(self) -> None:
-        """There is no more to read."""
+        """Do nothing: the input has ended."""
 
     def resume_reading(self) -> None:
-        """There is no more to read."""
+        """Do nothing: the input has ended."""
 
     def is_closing(self) -> bool:
         return self.is_aborted or self.is_closed
@@ -52,7 +52,7 @@ class Transport(asyncio.Transport):
 
 
 class Quota:
-    """Keeps what is logged."""
+    """Quota that records its log lines."""
 
     address = "192.0.2.1"
 
@@ -71,7 +71,7 @@ class Quota:
 
 
 class Client:
-    """A connection whose application begins its response, and ends it when it is told to."""
+    """A connection whose application begins its response, and ends it on request."""
 
     def __init__(self) -> None:
         self.may_end = asyncio.Event()

@@ -12,7 +12,7 @@ from lattice_remote.server.transport.websocket import SendQueue, websocket_frame
 
 
 class Pipe(asyncio.Protocol):
-    """A transport with an outbox on one end, a socket that reads only when told on the other."""
+    """A transport with an outbox on one end, and a socket that reads only on request on the other."""
 
     outbox: SendQueue
     lost = False

@@ -1,4 +1,4 @@
-"""What a service manager is told: that the server serves, once it does, and that it stops."""
+"""Notifications to the service manager: the server is ready, and it stops."""
 
 import os
 import socket
@@ -40,7 +40,7 @@ def test_workers_and_hooks_do_not_inherit_it(manager: socket.socket, monkeypatch
     assert "NOTIFY_SOCKET" not in os.environ
 
 
-def test_a_name_without_a_file_is_one_too() -> None:
+def test_an_abstract_socket_is_supported() -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(f"\0lattice-remote-{os.getpid()}")
         manager.settimeout(20)
@@ -48,7 +48,7 @@ def test_a_name_without_a_file_is_one_too() -> None:
         assert manager.recv(100) == b"STOPPING=1"
 
 
-def test_one_that_is_gone_is_logged_and_no_failure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_service_manager_is_logged_and_no_failure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     notify(str(tmp_path / "gone"), "READY=1")
     assert "cannot report READY=1 to" in caplog.text and "No such file" in caplog.text
 

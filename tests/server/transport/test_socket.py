@@ -38,7 +38,7 @@ async def test_a_new_copy_is_filled_and_follows(running: Running) -> None:
         assert copy.replica.position.seq == reply.seq == 1
 
 
-async def test_a_copy_that_was_away_gets_only_what_it_missed(running: Running) -> None:
+async def test_a_returning_cache_gets_only_the_changes_that_it_missed(running: Running) -> None:
     copy = Copy()
     async with running.connected() as client:
         await copy.greet(client)
@@ -97,7 +97,7 @@ async def test_another_mark_at_the_same_number_is_a_rollback(running: Running) -
 
 
 async def test_a_request_id_is_of_one_request_on_every_connection(running: Running) -> None:
-    """I6: also while the first is under way, and whatever a client says of its age."""
+    """I6: also while the first is running, and with any reported age."""
     copy, id_ = Copy(), "a" * 32
     async with running.connected() as client:
         await copy.greet(client)
@@ -201,7 +201,7 @@ async def test_an_edit_on_the_server_reaches_its_clients(running: Running) -> No
         (running.tree / "edited").mkdir()
         deadline = time.monotonic() + 60
         while "edited/x" not in copy.tree and time.monotonic() < deadline:
-            # The directory itself must be watched before what happens in it is seen.
+            # The directory itself must be watched before changes in it are seen.
             (running.tree / "edited/x").write_text(str(time.monotonic()))
             try:
                 async with asyncio.timeout(0.3):
@@ -211,7 +211,7 @@ async def test_an_edit_on_the_server_reaches_its_clients(running: Running) -> No
         assert "edited/x" in copy.tree
 
 
-# --- who is slow, gone or no longer welcome ---
+# --- slow, disconnected and revoked clients ---
 
 
 async def upgraded(running: Running) -> socket.socket:

@@ -1,4 +1,4 @@
-"""TLS: what is wrong with a certificate is said, connections work over it on both loops, and it can be renewed."""
+"""TLS: certificate errors, connections on both event loops, and renewal."""
 
 import asyncio
 import os
@@ -53,7 +53,7 @@ async def secure(tmp_path: Path, pair: Pair) -> AsyncIterator[tuple[Running, Cer
 
 
 async def handshake(running: Running, pair: Pair) -> object:
-    """Connect anew, wait until that is over, and return the serial number of the certificate that was shown."""
+    """Connect, wait for the handshake, and return the serial number of the server's certificate."""
     _, writer = await asyncio.open_connection("127.0.0.1", running.port, ssl=pair.trusting)
     serial = writer.get_extra_info("peercert")["serialNumber"]
     await until(lambda: running.registry.admission.unauthenticated)
@@ -84,7 +84,7 @@ def test_a_board_is_filled_followed_and_written_over_tls(loop: object, tmp_path:
 
 
 @pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
-def test_who_does_no_tls_is_cut_in_time_and_leaves_nothing(
+def test_a_client_without_tls_is_cut_at_its_deadline_and_leaves_nothing(
     loop: object, tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lattice_remote.server.transport.listener.TLS_TIMEOUT_S", 0.3)
@@ -145,7 +145,7 @@ async def test_a_renewed_certificate_is_served_and_half_a_renewal_is_not(tmp_pat
         await (await client.ping())
 
 
-def test_tls_is_of_this_decade(pair: Pair) -> None:
+def test_old_tls_versions_are_refused(pair: Pair) -> None:
     assert Certificate(pair.cert, pair.key).context.minimum_version == ssl.TLSVersion.TLSv1_2
 
 

@@ -1,4 +1,4 @@
-"""What a command touches, and what it may not."""
+"""Capture of file accesses by a command, and refusal of forbidden ones."""
 
 import contextlib
 import ctypes
@@ -24,7 +24,7 @@ from lattice_remote.server.tree.undo import Begin, UndoLog
 
 
 class Place:
-    """A project's tree, a scratch directory and something that is none of the command's business."""
+    """A project's tree, a scratch directory and an unrelated directory."""
 
     def __init__(self, root: Path) -> None:
         self.tree, self.scratch, self.outside = root / ".lattice", root / "tmp", root / "outside"

@@ -1,4 +1,4 @@
-"""Pre-images: whatever was done to a file, restoring brings back its bytes."""
+"""Pre-images: restoring brings back a file's bytes after any change."""
 
 import os
 import shutil
@@ -253,7 +253,7 @@ def test_a_copy_of_the_project_restores_itself_and_not_the_original(tmp_path: Pa
         (b"ol", b"ol"),  # cut by another process
     ],
 )
-def test_what_others_append_after_the_death_of_the_process_stays(
+def test_appends_of_other_programs_after_a_crash_are_kept(
     tmp_path: Path, log: UndoLog, after: bytes, expected: bytes
 ) -> None:
     path = tmp_path / ".lattice/log.jsonl"
@@ -281,7 +281,7 @@ def announced_replace(log: UndoLog, path: Path, data: bytes) -> None:
 @pytest.mark.parametrize("size", [3, SMALL_BYTES + 1])
 @pytest.mark.parametrize("theirs", [b"", b"theirs"])
 @pytest.mark.parametrize("times", [1, 2])
-def test_what_others_put_in_place_after_the_death_of_the_process_stays(
+def test_replacements_by_other_programs_after_a_crash_are_kept(
     tmp_path: Path, log: UndoLog, size: int, theirs: bytes, times: int
 ) -> None:
     path = tmp_path / ".lattice/ids.json"
@@ -298,7 +298,7 @@ def test_what_others_put_in_place_after_the_death_of_the_process_stays(
 
 
 def test_an_announcement_holds_for_one_change(tmp_path: Path, log: UndoLog) -> None:
-    """A later change of the same file that nobody announced is taken back, whatever it is."""
+    """A later unannounced change of the same file is undone."""
     path = tmp_path / ".lattice/ids.json"
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"old")

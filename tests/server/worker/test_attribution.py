@@ -1,4 +1,4 @@
-"""What is recorded of a command: enough to know what was done, bounded, and nothing that gives access."""
+"""Recorded description of a command: identifying, bounded and without credentials."""
 
 import time
 

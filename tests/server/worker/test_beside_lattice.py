@@ -69,7 +69,7 @@ def served(tmp_path: Path) -> Iterator[tuple[Process, Rest]]:
 
 
 def plain(root: Path, *argv: str) -> str:
-    """Run plain lattice in a directory; return what it prints."""
+    """Run plain lattice in a directory; return its output."""
     environment = {**os.environ, "LATTICE_ROOT": str(root)}
     done = subprocess.run([*_LATTICE, *argv], cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr + done.stdout

@@ -1,4 +1,4 @@
-"""In whose name a command writes: where lattice refuses an actor it does so in its own words."""
+"""Actor of a command: lattice refuses invalid ones with its own message."""
 
 import json
 from collections.abc import Iterator

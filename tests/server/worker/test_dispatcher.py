@@ -1,4 +1,4 @@
-"""One request at a time: what runs, what is repeated, what is refused. The store is a stub; no process."""
+"""Dispatcher of requests, one at a time, on a stub store without a process."""
 
 import contextlib
 import time
@@ -59,7 +59,7 @@ class RequestIds:
 
 
 class StubStore:
-    """Records what it is asked to do, in order."""
+    """Records its calls in order."""
 
     def __init__(self, lattice: Path) -> None:
         self.done: list[tuple[Any, ...]] = []
@@ -247,7 +247,7 @@ def test_a_forbidden_access_undoes_the_command(
         (CommandOutcome(timeout="Timed out on tasks_x"), "REMOTE_BUSY", "Timed out on tasks_x: another process"),
     ],
 )
-def test_what_may_succeed_later_is_undone_and_refused(
+def test_a_temporary_failure_is_undone_and_refused(
     place: Place, outcome: CommandOutcome, code: str, words: str
 ) -> None:
     with pytest.raises(Rejected, match=words) as refused:

@@ -1,4 +1,4 @@
-"""Fast JSON equals that of the standard library, whatever is in it."""
+"""Fast JSON: equal to the standard library for any value."""
 
 import json
 from typing import Any

@@ -361,7 +361,7 @@ WORD = st.text(st.characters(exclude_characters="*"), max_size=8)
 
 
 def agrees(pattern: str, actor: str) -> bool:
-    """Tell whether ``actor`` is the pieces of the pattern, in order, with anything between; written without regex."""
+    """Return whether ``actor`` is the pieces of the pattern, in order, with anything between; written without regex."""
     first, *rest = pattern.split("*")
     if not rest:
         return actor == first

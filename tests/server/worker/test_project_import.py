@@ -43,7 +43,7 @@ def asked_again(worker: WorkerProcess) -> Pushed | Refused:
 
 
 def left(worker: WorkerProcess) -> bool:
-    """Tell whether the worker has gone, without another word."""
+    """Return whether the worker has ended without another message."""
     try:
         return not isinstance(worker.receive(), RequestDone)
     except EOFError:
@@ -114,7 +114,7 @@ class Cut(BaseException):
 
 
 def cutting(monkeypatch: pytest.MonkeyPatch, steps: int) -> Callable[[], None]:
-    """Let so many changes of the disk happen, and no more; return what takes that back."""
+    """Allow ``count`` changes of the disk, then fail; return the function that restores them."""
     left = [steps]
 
     def counted(function: Callable[..., object]) -> Callable[..., object]:

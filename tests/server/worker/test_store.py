@@ -1,4 +1,4 @@
-"""A transaction is all or nothing, at whichever step of it the process is killed (I1, I6)."""
+"""Atomic transactions: killed at any step, a request has run once or not at all (I1, I6)."""
 
 import errno
 import itertools
@@ -107,7 +107,7 @@ def killer(monkeypatch: pytest.MonkeyPatch) -> Killer:
 
 
 class AtOnce:
-    """Stands for the committer: what it is given is done before it returns."""
+    """Committer stub that completes each batch before it returns."""
 
     def __init__(self) -> None:
         self.done: list[RequestDone] = []
@@ -119,7 +119,7 @@ class AtOnce:
             job.then()
 
     def wait(self) -> None:
-        """Everything is done already."""
+        """Return at once: no job is pending."""
 
 
 def open_here(project: Path) -> Opened:
@@ -160,7 +160,7 @@ def deed(lattice: Path, capture: Capture) -> None:
 
 
 def run(project: Path) -> None:
-    """Open the project, carry out the request unless it was, and leave without a word."""
+    """Open the project, run the request unless it has run, and leave without closing."""
     opened = open_here(project)
     store = opened.store
     if store.journal.find(REQUEST) is not None:
@@ -301,7 +301,7 @@ def test_no_segment_is_removed_while_the_list_of_files_can_not_be_written(
     assert change(3) > kept[0]
 
 
-# --- what is reported of a request ---
+# --- reports of requests ---
 
 
 @pytest.mark.parametrize("is_keyed", [True, False])

@@ -1,4 +1,4 @@
-"""The worker process, as the server sees it: numbers, answers, and what is left when it is killed."""
+"""Worker process as seen by the server: numbers, answers and crashes."""
 
 import json
 import os
@@ -99,7 +99,7 @@ def test_a_refusal_has_no_effect_and_may_be_asked_again(shared: WorkerProcess) -
     assert shared.reply("create", "x", "--actor", "human:bob", id=request_id, act_as=["human:*"]).exit_code == 0
 
 
-def test_changes_say_who_and_why(shared: WorkerProcess) -> None:
+def test_changes_name_their_actor_and_reason(shared: WorkerProcess) -> None:
     change = change_of(shared.run("create", "x" * 300, "--actor", "agent:a", id="3" * 32))
     assert change is not None
     assert (change.actor, change.token_id, change.cause) == ("agent:a", "tok_1", "3" * 32)
@@ -147,7 +147,7 @@ def test_killed_at_any_moment_nothing_is_lost_doubled_or_different(project: Path
         assert "No issues found" in worker.ok("doctor")
 
 
-def test_an_edit_behind_its_back_is_numbered(shared: WorkerProcess) -> None:
+def test_a_local_edit_is_numbered(shared: WorkerProcess) -> None:
     _, task = new_task(shared)
     head = shared.run("doctor").seq
     plan = shared.project / f".lattice/plans/{task}.md"

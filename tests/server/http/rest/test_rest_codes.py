@@ -1,4 +1,4 @@
-"""Lattice's error codes over HTTP: each has a status that somebody has chosen for it."""
+"""HTTP statuses of lattice's error codes."""
 
 import ast
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ KNOWN = {code: status for status, codes in STATUSES.items() for code in codes.sp
 
 
 def codes_of(tree: ast.AST) -> Iterator[str]:
-    """Yield what stands for a code where lattice prints an error: in a call, or in what is then called with."""
+    """Yield the nodes that lattice passes as an error code."""
     for node in ast.walk(tree):
         values: list[ast.expr] = []
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("output_error", "json_error_obj")):
@@ -39,7 +39,7 @@ def codes_of(tree: ast.AST) -> Iterator[str]:
 
 
 def test_every_code_of_this_lattice_has_a_status() -> None:
-    """A later lattice's new code ends here: is it a conflict, or a refusal like most?"""
+    """A new code in a later lattice fails here until it has a status."""
     [directory] = lattice.cli.__path__
     found = {code for path in Path(directory).glob("*.py") for code in codes_of(ast.parse(path.read_text()))}
     assert {code for code in found if code.replace("_", "").isalpha()} - ELSEWHERE == set(KNOWN)

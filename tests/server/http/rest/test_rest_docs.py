@@ -1,4 +1,4 @@
-"""docs/use/rest.md: its examples are run as they stand, and what it lists is what there is."""
+"""Examples and endpoint list of docs/use/rest.md."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     assert started.end() == 0
 
 
-def test_the_examples_do_what_they_say(server: Process) -> None:
+def test_the_examples_run_as_documented(server: Process) -> None:
     data = server.data
     token = TokenFile(data.tokens).create(projects=["board"], actor="human:ana", act_as=["agent:*"])[1]
     lines = [line for block in re.findall("^```\n(.*?)^```$", PAGE, re.M | re.S) for line in block.splitlines()]
@@ -59,7 +59,7 @@ def test_every_endpoint_is_listed() -> None:
 
 
 def test_each_described_path_exists(server: Process) -> None:
-    """Of what is served elsewhere too: whoever moves it is to notice."""
+    """Includes paths that are served by other modules."""
     token = make_token(server.data)
     with requests.Session() as session:
         described = session.get(f"http://127.0.0.1:{server.port}/openapi.json", timeout=10).json()

@@ -1,4 +1,4 @@
-"""Lists in parts: laid out where lattice prints them, cut where they are asked for, whatever is in them."""
+"""Paged lists: laid out by lattice's output, split at the requested position."""
 
 import json
 from typing import Any
@@ -21,7 +21,7 @@ ITEMS = st.lists(st.tuples(st.text('abé"\\,]}', min_size=1, max_size=3), VALUES
 
 
 def found(items: list[dict[str, Any]], place: tuple[str, ...] = ("data",), **other: object) -> ReadResult:
-    """Return a list as the reader process does that has seen lattice print it."""
+    """Return a list as the reader process finds it in lattice's output."""
     data = items if place == ("data",) else {"x": 1, place[1]: items}
     body, places = laid_out(json.dumps({"ok": True, "data": data, **other}, indent=2).encode(), place)
     return ReadResult(0, body, items=places)

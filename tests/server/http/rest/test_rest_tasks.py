@@ -1,4 +1,4 @@
-"""Tasks over HTTP: what is read is what lattice prints, what is written is numbered like any command."""
+"""Tasks over HTTP: reads return lattice's output, writes are numbered like commands."""
 
 import json
 import os
@@ -27,7 +27,7 @@ print(json.dumps([json.loads(CliRunner().invoke(cli, [*argv, "--json"]).stdout) 
 
 
 def lattice(server: Process, *lines: tuple[str, ...]) -> Any:
-    """Return what plain lattice prints of these command lines in the server's own directory."""
+    """Return the output of plain lattice for these command lines in the server's own directory."""
     printed = subprocess.run(
         [sys.executable, "-c", _PRINTING],
         input=json.dumps(lines),
@@ -59,7 +59,7 @@ def test_responses_equal_the_output_of_lattice(served: tuple[Process, Rest]) -> 
     assert rest.ok("GET", f"/tasks/{made['id']}/comments")[0]["body"] == "--yes"
 
 
-def test_a_write_says_after_which_change_its_answer_is_true(rest: Rest) -> None:
+def test_a_write_returns_the_change_that_its_answer_reflects(rest: Rest) -> None:
     answer = rest.ask("POST", "/tasks", json={"title": "t"})
     epoch, number, _ = answer.headers["Lattice-Change"].split("-")
     described = rest.session.get(rest.url).json()
@@ -132,9 +132,9 @@ def test_a_patch_that_is_refused_in_part_changes_nothing(rest: Rest, wrong: dict
 
 
 def edit(rest: Rest, path: Path, text: str) -> None:
-    """Replace a file behind the server's back, and wait until that has its number.
+    """Replace a file on the server as a whole, and wait until the change has its number.
 
-    As a whole: a file that is seen half written has a number for each of its halves, the second at any later moment.
+    A file that is seen half written would get a second number at any later moment.
     """
     before = rest.head
     (made := path.parents[1] / "edited").write_text(text)
@@ -162,7 +162,7 @@ def test_a_policy_counts_what_the_same_patch_does_before_it(served: tuple[Proces
         edit(rest, path, json.dumps(config))
 
 
-def test_of_many_who_claim_a_task_one_gets_it(rest: Rest) -> None:
+def test_of_many_concurrent_claims_one_succeeds(rest: Rest) -> None:
     task = rest.task(planned=True)
     rest.task(planned=True, priority="critical")  # not the one that next would pick
 
@@ -186,7 +186,7 @@ def test_of_many_who_claim_a_task_one_gets_it(rest: Rest) -> None:
     assert rest.refused("POST", f"/tasks/{rest.task()}/claim") == (422, "PLAN_REQUIRED")
 
 
-def test_of_many_who_ask_for_the_next_task_each_gets_another(rest: Rest) -> None:
+def test_concurrent_requests_for_the_next_task_get_different_tasks(rest: Rest) -> None:
     ready = {rest.task(planned=True, status="planned", priority="critical", urgency="immediate") for _ in range(5)}
 
     def ask(number: int) -> str:
@@ -231,7 +231,7 @@ def test_lists_filter_as_lattice_does(served: tuple[Process, Rest]) -> None:
         assert rest.refused("GET", f"/tasks?{wrong}") == (422, "REMOTE_INVALID"), wrong
 
 
-def test_pages_leave_nothing_out_and_show_nothing_twice(rest: Rest) -> None:
+def test_pages_omit_and_repeat_no_item(rest: Rest) -> None:
     made = [rest.task(tags=["paged"]) for _ in range(7)]
     seen: list[str] = []
     query = "/tasks?tag=paged&limit=2"
@@ -261,7 +261,7 @@ def page_of_nothing() -> str:
 
 
 def keyed(rest: Rest, key: str, **options: Any) -> requests.Response:
-    """Ask to make a task, on a connection of its own."""
+    """Request a new task on a separate connection."""
     headers = {**dict(rest.session.headers), "Idempotency-Key": key}
     return requests.post(f"{rest.url}/tasks", headers=headers, timeout=30, **options)
 
@@ -328,7 +328,7 @@ def test_a_key_is_bounded(rest: Rest, key: str) -> None:
     assert rest.refused("POST", "/tasks", headers=headers, json={"title": "x"}) == (400, "REMOTE_PROTOCOL")
 
 
-# --- who, and what is wrong ---
+# --- actors and errors ---
 
 
 def test_a_token_acts_as_itself_and_those_that_it_names(rest: Rest) -> None:
@@ -412,7 +412,7 @@ def test_a_body_that_is_wrong_is_refused_in_one_line(rest: Rest, body: bytes, st
     assert rest.refused("PATCH", f"/tasks/{task}", data=body, headers=headers) == (status, code)
 
 
-def test_what_else_is_wrong_has_its_status(rest: Rest) -> None:
+def test_other_errors_have_their_status(rest: Rest) -> None:
     for method, path, options, status, code in (
         ("POST", "/tasks", {"data": "title=x"}, 415, "REMOTE_PROTOCOL"),
         ("POST", "/tasks", {"json": {}}, 422, "REMOTE_INVALID"),

@@ -1,4 +1,4 @@
-"""Operations of the dashboard and of MCP in a worker: once, all or nothing, in nobody else's name."""
+"""Operations of the dashboard and of MCP in a worker: once, atomic, and under the caller's own name."""
 
 import json
 import os
@@ -30,14 +30,14 @@ def task(worker: WorkerProcess) -> str:
 
 
 def returned(worker: WorkerProcess, surface: str, name: str, payload: object, **options: object) -> tuple[int, Any]:
-    """Return status and payload of a call that is carried out."""
+    """Return status and payload of a successful call."""
     answer = worker.call(surface, name, payload, **options)[1]
     assert isinstance(answer, Returned), answer
     return answer.status, json.loads(answer.payload)
 
 
 def refused(worker: WorkerProcess, surface: str, name: str, payload: object, **options: object) -> str:
-    """Return the code with which a call is refused, which changes nothing."""
+    """Return the code of a call that is refused without effect."""
     before = tree_of(worker.project / ".lattice")
     done, answer = worker.call(surface, name, payload, **options)
     assert isinstance(answer, Refused), answer
