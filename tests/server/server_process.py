@@ -32,7 +32,7 @@ class Process:
         )
         assert self.process.stdout is not None
         self.line = self.process.stdout.readline()
-        assert self.line.startswith("Listening on http"), self.line
+        assert self.line.startswith("Listening on http"), (self.line, (data.path.parent / "log").read_text()[-2000:])
         self.port = int(self.line.rsplit(":", 1)[1])
 
     def get(self, path: str, method: str = "GET") -> tuple[int, dict[str, object]]:
