@@ -415,7 +415,9 @@ def edit_token(  # noqa: PLR0917 - Typer calls it
     for slug in add_project or []:
         _in_cluster(target, DataDir.require_project)(slug)
     if not (add_project or remove_project or expires) and act_as is None and read_only is None:
-        raise Misuse("nothing to change: name --add-project, --remove-project, --act-as, --expires, --read-only or --read-write")
+        raise Misuse(
+            "nothing to change: name --add-project, --remove-project, --act-as, --expires, --read-only or --read-write"
+        )
     token = _tokens_of(target).edit(
         id_or_token,
         add_projects=add_project or [],
