@@ -1,4 +1,4 @@
-"""A server inside the test's own event loop, on a real port, and a client that keeps its copy in memory."""
+"""A server in the test's event loop, on a real port, and a client with an in-memory cache."""
 
 import asyncio
 import contextlib
@@ -121,7 +121,7 @@ async def serving(
 
 
 def parts_in(frame: ServerFrame) -> tuple[Part, ...]:
-    """Return the pieces of files in a frame, which may have small files together."""
+    """Return the parts of files in a frame, which may hold several small files."""
     return (frame,) if isinstance(frame, Part) else frame.parts if isinstance(frame, Parts) else ()
 
 
@@ -144,7 +144,7 @@ async def farewell(client: object) -> tuple[Bye | None, int]:
 
 
 class Copy:
-    """A client: a replica over a connection, files in memory. ``pump()`` takes one frame."""
+    """Client with a replica over a connection and files in memory. ``pump()`` takes one frame."""
 
     def __init__(self, *, follow: bool = True) -> None:
         self.replica = Replica(follow=follow)
@@ -177,7 +177,7 @@ class Copy:
         return self.answers[id_]
 
     async def sync(self) -> None:
-        """Take frames until the copy is current."""
+        """Take frames until the cache is current."""
         async with asyncio.timeout(60):
             while not self.replica.is_current:
                 await self.pump()

@@ -1,4 +1,4 @@
-"""Logins: found, ended and noticed by a server that runs."""
+"""Authentication: lookup and expiry of tokens, and changes seen by a running server."""
 
 import asyncio
 import logging
@@ -32,7 +32,7 @@ def found(store: Logins, text: str) -> Login:
 
 
 def why(store: Logins, login: Login) -> str:
-    """Return the objection to a client that is there already, "" when there is none."""
+    """Return the objection to an open client; "" if there is none."""
     bye = store.objection(login)
     assert bye is None or bye.code == "REMOTE_UNAUTHORIZED"
     return "" if bye is None else bye.reason

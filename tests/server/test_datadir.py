@@ -1,4 +1,4 @@
-"""The data directory: made whole, found, locked, and never left half made."""
+"""Data directory: creation, lookup and locking, never left half made."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The server as a process: its one line, its lock, its signals, its end; with lattice itself behind it."""
+"""Server process: startup line, lock, signals and shutdown, with real lattice."""
 
 import asyncio
 import contextlib
@@ -44,7 +44,7 @@ def data(tmp_path: Path) -> DataDir:
 
 @pytest.fixture(scope="module")
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    """A server that all tests share which do not end it."""
+    """A server shared by all tests that do not stop it."""
     started = Process(make_data(tmp_path_factory.mktemp("app") / "data"))
     yield started
     assert started.end() == 0
@@ -129,7 +129,7 @@ async def test_it_stops_in_time_beside_stalled_readers_and_a_worker_that_does_no
 
 
 def stalled_reader(port: int, token: str, path: str) -> socket.socket:
-    """Return a connection on which something is asked and nothing is read."""
+    """Return a connection that sends requests and reads nothing."""
     reader = socket.socket()
     reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     reader.connect(("127.0.0.1", port))

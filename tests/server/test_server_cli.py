@@ -26,7 +26,7 @@ class Result:
 
 
 def lattice_remote_command(*argv: object, **env: str) -> Result:
-    """Run the console script's function as a process would, in this one."""
+    """Run the console script's function in this process."""
     out, err = io.StringIO(), io.StringIO()
     code: object = 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -57,7 +57,7 @@ def test_the_version() -> None:
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["token", "create", "--help"], ["start", "--help"]])
-def test_help_says_how(argv: list[str]) -> None:
+def test_help_describes_usage(argv: list[str]) -> None:
     result = lattice_remote_command(*argv)
     assert result.returncode == 0
     assert "lattice-remote" in result.stdout

@@ -1,4 +1,4 @@
-"""How a server is asked how it is, when it is about to end, or can't say."""
+"""Status socket of a server that runs, stops, or cannot answer."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ from lattice_remote.server.cli import app
 
 @contextlib.contextmanager
 def saying(directory: Path, answers: list[bytes]) -> Iterator[None]:
-    """A server that gives these answers, and ends."""
+    """A server that gives these answers, and then stops."""
     listener = status.listen(directory)
     assert listener is not None
     listener.setblocking(True)
@@ -87,7 +87,7 @@ async def test_what_the_system_refuses_for_a_moment_is_no_end(tmp_path: Path, mo
 
 @contextlib.asynccontextmanager
 async def telling(directory: Path, document: bytes) -> AsyncIterator[asyncio.Task[None]]:
-    """Tell everybody this, as a server does."""
+    """Serve this status, as a server does."""
 
     async def said() -> bytes:
         return document
@@ -140,14 +140,14 @@ async def test_a_path_may_be_longer_than_a_sockets(tmp_path: Path) -> None:
     assert Path.cwd() == before
 
 
-async def test_who_does_not_read_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_that_does_not_read_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "_TIMEOUT_S", 0.2)
     large = b"{%b}" % (b" " * 4_000_000)
     async with telling(tmp_path, large):
         with socket.socket(socket.AF_UNIX) as lazy:
             lazy.connect(str(tmp_path / "status.sock"))
-            await asyncio.to_thread(lazy.recv, 1)  # his turn has begun
-            monkeypatch.setattr(status, "_TIMEOUT_S", 5.0)  # of the one behind him
+            await asyncio.to_thread(lazy.recv, 1)  # its turn has begun
+            monkeypatch.setattr(status, "_TIMEOUT_S", 5.0)  # of the one behind it
             assert await ask(tmp_path) == large
 
 

@@ -1,4 +1,4 @@
-"""When something ends, as people write it."""
+"""Parsing and display of expiry times."""
 
 from datetime import UTC, datetime, timedelta, timezone
 

@@ -31,7 +31,7 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 90.0
 
 
 class RunningCluster:
-    """Nodes ``a``, ``b``, ... with a project ``web`` and a token, both made on the first."""
+    """Cluster of nodes ``a``, ``b``, ... with a project ``web`` and a token, both made on the first."""
 
     def __init__(
         self, nats: NatsCluster, directory: Path, names: str, *, proxied: bool = False, monitored: bool = True
@@ -88,7 +88,7 @@ class RunningCluster:
         return self.sessions[name].request(method, url, timeout=30, **options)  # type: ignore[arg-type]
 
     def write(self, name: str, title: str, key: str = "", seconds: float = 60.0) -> requests.Response:
-        """Create a task through a node; repeat it, with its key, while the node is busy or unreachable."""
+        """Create a task through a node; repeat the request with the same key while the node is busy or unreachable."""
         key = key or f"k-{title}"
         ends = time.monotonic() + seconds
         while True:
@@ -134,7 +134,7 @@ class RunningCluster:
         return json.loads(done.stdout)["projects"][0]["owner"] or "" if done.stdout else ""
 
     def cut_off(self, name: str, *servers: str) -> None:
-        """Let a node reach none of these servers of the engine; connections stay open, and silent."""
+        """Cut a node off from these servers of the engine; connections stay open but silent."""
         for server in servers:
             self.links[name, server].stall()
 
@@ -167,7 +167,7 @@ class RunningCluster:
         return output
 
     def refused_start(self, name: str) -> str:
-        """Start a node that must refuse; return its last line."""
+        """Start a node that must refuse to start; return its last line."""
         argv = [*COMMAND, "--data", self._directory / name / "data", "start", "--port", "0"]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 1, done.stderr

@@ -12,21 +12,21 @@ from lattice_remote.server.cluster.order import JetStreamOrder
 
 @pytest.fixture(scope="session")
 def one_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsCluster]:
-    """One server, for tests that do not end it."""
+    """One server, for tests that do not stop it."""
     with nats_cluster(1, tmp_path_factory.mktemp("nats")) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="session")
 def three_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsCluster]:
-    """Three servers, for tests that do not end one, or heal them: see ``healed``."""
+    """Three servers, for tests that stop none or repair them: see ``healed``."""
     with nats_cluster(3, tmp_path_factory.mktemp("nats")) as cluster:
         yield cluster
 
 
 @pytest.fixture
 def healed(three_servers: NatsCluster) -> Iterator[NatsCluster]:
-    """Three servers that the test may end and pause."""
+    """Three servers that the test may stop and pause."""
     try:
         yield three_servers
     finally:
@@ -51,7 +51,7 @@ async def engine3(three_servers: NatsCluster) -> AsyncIterator[Engine]:
 
 @pytest.fixture
 def slug() -> str:
-    """A name of its own for each test."""
+    """A unique name for each test."""
     return f"p-{secrets.token_hex(4)}"
 
 

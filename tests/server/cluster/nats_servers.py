@@ -77,7 +77,7 @@ jetstream {{
 """)
 
     def start(self) -> None:
-        """Start the process, if it does not run."""
+        """Start the process unless it runs."""
         if not self.is_running:
             self.process = subprocess.Popen(
                 [_PROGRAM, "-c", self.directory / "nats.conf"],
@@ -88,28 +88,28 @@ jetstream {{
             self._is_paused = False
 
     def kill(self) -> None:
-        """End it as a crash does."""
+        """Kill the process, as in a crash."""
         self._end(signal.SIGKILL)
 
     def stop(self) -> None:
-        """End it in order."""
+        """Stop the process in order."""
         self.resume()
         self._end(signal.SIGTERM)
 
     def pause(self) -> None:
-        """Let it do nothing, and answer nothing, until ``resume()``."""
+        """Suspend the process until ``resume()``."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
         self._is_paused = True
 
     def resume(self) -> None:
-        """Let it go on after a pause."""
+        """Resume the process after a pause."""
         if self._is_paused and self.process is not None:
             self.process.send_signal(signal.SIGCONT)
             self._is_paused = False
 
     def monitor(self, path: str) -> dict[str, Any]:
-        """Return the monitoring port's answer. Raises OSError if it has none or is not well."""
+        """Return the monitoring port's answer. Raises OSError if there is none or the server is not healthy."""
         with closing(HTTPConnection("127.0.0.1", self.monitor_port, timeout=5)) as connection:
             connection.request("GET", f"/{path}")
             answer = connection.getresponse()
@@ -189,7 +189,7 @@ class NatsCluster:
             each.kill()
 
     def end(self) -> None:
-        """Kill every server; none is left behind."""
+        """Kill every server."""
         self.kill_all()
         for proxy in self.routes.values():
             proxy.close()

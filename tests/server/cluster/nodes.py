@@ -125,7 +125,7 @@ class Follower:
 
 
 class OwnerProcess:
-    """A server of its own that owns the project ``web``, with the tests' worker."""
+    """A separate server that owns the project ``web``, with the tests' worker."""
 
     def __init__(self, data: DataDir, port: int = 0) -> None:
         self.process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The directory of a cluster that several nodes make at the same moment."""
+"""Cluster directory created by several nodes at the same moment."""
 
 import asyncio
 

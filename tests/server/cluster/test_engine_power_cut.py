@@ -1,4 +1,4 @@
-"""A power cut of all servers of the engine: their file systems are images, and are found as they were on disk."""
+"""Power cut of all servers of the engine, on file system images that keep only synced data."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from power_cut import make_image, mounted
 
 
 class Disks:
-    """A file system for each server; nothing is written to its disk but by an fsync."""
+    """A file system for each server; only fsync writes to its disk."""
 
     def __init__(self, directory: Path, stack: contextlib.ExitStack) -> None:
         self._directory = directory
@@ -31,9 +31,9 @@ class Disks:
         return self._directory / f"image{number}.{cuts}"
 
     def keep(self, nats: NatsCluster) -> None:
-        """Let the next cut find the disks as they are now.
+        """Keep the disks as they are now for the next cut.
 
-        The kernel may write at any time, and does for all file systems when another program asks it to.
+        The kernel may write at any time, for example when another program syncs all file systems.
         """
         for server in nats.servers:
             server.pause()
@@ -43,7 +43,7 @@ class Disks:
             server.resume()
 
     def cut(self, nats: NatsCluster) -> None:
-        """Let all servers stop at once, with what their disks have, or had at ``keep()``."""
+        """Stop all servers at once, with the contents of their disks now or at ``keep()``."""
         for server in nats.servers:
             server.pause()
         if not self._image(0, 1).exists():
@@ -83,7 +83,7 @@ def test_with_sync_always_a_power_cut_of_all_servers_loses_nothing(tmp_path: Pat
         account.check()
 
 
-def test_with_the_default_sync_a_power_cut_of_all_servers_is_not_passed_over(tmp_path: Path) -> None:
+def test_with_the_default_sync_a_power_cut_of_all_servers_is_detected(tmp_path: Path) -> None:
     with on_disks(tmp_path, None) as (disks, nats), running_cluster(nats, tmp_path, "ab", monitored=False) as cluster:
         log = (cluster.nodes["a"].data.path.parent / "log").read_text()
         assert "the sync setting is known of 0 of 3 NATS servers" in log

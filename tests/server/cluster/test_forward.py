@@ -1,4 +1,4 @@
-"""Writes on a node that is not the owner of their project: over real sockets, to a server that is."""
+"""Writes on a node that does not own the project, forwarded over real sockets."""
 
 import asyncio
 import hashlib

@@ -1,4 +1,4 @@
-"""A cancellation reaches its task through the engine's library, which hides some."""
+"""Cancellation of tasks in calls of the engine's library, which hides some cancellations."""
 
 import asyncio
 from contextlib import suppress

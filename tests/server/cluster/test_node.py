@@ -19,7 +19,7 @@ from memory_client import MemoryClient
 
 @pytest.fixture
 def nats(tmp_path: Path) -> Iterator[NatsCluster]:
-    """One server without anything."""
+    """One empty server."""
     with nats_cluster(1, tmp_path / "nats") as servers:
         yield servers
 
@@ -102,7 +102,7 @@ def test_a_project_moves_and_leaves_with_its_numbers(nats: NatsCluster, tmp_path
 
 
 def followed(server: Process, token: str, after: MemoryClient | None = None) -> MemoryClient:
-    """Return a cache that has caught up with a server; one that goes on ``after`` another fetches nothing anew."""
+    """Return a cache that has caught up with a server; one that continues ``after`` another fetches no file again."""
 
     async def follow() -> MemoryClient:
         cache = MemoryClient(f"http://127.0.0.1:{server.port}", token, slug="web", after=after)

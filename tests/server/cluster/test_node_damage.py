@@ -1,4 +1,4 @@
-"""A damaged order, seen by the nodes' clients: a refusal that says what to do, and nothing lost after a rebuild."""
+"""Damaged order as clients of the nodes see it: a refusal with advice, and nothing lost after a rebuild."""
 
 import asyncio
 import json
@@ -58,7 +58,7 @@ def write_foreign(nats: NatsCluster, cluster: RunningCluster) -> None:
 
 @contextmanager
 def restored_from_older(nats: NatsCluster) -> Iterator[None]:
-    """Put the engine's files back, after the block, as they were before it."""
+    """Restore the engine's files after the block to their state before it."""
     server = nats.servers[0]
     backup = server.directory.with_name("backup")
     server.stop()
@@ -230,7 +230,7 @@ def test_changes_wait_for_the_next_worker_of_a_node_where_it_has_ended(cluster: 
     assert "follow ended" not in log.read_bytes()[size:].decode()
 
 
-def test_a_content_that_the_cluster_has_no_longer_is_copied_from_a_node(cluster: RunningCluster) -> None:
+def test_a_content_that_the_cluster_lacks_is_copied_from_a_node(cluster: RunningCluster) -> None:
     task = cluster.write("b", "a content of yesterday").json()["data"]["id"]
     assert write_plan(cluster, task, "[ ] " * 100_000).ok
     wait_until(cluster.agree, "the nodes agree")

@@ -79,7 +79,7 @@ class Source:
             rng = random.Random(seed * 10 + number)
             while True:
                 lines = command_lines(rng, 1000, self.project.paths.lattice)
-                # It reads files that the other clients' commands move and replace: it begins again then.
+                # It reads files that other clients' commands move and replace, so it restarts when one changes.
                 with contextlib.suppress(OSError, ValueError, IndexError):
                     while True:
                         argv, files = next(lines)
@@ -230,7 +230,7 @@ async def test_a_crash_at_any_step_leaves_the_old_project_or_the_copy(
 
 
 def _restore(data: DataDir, kept: Path) -> None:
-    """Bring the copy back to its first state."""
+    """Restore the first state of the copy."""
     if not kept.exists():
         shutil.copytree(data.projects, kept)
     shutil.rmtree(data.projects)

@@ -57,7 +57,7 @@ def owner(cluster: RunningCluster) -> str:
 
 
 def web_on(cluster: RunningCluster, node: str) -> dict[str, str]:
-    """Return the status of web that a node gives without the engine."""
+    """Return the status of web on a node, without the engine."""
     status = json.loads(cluster.command(node, "status", "--json"))
     return dict(next(project for project in status["projects"] if project["slug"] == "web"))
 
@@ -241,7 +241,7 @@ def test_an_imported_project_is_on_all_nodes(cluster: RunningCluster, tmp_path: 
         )
 
 
-def test_a_node_that_was_away_follows_all_that_was_decided(cluster: RunningCluster) -> None:
+def test_a_returning_node_applies_all_changes_of_projects(cluster: RunningCluster) -> None:
     for slug in ("first", "second"):
         cluster.command("b", "project", "create", slug)
     ids = {slug: name_in(root_of(cluster, "b", slug)) for slug in ("first", "second")}
@@ -336,7 +336,7 @@ async def test_a_project_is_pushed_through_any_node_as_one_change(
     assert "has 3 tasks" in refused.message
 
 
-def test_a_node_that_lags_behind_finds_what_another_has_just_acknowledged(cluster: RunningCluster, owner: str) -> None:
+def test_a_lagging_node_reads_changes_just_acknowledged_by_another(cluster: RunningCluster, owner: str) -> None:
     other = "ab".replace(owner, "")
     assert cluster.ask(other, "GET", "/tasks/none").status_code == 422  # its reader has started
     workers = children_of(cluster.nodes[other], b"worker.main")

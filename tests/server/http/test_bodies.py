@@ -1,4 +1,4 @@
-"""A body that is turned away: who sends it gets to read why."""
+"""Refused request bodies: the client can read the reason."""
 
 import socket
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_the_answer_reaches_a_client_that_sends_all_of_its_body_first(tmp_path: 
         assert process.end() == 0
 
 
-def test_a_body_that_never_ends_is_given_up(tmp_path: Path) -> None:
+def test_an_unfinished_body_is_abandoned(tmp_path: Path) -> None:
     data, _ = make_data(tmp_path / "data")
     process = Process(data)
     try:

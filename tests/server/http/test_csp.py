@@ -1,4 +1,4 @@
-"""The policy of lattice's dashboard page: it names what the installed page brings, and nothing else runs."""
+"""Content security policy of lattice's dashboard: it allows the installed page's scripts and no others."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""The board in one request, and what happens after it."""
+"""Board snapshot in one request, and the events after it."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -55,7 +55,7 @@ def test_it_is_what_the_dashboards_own_handlers_say_at_the_head(server: Process,
 def test_the_board_and_the_events_after_it_are_the_board_later(
     server: Process, token: str, session: requests.Session
 ) -> None:
-    """Writes go on all the while."""
+    """Writes continue during the requests."""
     url = url_of(server)
 
     def write(n: int) -> None:

@@ -1,4 +1,4 @@
-"""The list of projects that a token sees, and how the server says that it can be used."""
+"""Projects visible to a token, and the server's readiness."""
 
 import asyncio
 import os
@@ -120,7 +120,7 @@ def test_ready_means_that_every_project_can_be_used(server: Process) -> None:
     wait_for(lambda: ready() == (200, []), "the project to be open again", 60)
 
 
-async def test_a_project_whose_worker_does_not_start_is_no_ready_one(
+async def test_a_project_whose_worker_does_not_start_is_not_ready(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lattice_remote.server.project.project._RESTART_DELAYS_S", (0.001,))

@@ -1,4 +1,4 @@
-"""What the server refuses, and how: before the upgrade, in the greeting, and after. All tests share one server."""
+"""Refusals before the upgrade, in the greeting and after. All tests share one server."""
 
 import asyncio
 import json
@@ -143,7 +143,7 @@ async def test_text_messages_are_a_violation(running: Running) -> None:
         assert (await farewell(client))[1] == 1002
 
 
-# --- no longer welcome ---
+# --- ended tokens ---
 
 
 async def test_a_revoked_token_ends_its_connections(running: Running) -> None:
@@ -179,7 +179,7 @@ async def test_a_token_that_expires_ends_its_connections(running: Running) -> No
     assert await refused(running.url(), Authorization=f"Bearer {text}") == (401, "REMOTE_UNAUTHORIZED")
 
 
-async def test_a_rotated_token_sends_away_who_came_with_its_old_text(running: Running) -> None:
+async def test_a_rotated_token_ends_connections_with_its_old_text(running: Running) -> None:
     tokens = TokenFile(running.data.tokens)
     token, old = tokens.create(projects=["web"], actor="human:ben", act_as=[])
     async with running.connected(old) as client:
@@ -199,7 +199,7 @@ async def test_a_rotated_token_sends_away_who_came_with_its_old_text(running: Ru
         pass
 
 
-async def test_plain_http_asks_the_same_questions(running: Running) -> None:
+async def test_plain_http_makes_the_same_checks(running: Running) -> None:
     tokens = TokenFile(running.data.tokens)
     token, text = tokens.create(projects=["web"], actor="human:ben", act_as=["agent:*"])
     status, answer = await get(running, "/projects/web", text)
@@ -217,7 +217,7 @@ async def test_plain_http_asks_the_same_questions(running: Running) -> None:
 
 
 async def get(running: Running, path: str, token: str) -> tuple[int, Any]:
-    """Ask over plain HTTP; return the status and the JSON of the answer."""
+    """Send a request over plain HTTP; return the status and the JSON of the answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
     head = f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {token}\r\n\r\n"
     writer.write(head.encode())

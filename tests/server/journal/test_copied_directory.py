@@ -1,4 +1,4 @@
-"""A copy taken file by file, with commands between the files: it becomes the project as it was at one number."""
+"""Data directory copied file by file while commands run: it becomes the project at one number."""
 
 import itertools
 import os
@@ -82,7 +82,7 @@ def test_a_list_of_files_that_is_newer_than_the_copied_journal_is_not_trusted(tm
         assert "No issues found" in worker.ok("doctor")
 
 
-def test_a_large_file_that_was_not_caught_brings_the_copy_to_the_change_before_it(tmp_path: Path) -> None:
+def test_a_large_file_that_was_missed_returns_the_copy_to_the_change_before(tmp_path: Path) -> None:
     project = make_project(tmp_path / "web")
     lattice, copied = project / ".lattice", tmp_path / "copied" / "web"
     with WorkerProcess(project) as worker:
@@ -109,7 +109,7 @@ def test_a_large_file_that_was_not_caught_brings_the_copy_to_the_change_before_i
 
 
 def test_without_a_list_of_files_no_change_is_taken_back(tmp_path: Path) -> None:
-    """The files of an earlier number are not known, so what the copy lacks is named and the rest is the newest."""
+    """The files of an earlier number are unknown: the missing changes are named, and the rest is the newest."""
     project = make_project(tmp_path / "web")
     lattice, copied = project / ".lattice", tmp_path / "copied" / "web"
     with WorkerProcess(project) as worker:
@@ -154,7 +154,7 @@ def test_a_list_of_files_of_an_earlier_epoch_is_not_used(tmp_path: Path) -> None
         assert tree_of(copied / ".lattice") == tree_of(project / ".lattice"), worker.ready.notes
 
 
-def test_what_was_edited_in_a_copy_is_left_alone(tmp_path: Path) -> None:
+def test_edits_in_a_copy_are_kept(tmp_path: Path) -> None:
     project = make_project(tmp_path / "web")
     with WorkerProcess(project) as worker:
         worker.ok("create", "x", *ANA)

@@ -1,4 +1,4 @@
-"""One segment: which records are read of a damaged one, and which are salvaged from the rest."""
+"""Reading and salvaging records of a damaged segment."""
 
 import os
 from pathlib import Path

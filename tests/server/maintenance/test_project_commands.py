@@ -1,4 +1,4 @@
-"""What an administrator does with whole projects: guards, tokens, and what a crash in the middle leaves."""
+"""Administrative commands for whole projects: checks, tokens, and recovery from crashes."""
 
 import asyncio
 import json
@@ -178,7 +178,7 @@ with closing(Path({str(root)!r}), "at work"):
     assert closed_because(root) is None
 
 
-async def test_a_running_server_lets_go_and_takes_up_again(data: DataDir) -> None:
+async def test_a_running_server_releases_and_reopens_the_project(data: DataDir) -> None:
     registry = ProjectRegistry(data)
     registry.start()
     try:

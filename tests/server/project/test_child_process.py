@@ -1,4 +1,4 @@
-"""Workers and readers that are forked from a template: descriptors, names, ends, and the template's own failures."""
+"""Workers and readers forked from a template: descriptors, names, exits, and failures of the template."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""Who changed what, as a worker recorded it and as the journal is read back."""
+"""Author and content of each change, as recorded by a worker and read from the journal."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def entries(project: Path, task: str = "", limit: int = 100) -> list[LogEntry]:
     return read_log(ProjectPaths(project), task, limit)[0]
 
 
-def test_the_log_tells_of_commands_edits_and_what_was_found(tmp_path: Path) -> None:
+def test_the_log_has_commands_edits_and_outside_changes(tmp_path: Path) -> None:
     project = make_project(tmp_path / "web")
     with WorkerProcess(project) as worker:
         worker.run("create", "One", *ANA)

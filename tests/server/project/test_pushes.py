@@ -1,4 +1,4 @@
-"""Whole projects that clients push: taken as a whole or not at all, checked by lattice itself, once for their id."""
+"""Projects pushed by clients: atomic, checked by lattice, and once for each id."""
 
 import asyncio
 import contextlib
@@ -50,7 +50,7 @@ async def connected(socket: ClientConnection) -> Copy:
 
 
 async def push(running: Running, pack: bytes, token: str | None = None) -> Pushed | Refused:
-    """Upload and push, coming back and asking again after the goodbye that a new epoch begins with."""
+    """Upload and push; reconnect and repeat after the goodbye of the new epoch."""
     async with running.connected(token) as socket:
         copy = await connected(socket)
         request = await upload(copy, pack)
@@ -101,7 +101,7 @@ async def test_a_project_is_pushed_as_a_whole_into_an_empty_one(running: Running
     assert not (paths.root / "adopting").exists()
 
 
-async def test_a_push_that_is_asked_again_is_answered_again(running: Running, own: dict[str, bytes]) -> None:
+async def test_a_repeated_push_is_answered_again(running: Running, own: dict[str, bytes]) -> None:
     """I6."""
     async with running.connected() as socket:
         request = await upload(await connected(socket), pack_of(own))
@@ -112,7 +112,7 @@ async def test_a_push_that_is_asked_again_is_answered_again(running: Running, ow
     assert await ask(running, request) == first
 
 
-async def test_a_project_in_which_something_was_done_refuses(running: Running, own: dict[str, bytes]) -> None:
+async def test_a_project_with_changes_refuses_a_push(running: Running, own: dict[str, bytes]) -> None:
     assert isinstance(await push(running, pack_of(own)), Pushed)
     before = tree_of(running.tree)
     refused = await push(running, pack_of({"config.json": own["config.json"]}))
@@ -132,7 +132,7 @@ async def test_a_race_of_pushes_has_one_winner(running: Running, own: dict[str, 
     assert won == own if isinstance(answers[0], Pushed) else "notes/x.md" in won and len(won) == len(other) + 2
 
 
-async def test_hooks_are_left_out_unless_an_administrator_allows_them(
+async def test_hooks_are_omitted_unless_an_administrator_allows_them(
     tmp_path: Path, running: Running, own: dict[str, bytes]
 ) -> None:
     directory = tmp_path / "hooked"
@@ -153,7 +153,7 @@ async def test_hooks_are_left_out_unless_an_administrator_allows_them(
         assert json.loads((allowing.tree / "config.json").read_text())["hooks"] == HOOKS
 
 
-async def test_a_snapshot_that_disagrees_with_its_events_is_rebuilt_and_said(
+async def test_a_snapshot_that_disagrees_with_its_events_is_rebuilt_and_reported(
     running: Running, own: dict[str, bytes]
 ) -> None:
     path = next(path for path in own if path.startswith("tasks/"))
@@ -175,10 +175,8 @@ async def test_what_was_not_uploaded_with_this_token_can_not_be_pushed(running: 
     assert running.registry.project("web").history.used is None
 
 
-async def test_a_push_that_is_asked_again_while_the_worker_has_it_joins(
-    running: Running, own: dict[str, bytes]
-) -> None:
-    """I6: the answer may have been cut off at that moment, and a refusal would not be true."""
+async def test_a_repeated_push_joins_the_running_one(running: Running, own: dict[str, bytes]) -> None:
+    """I6: the answer may have been cut off at that moment, and a refusal would be wrong."""
     project = running.registry.project("web")
     async with running.connected() as first, running.connected() as second:
         one, two = await connected(first), await connected(second)

@@ -1,4 +1,4 @@
-"""Whose request is next: connections in turn, each in its own order."""
+"""Fair request queue: connections in turn, each in its own order."""
 
 import asyncio
 import time
@@ -20,7 +20,7 @@ from lattice_remote.server.project.queue import (
 
 
 class Asker(NamedTuple):
-    """A follower, as far as turns go: two of one lane are as one."""
+    """A requester for the queue: two of one lane share its turn."""
 
     name: str
     fairness_key: str
@@ -63,14 +63,14 @@ def test_a_late_requester_waits_for_one_request_of_each_other_only() -> None:
     assert not turns.has(BEN.fairness_key)
 
 
-def test_all_askers_of_a_lane_share_its_turn() -> None:
+def test_all_requesters_of_a_lane_share_its_turn() -> None:
     turns: FairQueue[QueuedRequest] = FairQueue()
     for requester, name in ((BEN, "b1"), (BENS_OTHER, "b2"), (ANA, "a1"), (BENS_OTHER, "b3")):
         add(turns, job(requester, name))
     assert names(turns) == "b1 a1 b2 b3"
 
 
-def test_what_was_with_a_worker_goes_before_all() -> None:
+def test_requests_of_a_former_worker_go_first() -> None:
     turns: FairQueue[QueuedRequest] = FairQueue()
     add(turns, job(ANA, "a"))
     for name in ("c", "b"):
@@ -191,7 +191,7 @@ async def test_a_request_is_queued_then_sent_then_waits_and_is_queued_again(requ
     assert requests.withdraw(first) and requests.get("1") is None and not requests.turns
 
 
-async def test_what_a_dead_worker_had_is_sent_again_first_and_alone(requests: RequestQueue) -> None:
+async def test_a_dead_workers_request_is_sent_again_first_and_alone(requests: RequestQueue) -> None:
     for name in ("1", "2", "3"):
         requests.add(queued(name))
     requests.take()

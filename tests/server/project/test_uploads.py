@@ -46,7 +46,7 @@ async def running(tmp_path: Path) -> AsyncIterator[Running]:
 
 
 class Asking(Copy):
-    """A copy whose requests can be asked for, several at once."""
+    """A client that can have several requests under way."""
 
     def __init__(self, **options: object) -> None:
         super().__init__(**options)  # type: ignore[arg-type]
@@ -117,7 +117,7 @@ async def test_a_command_that_fails_leaves_it_for_the_next_try(running: Running,
         assert isinstance(reply, Reply) and reply.exit_code == 0
 
 
-async def test_it_goes_on_where_the_connection_was_cut(running: Running, tmp_path: Path) -> None:
+async def test_an_upload_resumes_after_its_connection_was_cut(running: Running, tmp_path: Path) -> None:
     what = source(tmp_path)
     first, second = Asking(follow=False), Asking(follow=False)
     async with running.connected() as socket:
@@ -171,7 +171,7 @@ async def test_a_project_can_not_be_brought_in_as_a_file_of_a_command(running: R
 async def test_sent_faster_than_the_disk_takes_it_is_refused_and_bounded(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client that sends and sends while the disk hangs fills no memory."""
+    """A client that sends without end while the disk hangs fills no memory."""
     import threading
 
     from lattice_remote.server.project.uploads import Staging

@@ -1,4 +1,4 @@
-"""Where a request comes from, and what that is counted as."""
+"""Client addresses, and the networks that they count for."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""What answers over HTTP may hold in memory: counted by token, once for one body, and waited for."""
+"""Memory budget of HTTP responses: counted by token, once for each body, with waiting."""
 
 import asyncio
 
@@ -24,7 +24,7 @@ def share(budget: ResponseBudget, asks: str = "tok_a") -> ResponseShare:
 
 
 def body() -> bytes:
-    """Return a body that is the same as no other object."""
+    """Return a new body object."""
     return bytes(bytearray(BODY))
 
 
@@ -96,7 +96,7 @@ def test_a_token_has_room_up_to_its_bound_and_always_for_its_first_answer() -> N
     assert late.may_hold(BODY), "it is in memory already, for this token"
 
 
-async def test_who_waits_for_room_goes_on_when_an_answer_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_waiter_for_room_continues_when_an_answer_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     budget = made(answer_bytes_per_token=1)
     holding, waiting = share(budget), share(budget)
     holding.hold(body())

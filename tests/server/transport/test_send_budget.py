@@ -1,4 +1,4 @@
-"""Bytes that WebSocket clients of one token have not taken: bounded, and waited for in order."""
+"""Budget of unsent WebSocket bytes of a token: bounded, with waiters in order."""
 
 import asyncio
 
@@ -19,7 +19,7 @@ def test_a_token_holds_up_to_its_bound_and_always_one_answer() -> None:
     assert budget.held("a") == 10
 
 
-async def test_those_who_wait_have_their_turns_in_order() -> None:
+async def test_waiters_are_served_in_order() -> None:
     budget, turns = SendBudget(10), []
 
     async def hold(name: int, size: int, until_set: asyncio.Event) -> None:
@@ -45,7 +45,7 @@ async def test_those_who_wait_have_their_turns_in_order() -> None:
 
 
 @pytest.mark.parametrize("is_granted", [False, True])
-async def test_who_is_cancelled_holds_nothing(is_granted: bool) -> None:
+async def test_a_cancelled_waiter_holds_nothing(is_granted: bool) -> None:
     budget = SendBudget(10)
     assert budget.take("a", 10)
 

@@ -1,4 +1,4 @@
-"""What handoff.py relies on beyond documentation: a new uvicorn or websockets breaks here first."""
+"""Undocumented behaviour of uvicorn and websockets that handoff.py relies on."""
 
 import asyncio
 import inspect
@@ -149,7 +149,7 @@ async def test_plain_http_shares_the_port(running: Running) -> None:
 
 
 class Hesitating:
-    """A check of requests that takes its time, during which the client goes on."""
+    """A slow check of requests, during which the client continues to send."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.release = asyncio.Event()

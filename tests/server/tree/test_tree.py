@@ -1,4 +1,4 @@
-"""What changed in a tree, as operations which lead there on any copy."""
+"""Changes of a tree as operations that reproduce them on any cache."""
 
 import ctypes
 import errno
@@ -373,7 +373,7 @@ def test_files_written_with_the_same_content_are_no_change(tree: ProjectTree) ->
     tree.accept(difference)
 
 
-def test_reconciling_finds_what_others_did_event_logs_first(tree: ProjectTree) -> None:
+def test_reconciling_finds_outside_changes_event_logs_first(tree: ProjectTree) -> None:
     (tree.root / "config.json").write_bytes(b'{"x": 1}\n')
     (tree.root / "events/b.jsonl").write_bytes(b"1\n")
     (tree.root / "plans/a.md").unlink()

@@ -1,4 +1,4 @@
-"""A command that runs in the worker prints, returns and writes what the same local command does."""
+"""Commands in the worker: same output, status and files as a local command."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[WorkerPro
 
 
 class Anonymous:
-    """Replaces what differs between two runs: ids by the order in which they appear, times by a word."""
+    """Normalizer of two runs: ids by order of appearance, times by a word."""
 
     def __init__(self) -> None:
         self._seen: dict[str, str] = {}

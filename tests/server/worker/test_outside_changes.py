@@ -1,4 +1,4 @@
-"""Plain lattice and editors in the server's directory: no request's token covers their changes (I12, I13)."""
+"""Changes by plain lattice and editors in the server's directory: no request's token covers them (I12, I13)."""
 
 import itertools
 import json
@@ -139,7 +139,7 @@ def test_a_finished_outside_command_is_numbered_first(board: Board, outside: str
     board.check()
 
 
-def test_of_a_session_too(board: Board) -> None:
+def test_a_finished_outside_change_of_a_session_is_numbered_first(board: Board) -> None:
     start = ("session", "start", "--model", "m", "--framework", "f", "--name")
     board.run(*start, "Argus", actor=())
     plain(board.root, *start, "Bobbin")
@@ -147,7 +147,7 @@ def test_of_a_session_too(board: Board) -> None:
     assert board.attribution.tokens_of('"Bobbin-1"') == {""}
 
 
-def test_of_settings_too(board: Board) -> None:
+def test_a_finished_outside_change_of_settings_is_numbered_first(board: Board) -> None:
     config = board.lattice / "config.json"
     config.write_text(config.read_text().replace('"medium"', '"urgent"'))
     board.worker.send(invoke("dashboard", "/api/config/dashboard", {"theme": "noir"}))
@@ -186,7 +186,9 @@ def test_an_editors_save_is_numbered_before_a_command_that_writes_the_plan(
 
 
 @saves
-def test_and_before_a_command_that_moves_it(board: Board, save: Callable[[Path, bytes], None]) -> None:
+def test_an_editors_save_is_numbered_before_a_command_that_moves_the_plan(
+    board: Board, save: Callable[[Path, bytes], None]
+) -> None:
     save(board.plan, _PLAN + b"- by hand\n")
     board.run("archive", "LAT-1")
     assert board.attribution.tokens_of("- by hand") == {""}
@@ -202,7 +204,7 @@ def test_and_before_a_command_that_moves_it(board: Board, save: Callable[[Path, 
         (b"- second by Ana\n", b"- second by hand\n", "conflict"),
     ],
 )
-def test_and_before_an_edit_of_it(
+def test_an_editors_save_is_numbered_before_an_edit_of_the_plan(
     board: Board, save: Callable[[Path, bytes], None], here: bytes, there: bytes, outcome: str
 ) -> None:
     def with_line(new: bytes) -> bytes:
@@ -325,7 +327,9 @@ def test_what_an_editor_saves_at_any_moment_of_a_command(
 
 @saves
 @pytest.mark.parametrize("at", [_BEFORE_THE_EDIT, _BEFORE_THE_COMMIT])
-def test_and_at_any_moment_of_an_edit(tmp_path: Path, save: Callable[[Path, bytes], None], at: str) -> None:
+def test_what_an_editor_saves_at_any_moment_of_an_edit(
+    tmp_path: Path, save: Callable[[Path, bytes], None], at: str
+) -> None:
     by_hand = _PLAN.replace(b"- one\n", b"- one\n- by hand\n")
     with paused(tmp_path, at, lambda board: save(board.plan, by_hand)) as board:
         stored = board.edit(board.plan, _PLAN, _PLAN + b"- by Ana\n")
@@ -336,7 +340,9 @@ def test_and_at_any_moment_of_an_edit(tmp_path: Path, save: Callable[[Path, byte
 
 
 @saves
-def test_and_while_the_settings_are_changed(tmp_path: Path, save: Callable[[Path, bytes], None]) -> None:
+def test_what_an_editor_saves_while_the_settings_are_changed(
+    tmp_path: Path, save: Callable[[Path, bytes], None]
+) -> None:
     def edit(board: Board) -> None:
         config = board.lattice / "config.json"
         save(config, config.read_bytes().replace(b'"medium"', b'"urgent"'))
@@ -350,7 +356,9 @@ def test_and_while_the_settings_are_changed(tmp_path: Path, save: Callable[[Path
 
 @saves
 @pytest.mark.parametrize("at", [_BEHIND_THE_LOCK, _BEFORE_THE_COMMIT])
-def test_and_while_its_task_is_archived(tmp_path: Path, save: Callable[[Path, bytes], None], at: str) -> None:
+def test_what_an_editor_saves_while_its_task_is_archived(
+    tmp_path: Path, save: Callable[[Path, bytes], None], at: str
+) -> None:
     def edit(board: Board) -> None:
         plans = [board.plan, board.lattice / "archive/plans" / board.plan.name]
         save(next(plan for plan in plans if plan.exists()), _PLAN + b"- by hand\n")
@@ -360,7 +368,7 @@ def test_and_while_its_task_is_archived(tmp_path: Path, save: Callable[[Path, by
     assert board.attribution.tokens_of("- by hand") == {""}
 
 
-# --- plain lattice decides before it locks ---
+# --- plain lattice reads before it locks ---
 
 _LATE_PLAIN = """
 import os, sys
@@ -475,7 +483,7 @@ def test_a_task_that_a_backup_copied_over_the_project_leaves_there_keeps_its_id(
         assert not worker.ready.notes, "it happens once"
 
 
-def test_but_a_task_edited_by_hand_stays_as_it_is(board: Board) -> None:
+def test_a_task_edited_by_hand_is_unchanged(board: Board) -> None:
     snapshot = board.lattice / f"tasks/{board.task}.json"
     snapshot.write_text(snapshot.read_text().replace('"title": "x"', '"title": "by hand"'))
     board.take(board.worker.reconcile())
@@ -535,7 +543,7 @@ def test_a_task_whose_lock_is_held_waits_for_its_holder(board: Board, tmp_path: 
     assert b'"title": "ours"' in board.attribution.files[f"tasks/{board.task}.json"]
 
 
-# --- all at once ---
+# --- everything together ---
 
 
 def replayed(project: ProjectPaths, empty: dict[str, bytes]) -> Attribution:

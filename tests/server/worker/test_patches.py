@@ -195,7 +195,7 @@ def identities(value: object) -> set[int]:
 
 
 def nothing(path: Path) -> None:
-    """A first use."""
+    """Do nothing: a first use."""
 
 
 def no_directory(path: Path) -> None:

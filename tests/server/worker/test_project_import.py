@@ -114,7 +114,7 @@ class Cut(BaseException):
 
 
 def cutting(monkeypatch: pytest.MonkeyPatch, steps: int) -> Callable[[], None]:
-    """Allow ``count`` changes of the disk, then fail; return the function that restores them."""
+    """Allow ``steps`` changes of the disk, then raise Cut; return the function that restores them."""
     left = [steps]
 
     def counted(function: Callable[..., object]) -> Callable[..., object]:

@@ -22,7 +22,7 @@ LISTED = ReadCommand("list", ("list", "--json"), ("data",))
 
 
 class StubExecutor:
-    """Runs operations, and commands as the test says."""
+    """Executor stub that runs operations, and commands as the test says."""
 
     def __init__(self) -> None:
         self.outcome = CommandOutcome()

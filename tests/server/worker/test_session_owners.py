@@ -1,4 +1,4 @@
-"""Whose a session is, on disk."""
+"""Stored owners of sessions."""
 
 import json
 from pathlib import Path

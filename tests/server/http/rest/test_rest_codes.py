@@ -25,7 +25,7 @@ KNOWN = {code: status for status, codes in STATUSES.items() for code in codes.sp
 
 
 def codes_of(tree: ast.AST) -> Iterator[str]:
-    """Yield the nodes that lattice passes as an error code."""
+    """Yield the error codes in lattice's source: arguments of error calls, and values of ``code``."""
     for node in ast.walk(tree):
         values: list[ast.expr] = []
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("output_error", "json_error_obj")):

@@ -1,4 +1,4 @@
-"""Plans and notes over HTTP: the very bytes, and nothing newer overwritten unseen. Resources: taken and given back."""
+"""Plans, notes and resources over HTTP: exact bytes, and no overwrite of an unseen version."""
 
 import hashlib
 import http.client
@@ -92,7 +92,7 @@ def test_a_newer_file_is_not_overwritten(rest: Rest) -> None:
     assert rest.refused("PUT", f"/notes/{rest.task()}", data=b"x", headers={"If-Match": "*"}) == stale
 
 
-def test_of_many_who_replace_a_text_at_once_one_does(rest: Rest) -> None:
+def test_of_concurrent_replacements_of_a_text_one_succeeds(rest: Rest) -> None:
     path = f"/notes/{rest.task()}"
     rest.ok("PUT", path, data=b"base", headers={"If-None-Match": "*"})
 
@@ -118,7 +118,7 @@ def test_a_text_without_a_condition_is_a_save(rest: Rest) -> None:
     rest.ok("PUT", path, data=b"three\n", headers=keyed)
     rest.ok("PUT", path, data=b"four\n")
     assert rest.ok("PUT", path, data=b"three\n", headers=keyed)["outcome"] == "stored"
-    assert rest.ask("GET", path).content == b"four\n"  # the repetition was not run again
+    assert rest.ask("GET", path).content == b"four\n"  # the repeated request was not run again
 
 
 def test_saves_at_once_are_merged_by_line_and_the_last_one_wins(served: tuple[Process, Rest]) -> None:
@@ -153,7 +153,7 @@ def test_texts_of_archived_tasks_are_read_but_not_written(rest: Rest) -> None:
     assert rest.refused("PUT", f"/plans/{task}", data=b"x") == (409, "REMOTE_INVALID")
 
 
-def test_an_edit_behind_the_servers_back_has_an_etag_of_its_own(served: tuple[Process, Rest]) -> None:
+def test_a_local_edit_has_a_new_etag(served: tuple[Process, Rest]) -> None:
     server, rest = served
     task = rest.ok("POST", "/tasks", status=201, json={"title": "t"})["id"]
     file: Path = server.data.project("web").lattice / "plans" / f"{task}.md"
@@ -162,7 +162,7 @@ def test_an_edit_behind_the_servers_back_has_an_etag_of_its_own(served: tuple[Pr
     assert rest.ask("GET", f"/plans/{task}").headers["ETag"] == etag(b"from a shell\n")
 
 
-def test_a_text_that_is_wrong_is_refused(rest: Rest) -> None:
+def test_an_invalid_text_is_refused(rest: Rest) -> None:
     path, star = f"/plans/{rest.task()}", {"If-Match": "*"}
     assert rest.refused("PUT", path, data=b"\xff", headers=star) == (422, "REMOTE_UNSUPPORTED")
     too_long = b"x" * (LimitSettings().text_bytes + 1)
@@ -239,7 +239,7 @@ def test_fields_of_a_resource_are_changed(served: tuple[Process, Rest]) -> None:
 
 
 def waiting(server: Process, token: str) -> int:
-    """Return how many requests wait for a resource, as the server's figures say."""
+    """Return the number of requests that wait for a resource, from the server's metrics."""
     headers = {"Authorization": f"Bearer {token}"}
     figures = requests.get(f"http://127.0.0.1:{server.port}/metrics", headers=headers, timeout=10).text
     found = re.search(r'^lattice_remote_queue_requests{project="web",where="resource"} (\d+)', figures, re.MULTILINE)

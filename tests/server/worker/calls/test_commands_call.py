@@ -1,4 +1,4 @@
-"""Several commands as one call in a worker: all of them or none, each checked as if it came alone."""
+"""Several commands as one call in a worker: atomic, each checked like a single command."""
 
 import json
 from collections.abc import Iterator
@@ -49,7 +49,7 @@ def test_all_of_them_are_one_change_with_what_each_has_printed(worker: WorkerPro
         ["update", "--json", *ANA],
     ],
 )
-def test_what_came_before_a_refused_one_is_undone(worker: WorkerProcess, task: str, last: list[str]) -> None:
+def test_commands_before_a_refused_one_are_undone(worker: WorkerProcess, task: str, last: list[str]) -> None:
     before = tree_of(worker.project / ".lattice")
     done, answer = together(worker, ["update", task, "title=y", *JSON_ANA], [last[0], task, *last[1:]])
     assert isinstance(answer, Returned) and answer.status == 422, answer
