@@ -22,7 +22,7 @@ def data(tmp_path: Path) -> DataDir:
     return made
 
 
-def test_it_holds_what_its_documentation_says(data: DataDir) -> None:
+def test_the_directory_has_the_documented_contents(data: DataDir) -> None:
     assert sorted(os.listdir(data.path)) == ["config.json", "projects", "tokens.json"]
     assert data.tokens.stat().st_mode & 0o777 == 0o600
     assert data.config().hooks
@@ -34,7 +34,7 @@ def test_creating_it_twice_is_refused(data: DataDir) -> None:
         data.create()
 
 
-def test_a_directory_that_was_never_made_names_the_command_that_makes_it(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_directory_names_the_command_that_creates_it(tmp_path: Path) -> None:
     with pytest.raises(Misuse, match=f"lattice-remote init {tmp_path}"):
         DataDir(tmp_path).config()
 
@@ -53,7 +53,7 @@ def test_root_leaves_nothing_in_a_directory_of_another_user(data: DataDir, monke
 
 
 @pytest.mark.parametrize("name", [".", "config.json", "tokens.json", "projects"])
-async def test_the_server_warns_when_everybody_may_change_who_may_do_what(
+async def test_the_server_warns_of_world_writable_files(
     data: DataDir, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def warnings() -> list[str]:
@@ -73,7 +73,7 @@ async def test_the_server_warns_when_everybody_may_change_who_may_do_what(
 
 
 @pytest.mark.parametrize("text", ["{", '{"hoks": true}', '{"hooks": 3}', "[]"])
-def test_settings_that_are_wrong_are_noticed(data: DataDir, text: str) -> None:
+def test_invalid_settings_are_reported(data: DataDir, text: str) -> None:
     (data.path / "config.json").write_text(text)
     with pytest.raises(Misuse, match=r"config\.json"):
         data.config()

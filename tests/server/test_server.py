@@ -63,7 +63,7 @@ def test_plain_http_answers_in_json(process: Process) -> None:
         assert set(body["error"]) == {"code", "message"}  # type: ignore[call-overload]
 
 
-def test_it_may_hold_many_connections(process: Process) -> None:
+def test_the_server_holds_many_connections(process: Process) -> None:
     limits = Path(f"/proc/{process.process.pid}/limits").read_text()
     soft, hard = next(line.split()[3:5] for line in limits.splitlines() if line.startswith("Max open files"))
     assert int(soft) == min(int(hard), 65_536) if hard != "unlimited" else int(soft) >= 65_536
@@ -97,7 +97,7 @@ def test_a_port_in_use_is_one_line(process: Process, tmp_path: Path, option: str
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_it_stops_in_order_with_a_client_connected(data: DataDir, number: int) -> None:
+async def test_the_server_stops_in_order_with_a_client_connected(data: DataDir, number: int) -> None:
     process = Process(data)
     async with process.connected(make_token(data)) as client:
         copy = Copy()
@@ -108,7 +108,7 @@ async def test_it_stops_in_order_with_a_client_connected(data: DataDir, number: 
         assert time.monotonic() - before < 20
 
 
-async def test_it_stops_in_time_beside_stalled_readers_and_a_worker_that_does_not_answer(data: DataDir) -> None:
+async def test_the_server_stops_in_time_with_stalled_readers_and_a_hung_worker(data: DataDir) -> None:
     token = make_token(data)
     process = Process(data)
     async with process.connected(token) as client, contextlib.AsyncExitStack() as opened:

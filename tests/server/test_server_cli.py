@@ -117,9 +117,7 @@ def test_a_token_can_expire_and_be_rotated(data: Path) -> None:
         (["token", "create", "--project", "web", "--actor", "human:ana"], "lattice-remote init"),
     ],
 )
-def test_a_directory_that_was_never_made_is_one_line_that_says_what_to_do(
-    tmp_path: Path, argv: list[str], said: str
-) -> None:
+def test_a_missing_directory_is_one_line_with_advice(tmp_path: Path, argv: list[str], said: str) -> None:
     result = lattice_remote_command(*argv, "--data", tmp_path)
     assert result.returncode == 1
     assert result.stdout == ""
@@ -138,7 +136,7 @@ def test_a_directory_that_was_never_made_is_one_line_that_says_what_to_do(
         ["init"],
     ],
 )
-def test_what_cannot_be_done_is_one_line_and_exit_1(data: Path, argv: list[str]) -> None:
+def test_a_failure_is_one_line_and_exit_1(data: Path, argv: list[str]) -> None:
     result = lattice_remote_command(*argv, "--data", data)
     assert result.returncode == 1
     assert result.stdout == ""

@@ -37,7 +37,7 @@ def saying(directory: Path, answers: list[bytes]) -> Iterator[None]:
     assert not thread.is_alive()
 
 
-def test_one_that_ends_while_it_is_asked_is_one_that_does_not_run(tmp_path: Path) -> None:
+def test_a_server_that_stops_during_the_request_counts_as_stopped(tmp_path: Path) -> None:
     listener = status.listen(tmp_path)
     assert listener is not None
     asked: list[bytes | None] = []
@@ -51,17 +51,19 @@ def test_one_that_ends_while_it_is_asked_is_one_that_does_not_run(tmp_path: Path
     assert asked == [None]
 
 
-def test_an_answer_that_was_cut_is_asked_for_again(tmp_path: Path) -> None:
+def test_a_truncated_answer_is_requested_again(tmp_path: Path) -> None:
     with saying(tmp_path, [b'{"running": tr', b'{"running": true}']):
         assert status.ask(tmp_path) == b'{"running": true}'
 
 
-def test_one_that_can_not_answer_is_one_line(tmp_path: Path) -> None:
+def test_a_server_that_cannot_answer_is_reported_in_one_line(tmp_path: Path) -> None:
     with saying(tmp_path, [b"", b""]), pytest.raises(StorageError, match="could not answer; look at its log"):
         status.ask(tmp_path)
 
 
-async def test_what_the_system_refuses_for_a_moment_is_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_temporary_error_of_the_system_does_not_stop_the_listener(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def document() -> bytes:
         return b"{}"
 
@@ -108,7 +110,7 @@ async def ask(directory: Path) -> bytes | None:
     return await asyncio.to_thread(status.ask, directory)
 
 
-async def test_what_a_killed_server_left_and_a_link_are_replaced(tmp_path: Path) -> None:
+async def test_a_stale_socket_and_a_link_are_replaced(tmp_path: Path) -> None:
     place, other = tmp_path / "status.sock", tmp_path / "other"
     other.write_text("somebody else's")
     place.symlink_to(other)
@@ -124,14 +126,14 @@ async def test_what_a_killed_server_left_and_a_link_are_replaced(tmp_path: Path)
     assert other.read_text() == "somebody else's"
 
 
-async def test_where_there_can_be_none_the_server_goes_on(tmp_path: Path) -> None:
+async def test_a_server_runs_without_a_status_socket(tmp_path: Path) -> None:
     (tmp_path / "status.sock").mkdir()
     assert status.listen(tmp_path) is None
     status.remove(tmp_path)
     assert (tmp_path / "status.sock").is_dir()
 
 
-async def test_a_path_may_be_longer_than_a_sockets(tmp_path: Path) -> None:
+async def test_a_path_may_exceed_the_length_limit_of_sockets(tmp_path: Path) -> None:
     directory = tmp_path / ("x" * 120)
     directory.mkdir()
     before = Path.cwd()

@@ -72,7 +72,7 @@ def test_a_page_without_tls_is_another_site_for_a_board_with_tls(
     assert (auth.cross_site_objection(request) == "") == is_ours
 
 
-def test_it_holds_no_token_and_no_script_reads_it() -> None:
+def test_a_cookie_holds_no_token_and_is_hidden_from_scripts() -> None:
     text = "ltr_secret"
     [(name, cookie)] = given(Cookies(KEY, 30), Login(TOKEN, digest_of_text(text)), request_with()).items()
     assert text not in cookie.value
@@ -105,7 +105,7 @@ def test_two_servers_of_a_host_do_not_sign_each_other_out() -> None:
     assert len(names) == 2
 
 
-def test_it_ends_with_its_age() -> None:
+def test_a_cookie_expires() -> None:
     cookies = Cookies(KEY, 30)
     [(name, morsel)] = given(cookies, Login(TOKEN, "d"), request_with()).items()
     request = request_with(f"{name}={morsel.value}")
@@ -165,20 +165,20 @@ def browser(server: Process) -> Iterator[Browser]:
         yield Browser(server, session)
 
 
-def test_it_stands_for_its_token(browser: Browser) -> None:
+def test_a_cookie_grants_the_rights_of_its_token(browser: Browser) -> None:
     described = browser.ask()
     assert described.status_code == 200, described.text
     assert described.json()["actor"] == "human:ana"
 
 
-def test_a_token_that_is_shown_counts_for_more(browser: Browser) -> None:
+def test_a_token_in_the_request_precedes_the_cookie(browser: Browser) -> None:
     _, other = browser.tokens.create(projects=["web"], actor="human:ben", act_as=[])
     assert browser.ask(Authorization=f"Bearer {other}").json()["actor"] == "human:ben"
     assert browser.ask(Authorization="Bearer wrong").status_code == 401
     assert browser.ask(Authorization="Basic cHJveHk6cGFzc3dvcmQ=").json()["actor"] == "human:ana"  # a proxy's own
 
 
-def test_it_ends_with_its_token(browser: Browser) -> None:
+def test_a_cookie_ends_with_its_token(browser: Browser) -> None:
     browser.tokens.rotate(browser.token.id, grace=timedelta(hours=1))
     assert browser.ask().status_code == 200
     browser.tokens.rotate(browser.token.id)
@@ -234,7 +234,9 @@ SCRIPT = {"Sec_Fetch_Mode": "no-cors", "Sec_Fetch_Dest": "script"}
         ("POST", {"Origin": "ftp://[bad"}, False),
     ],
 )
-def test_only_our_own_pages_use_it(browser: Browser, method: str, said: dict[str, str], welcome: bool) -> None:
+def test_only_pages_of_the_server_use_the_cookie(
+    browser: Browser, method: str, said: dict[str, str], welcome: bool
+) -> None:
     here = f"http://127.0.0.1:{browser.server.port}"
     answer = browser.ask(method, **{name: value.replace("HERE", here) for name, value in said.items()})
     if welcome:
@@ -243,7 +245,7 @@ def test_only_our_own_pages_use_it(browser: Browser, method: str, said: dict[str
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "REMOTE_FORBIDDEN")
 
 
-def test_every_answer_tells_browsers_to_guess_nothing_and_to_show_it_in_no_frame(browser: Browser) -> None:
+def test_every_answer_forbids_content_sniffing_and_frames(browser: Browser) -> None:
     base = f"http://127.0.0.1:{browser.server.port}"
     for answer in (browser.ask(), browser.ask(cookie="bad"), requests.get(f"{base}/nothing", timeout=10)):
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
@@ -263,7 +265,7 @@ def test_every_answer_tells_browsers_to_guess_nothing_and_to_show_it_in_no_frame
         ("http", "board.example", False),  # TLS, if any, is a proxy's
     ],
 )
-async def test_tls_is_promised_where_it_is_ours(scheme: str, host: str, promised: bool) -> None:
+async def test_strict_transport_security_is_sent_for_tls_of_the_server(scheme: str, host: str, promised: bool) -> None:
     said: list[Message] = []
 
     async def send(message: Message) -> None:
@@ -279,7 +281,7 @@ async def test_tls_is_promised_where_it_is_ours(scheme: str, host: str, promised
     assert headers[b"cache-control"] == b"private"  # what a handler has said stays
 
 
-def test_a_text_that_is_longer_than_any_cookie_is_not_even_checked() -> None:
+def test_a_text_longer_than_any_cookie_is_not_checked() -> None:
     cookies = Cookies(KEY, 30)
     [(name, _)] = given(cookies, Login(TOKEN, "d"), request_with()).items()
     with pytest.raises(BadSignature, match="too long"):

@@ -41,7 +41,9 @@ def board(session: requests.Session, url: str) -> dict:
     return answer.json()["data"]
 
 
-def test_it_is_what_the_dashboards_own_handlers_say_at_the_head(server: Process, session: requests.Session) -> None:
+def test_the_data_equals_the_answers_of_the_dashboards_handlers_at_the_head(
+    server: Process, session: requests.Session
+) -> None:
     url = url_of(server)
     made = session.post(f"{url}/tasks", json={"title": "shown"}, timeout=30).json()["data"]
     shown, described = board(session, url), session.get(url, timeout=10).json()

@@ -64,7 +64,7 @@ async def put(client: ClientConnection, text: str, path: str = PATH) -> None:
         assert isinstance(frame, Change)
 
 
-async def test_silence_is_broken_by_the_position(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_idle_stream_sends_its_position(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.05)
     async with listening(running) as opened, writing(running) as client:
         taking = asyncio.create_task(take(opened, 2))
@@ -96,7 +96,7 @@ async def position_of(running: Running, seq: int) -> str:
     return str(Position(history.epoch, seq, mark))
 
 
-async def test_another_history_ends_the_stream_and_begins_with_a_reset(running: Running) -> None:
+async def test_a_new_epoch_ends_the_stream_and_the_next_begins_with_a_reset(running: Running) -> None:
     async with writing(running) as client:
         await put(client, "{}")
     async with listening(running, since="0") as opened:

@@ -418,7 +418,7 @@ def test_a_refused_command_does_not_come_back(project: Path) -> None:
 
 
 @pytest.mark.parametrize("damaged", ["sessions/Argus-1.json", "sessions/index.json", "ids.json"])
-def test_what_an_unacknowledged_command_replaced_comes_back_though_the_journal_was_trimmed(
+def test_files_replaced_by_an_unacknowledged_command_return_after_the_journal_was_trimmed(
     project: Path, damaged: str
 ) -> None:
     lattice = project / ".lattice"

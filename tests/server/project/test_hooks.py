@@ -35,7 +35,7 @@ def configure(directory: Path, **hooks: object) -> None:
     (directory / ".lattice" / "config.json").write_text(json.dumps({"hooks": hooks}))
 
 
-async def test_they_run_in_order_one_at_a_time_with_the_event_on_stdin(hooks: HookRunner, tmp_path: Path) -> None:
+async def test_hooks_run_in_order_one_at_a_time_with_the_event_on_stdin(hooks: HookRunner, tmp_path: Path) -> None:
     for n in range(20):
         hooks.submit(n, [call(f"read -r line; echo begin {n} >> out; echo end {n} >> out"), call("cat > event")])
     out = tmp_path / "out"
@@ -67,7 +67,7 @@ async def test_the_loop_goes_on_while_a_hook_runs(hooks: HookRunner, tmp_path: P
     await until((tmp_path / "ended").exists)
 
 
-async def test_all_of_a_hook_that_takes_too_long_is_ended(
+async def test_a_hook_over_its_time_is_ended_with_all_its_processes(
     hooks: HookRunner, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = "echo soon >&2; sleep 600 & echo $! > written; mv written pid; wait"
@@ -103,7 +103,7 @@ async def test_a_failure_is_logged_with_its_change_and_place_and_without_its_sec
     )
 
 
-async def test_one_that_can_not_start_or_fills_stderr_or_is_killed_does_not_stop_the_next(
+async def test_a_hook_that_cannot_start_or_fills_stderr_or_is_killed_does_not_stop_the_next(
     hooks: HookRunner, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     configure(tmp_path)
@@ -131,7 +131,7 @@ async def test_excess_hooks_are_dropped_and_logged(
     assert len(dropped) == 2 and all("change 2" in line and "was dropped: 3 are waiting" in line for line in dropped)
 
 
-async def test_closing_ends_the_one_that_runs_and_forgets_the_others(tmp_path: Path) -> None:
+async def test_closing_ends_the_running_hook_and_drops_the_others(tmp_path: Path) -> None:
     runner = HookRunner("web", tmp_path)
     runner.submit(1, [call("touch first; sleep 600"), call("touch second")])
     await until((tmp_path / "first").exists)

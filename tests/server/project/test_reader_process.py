@@ -90,7 +90,7 @@ def pid_of(reader: ReaderProcess) -> int:
 
 
 @shares_a_reader
-async def test_commands_and_pages_are_lattices_own(reader: ReaderProcess) -> None:
+async def test_commands_and_pages_equal_those_of_lattice(reader: ReaderProcess) -> None:
     listed = await reader.read(LIST)
     assert (listed.status, json.loads(listed.body)) == (0, {"ok": True, "data": []})
     page = await reader.read(CONFIG)
@@ -119,7 +119,7 @@ async def test_a_killed_reader_is_reported_and_replaced_for_the_next_read(reader
 
 
 @shares_a_reader
-async def test_stuck_over_its_time_it_is_ended(reader: ReaderProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_reader_over_its_time_is_ended(reader: ReaderProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     pid = await stopped(reader)
     monkeypatch.setattr(reader_module, "_READ_S", 0.3)
     with pytest.raises(StorageError, match=r"timed out on the server after 0\.3 s"):
@@ -417,7 +417,7 @@ async def test_an_idle_reader_exits(reader: ReaderProcess, monkeypatch: pytest.M
 
 
 @shares_a_reader
-async def test_after_the_end_nothing_is_started(data: DataDir, state: State) -> None:
+async def test_a_closed_reader_starts_no_process(data: DataDir, state: State) -> None:
     reader = ReaderProcess("web", data.project("web"), state, state.durable)
     await reader.read(CONFIG)
     pid = pid_of(reader)

@@ -73,7 +73,7 @@ def test_a_piece_anywhere_else_changes_nothing_and_says_where_to_go_on(paths: Pr
     assert paths.upload(ANA, DIGEST).read_bytes() == CONTENT
 
 
-def test_after_a_restart_it_goes_on(paths: ProjectPaths) -> None:
+def test_an_upload_continues_after_a_restart(paths: ProjectPaths) -> None:
     first, second, *rest = pieces()
     before = staging(paths)
     before.take(first, ANA)
@@ -143,7 +143,7 @@ def test_content_may_not_grow_afterwards_nor_after_a_restart(paths: ProjectPaths
         staging(paths, attachment_bytes=1 << 20).take(piece(0, b"", size=1 << 30), ANA)
 
 
-def test_each_token_has_its_own(paths: ProjectPaths) -> None:
+def test_uploads_of_each_token_are_separate(paths: ProjectPaths) -> None:
     place = staging(paths)
     fill(place, CONTENT)
     assert place.take(piece(0, b""), BEN) == 0, "nobody learns what others have uploaded"
@@ -191,7 +191,7 @@ def test_an_abandoned_upload_makes_room(paths: ProjectPaths) -> None:
         place.take(piece(0, b""), ANA)
 
 
-def test_it_expires_after_a_day_at_a_start_and_while_it_runs(paths: ProjectPaths) -> None:
+def test_an_upload_expires_after_a_day_at_a_start_and_while_the_server_runs(paths: ProjectPaths) -> None:
     place = staging(paths)
     fill(place, CONTENT)
     place.take(piece(0, bytes(5000), digest=bytes(32), size=6000), BEN)
@@ -202,7 +202,7 @@ def test_it_expires_after_a_day_at_a_start_and_while_it_runs(paths: ProjectPaths
     assert list(paths.uploads.iterdir()) == []
 
 
-def test_what_was_used_is_gone(paths: ProjectPaths) -> None:
+def test_a_used_upload_is_removed(paths: ProjectPaths) -> None:
     place = staging(paths)
     fill(place, CONTENT)
     place.used(BEN, DIGEST)

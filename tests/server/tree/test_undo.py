@@ -148,7 +148,7 @@ def test_a_log_torn_within_its_first_record_hides_none_that_follow(tmp_path: Pat
     assert path.read_bytes() == SMALL
 
 
-def test_what_was_cleared_is_not_restored(tmp_path: Path, log: UndoLog) -> None:
+def test_a_cleared_log_restores_nothing(tmp_path: Path, log: UndoLog) -> None:
     path = tmp_path / "file"
     path.write_bytes(LARGE)
     replace(log, path)
@@ -321,7 +321,9 @@ def test_an_announcement_holds_for_one_change(tmp_path: Path, log: UndoLog) -> N
 
 @pytest.mark.parametrize("is_new", [False, True])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_what_others_write_over_a_replacement_stays(tmp_path: Path, log: UndoLog, is_new: bool, in_place: bool) -> None:
+def test_writes_of_other_programs_over_a_replacement_are_kept(
+    tmp_path: Path, log: UndoLog, is_new: bool, in_place: bool
+) -> None:
     path = tmp_path / ".lattice/plans/x.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not is_new:
@@ -476,7 +478,7 @@ def test_without_hard_links_a_large_content_is_copied(
     assert path.read_bytes() == LARGE
 
 
-def test_what_a_killed_restore_left_is_no_obstacle(tmp_path: Path, log: UndoLog) -> None:
+def test_leftovers_of_a_killed_restore_are_removed(tmp_path: Path, log: UndoLog) -> None:
     path = tmp_path / "file"
     path.write_bytes(LARGE)
     replace(log, path)

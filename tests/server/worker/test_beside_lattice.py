@@ -1,4 +1,4 @@
-"""Plain lattice in the server's own directory: nothing is lost, seen too early or held up (I2, I12)."""
+"""Plain lattice beside a running worker: no lost, early or delayed data (I2, I12)."""
 
 import itertools
 import json
@@ -78,7 +78,7 @@ def plain(root: Path, *argv: str) -> str:
 
 @contextmanager
 def holding(locks: Path, *keys: str) -> Iterator["subprocess.Popen[str]"]:
-    """Have another process hold locks of lattice's, with lattice's own function."""
+    """Hold locks of lattice in another process, with lattice's own function."""
     command = [sys.executable, "-c", _HOLD, str(locks), *keys]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -172,7 +172,7 @@ def test_a_project_without_its_directory_of_locks_is_written(served: tuple[Proce
     rest.ok("POST", "/tasks", status=201, json={"title": "another"})
 
 
-def test_a_stopped_lattice_that_holds_a_lock_holds_up_only_who_needs_it(served: tuple[Process, Rest]) -> None:
+def test_a_stopped_lattice_that_holds_a_lock_delays_only_requests_that_need_it(served: tuple[Process, Rest]) -> None:
     server, rest = served
     locks = server.data.project("web").lattice / "locks"
     waited_for, other = rest.task("held"), rest.task("other")

@@ -195,7 +195,7 @@ def test_symbolic_links_in_the_project_lead_nowhere(worker: WorkerProcess, tmp_p
     assert secret.read_text() == "# secret\n\n- a plan\n"
 
 
-def test_who_waits_takes_nothing_that_others_have_waited_for_longer(worker: WorkerProcess) -> None:
+def test_a_waiter_does_not_overtake_longer_waiters(worker: WorkerProcess) -> None:
     worker.ok("resource", "create", "tpu", *ANA)
     acquire = ("resource", "acquire", "tpu", "--actor", "agent:b")
     done = worker.run(*acquire, "--wait", "--timeout", "7", ahead=["tpu"])

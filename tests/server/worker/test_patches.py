@@ -523,7 +523,7 @@ def test_a_plan_that_a_command_rewrites_stays_whole_for_its_readers(
     assert list(plan.parent.iterdir()) == [plan]
 
 
-def test_what_was_removed_meanwhile_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_removed_file_is_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when a task is updated and then archived in one transaction."""
     with monkeypatch.context() as patch:
         patched = Patched(tmp_path / "place", patch)

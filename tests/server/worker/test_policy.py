@@ -199,10 +199,10 @@ def test_what_could_reach_another_file_or_is_not_routed_is_refused(tmp_path: Pat
         (["rebuild", "no.such-task"], "NOT_FOUND"),
     ],
 )
-def test_what_lattice_refuses_itself_it_refuses_in_its_own_words(
+def test_command_lines_that_lattice_refuses_get_its_own_message(
     worker: WorkerProcess, argv: list[str], code: str
 ) -> None:
-    """And before that it has touched nothing."""
+    """Lattice refuses before it touches anything."""
     before = tree_of(worker.project / ".lattice")
     answer = answer_of(worker.run(*argv, *(["--json"] if argv[0] != "set-project-code" else [])))
     assert isinstance(answer, Reply), answer

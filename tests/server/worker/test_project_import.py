@@ -1,4 +1,4 @@
-"""A project that takes the place of an empty one: cut off at any step, it is the one or the other (I2, I6)."""
+"""Replacement of an empty project by an imported one: atomic at any crash (I2, I6)."""
 
 import os
 import secrets
@@ -138,7 +138,7 @@ def cutting(monkeypatch: pytest.MonkeyPatch, steps: int) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("steps", range(9))
-def test_cut_off_at_any_step_it_is_the_one_or_the_other(
+def test_a_crash_at_any_step_leaves_the_old_project_or_the_new(
     tmp_path: Path, own: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
     project = make_project(tmp_path / "web")
@@ -163,7 +163,7 @@ def test_cut_off_at_any_step_it_is_the_one_or_the_other(
     assert not (project / "adopting").exists()
 
 
-def test_cut_off_after_it_was_journalled_it_is_not_done_twice(tmp_path: Path, own: Path) -> None:
+def test_a_crash_after_journalling_does_not_repeat_the_import(tmp_path: Path, own: Path) -> None:
     project = make_project(tmp_path / "web")
     with WorkerProcess(project) as worker:
         worker.send(candidate(project, own))

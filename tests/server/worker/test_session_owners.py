@@ -23,7 +23,7 @@ def begin(project: Path, name: str, own_id: str) -> list[PutFile]:
     return [PutFile(f"sessions/{name}.json", data), PutFile("sessions/index.json", b"{}")]
 
 
-def test_it_is_known_after_a_restart_by_the_sessions_own_id(project: Path) -> None:
+def test_an_owner_is_known_after_a_restart_by_the_sessions_id(project: Path) -> None:
     SessionOwners(project).note(begin(project, "A-1", "sess_1"), "tok_1", "human:ana")
     assert SessionOwners(project).of("A-1", "sess_1") == Owner("sess_1", "tok_1", "human:ana")
     assert SessionOwners(project).of("A-1", "sess_2") is None, "another session of the same name, after a rollback"

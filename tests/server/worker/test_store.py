@@ -45,11 +45,11 @@ Hook = Callable[[str, tuple[object, ...]], None]
 
 
 class Killed(BaseException):
-    """The process does not live to do this."""
+    """Simulated death of the process."""
 
 
 class Killer:
-    """Ends this thread's life before its n-th step that changes something on disk; every later one fails as well."""
+    """Kill this thread before its n-th step that changes the disk; every later step fails as well."""
 
     def __init__(self) -> None:
         self._left: int | None = None

@@ -75,7 +75,7 @@ def test_a_copy_that_follows_every_change_has_the_same_bytes(worker: WorkerProce
     assert worker.reconcile().change is None
 
 
-def test_a_request_runs_once_and_is_answered_again(worker: WorkerProcess) -> None:
+def test_a_repeated_request_runs_once_and_is_answered_again(worker: WorkerProcess) -> None:
     request_id = secrets.token_hex(16)
     first = worker.run("create", "x", *ANA, id=request_id)
     again = worker.run("create", "x", *ANA, id=request_id)
@@ -181,7 +181,7 @@ def test_an_edit_between_commands_is_numbered_before_the_next_command_on_that_fi
     assert copy.files == tree_of(lattice)
 
 
-def test_what_happened_while_it_was_down_becomes_a_change(project: Path) -> None:
+def test_local_changes_without_a_worker_become_a_change(project: Path) -> None:
     with WorkerProcess(project) as worker:
         worker.ok("create", "x", *ANA)
         worker.stop()
@@ -205,7 +205,7 @@ def test_what_happened_while_it_was_down_becomes_a_change(project: Path) -> None
 
 
 def test_a_restored_copy_of_the_directory_is_another_history(project: Path, tmp_path: Path) -> None:
-    """I7: the original may have gone on after the copy was taken."""
+    """I7: the original may have continued after the copy was taken."""
     with WorkerProcess(project) as worker:
         worker.ok("create", "x", *ANA)
         epoch = worker.ready.epoch
@@ -343,7 +343,7 @@ def test_a_text_over_the_frame_limit_is_shortened(shared: WorkerProcess) -> None
     assert len(change.actor) == 256
 
 
-def test_it_leaves_when_the_server_is_gone(worker: WorkerProcess) -> None:
+def test_a_worker_ends_when_its_server_is_gone(worker: WorkerProcess) -> None:
     worker.ok("create", "x", *ANA)
     worker.__exit__()
     with WorkerProcess(worker.project) as restarted:

@@ -181,7 +181,7 @@ def test_values_that_would_break_down_every_reader_are_refused(
         b'{"title": ' + b"9" * 5000 + b"}",
     ],
 )
-def test_payloads_that_not_everybody_can_read_are_refused(worker: WorkerProcess, payload: bytes) -> None:
+def test_payloads_that_not_every_reader_can_parse_are_refused(worker: WorkerProcess, payload: bytes) -> None:
     code = {"REMOTE_PROTOCOL", "REMOTE_UNSUPPORTED"}
     assert refused(worker, "mcp", "lattice_create", payload) in code
     if payload != b"[" * 1000:  # no JSON at all: the dashboard's own handler says so
@@ -243,7 +243,7 @@ def test_a_call_runs_once_and_is_answered_again(tmp_path: Path) -> None:
         assert len(os.listdir(worker.project / ".lattice/tasks")) == 1
 
 
-def test_what_half_succeeds_is_undone_as_a_whole(worker: WorkerProcess, task: str) -> None:
+def test_a_partial_success_is_undone_as_a_whole(worker: WorkerProcess, task: str) -> None:
     """Archiving appends to two logs and makes a snapshot before it finds that it can't move the plan."""
     lattice = worker.project / ".lattice"
     made = returned(worker, "mcp", "lattice_create", {"title": "half", "actor": "human:ana"})[1]["result"]["id"]
@@ -299,7 +299,7 @@ def test_fields_that_are_json_in_a_text_are_looked_into(worker: WorkerProcess, t
 
 
 @pytest.mark.parametrize("value", ["NaN", "1e999", '"\\ud800"', "[" * 100 + "]" * 100, "9" * 5000])
-def test_data_that_is_json_in_a_text_is_readable_to_everybody(worker: WorkerProcess, task: str, value: str) -> None:
+def test_json_within_a_text_is_readable_to_every_reader(worker: WorkerProcess, task: str, value: str) -> None:
     arguments = {"task_id": task, "actor": "human:ana", "event_type": "x_seen", "data": f'{{"a": {value}}}'}
     assert refused(worker, "mcp", "lattice_event", arguments) == "REMOTE_UNSUPPORTED"
     status, _ = returned(worker, "mcp", "lattice_event", {**arguments, "data": '{"a": [1]}'})
