@@ -148,7 +148,7 @@ def test_a_summary_counts_the_tasks(data: DataDir) -> None:
     )
 
 
-def test_one_server_holds_it_until_it_ends(data: DataDir) -> None:
+def test_one_server_locks_the_directory_until_it_ends(data: DataDir) -> None:
     lock = data.lock()
     with pytest.raises(Misuse, match=f"pid {os.getpid()}"):
         data.lock()

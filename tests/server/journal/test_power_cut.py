@@ -350,7 +350,7 @@ def test_a_damaged_project_that_was_copied_to_another_disk_loses_nothing(project
         assert "No issues found" in worker.ok("doctor")
 
 
-def test_what_plain_lattice_wrote_before_the_power_cut_is_kept(project: Path) -> None:
+def test_files_that_plain_lattice_wrote_before_the_power_cut_are_kept(project: Path) -> None:
     with in_boot(project, "one") as worker:
         worker.ok("create", "x", *ANA)
         worker.kill()

@@ -242,7 +242,7 @@ def test_a_command_that_was_cut_off_is_found_and_undone(data: DataDir) -> None:
     assert check(data).findings == []
 
 
-def test_what_a_running_worker_does_is_no_damage(data: DataDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_files_of_a_running_worker_are_no_damage(data: DataDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """A command that takes long has an undo log, and the oldest segment may expire before it is read."""
     undo = UndoLog(web(data) / "journal")
     undo.begin(Begin("e", 1, "b"))

@@ -149,5 +149,5 @@ async def test_closing_ends_the_running_hook_and_drops_the_others(tmp_path: Path
         ("nothing here", "nothing here"),
     ],
 )
-def test_what_looks_like_a_secret_is_masked(line: str, shown: str) -> None:
+def test_apparent_secrets_are_masked(line: str, shown: str) -> None:
     assert masked_output(line) == shown

@@ -163,7 +163,7 @@ async def test_a_snapshot_that_disagrees_with_its_events_is_rebuilt_and_reported
     assert tree_of(running.tree) == own
 
 
-async def test_what_was_not_uploaded_with_this_token_can_not_be_pushed(running: Running, own: dict[str, bytes]) -> None:
+async def test_an_upload_of_another_token_or_size_can_not_be_pushed(running: Running, own: dict[str, bytes]) -> None:
     """I9."""
     _, other = TokenFile(running.data.tokens).create(projects=["web"], actor="human:ben", act_as=[])
     async with running.connected() as socket:

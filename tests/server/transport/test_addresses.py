@@ -49,7 +49,7 @@ def test_the_last_hop_that_is_no_trusted_proxy_asks(forwarded: list[str], origin
 
 
 @given(st.lists(HOPS, max_size=5), st.ip_addresses(v=4))
-def test_what_a_stranger_writes_before_the_proxy_counts_for_nothing(written: list[str], stranger: object) -> None:
+def test_untrusted_entries_before_the_proxy_are_ignored(written: list[str], stranger: object) -> None:
     proxies = Proxies(["10.0.0.0/8"])
     if str(stranger) not in proxies:
         assert proxies.origin("10.0.0.9", [*written, str(stranger)]) == str(stranger)

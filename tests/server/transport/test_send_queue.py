@@ -131,7 +131,7 @@ async def test_finish_delivers_everything_and_accepts_nothing_further(pipe: tupl
     assert end.outbox.pending_bytes == 0
 
 
-async def test_what_the_transport_holds_is_pending_until_the_end(pipe: tuple[Pipe, socket.socket]) -> None:
+async def test_bytes_in_the_transport_are_pending_until_the_end(pipe: tuple[Pipe, socket.socket]) -> None:
     queue = pipe[0].outbox
     queue.push(b"x" * 500_000)
     await until(pipe[0].transport.get_write_buffer_size)

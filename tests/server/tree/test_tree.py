@@ -237,7 +237,7 @@ def test_a_rename_is_a_move_after_what_was_written_before_it(tree: ProjectTree) 
     check_leads_there(tree, difference, FILES)
 
 
-def test_what_was_written_after_a_rename_follows_it(tree: ProjectTree) -> None:
+def test_a_write_after_a_rename_follows_it(tree: ProjectTree) -> None:
     (tree.root / "plans/a.md").rename(tree.root / "plans/b.md")
     (tree.root / "plans/b.md").write_bytes(b"other")
     difference = compare(tree, touched(Move("plans/a.md", "plans/b.md"), "plans/b.md"))
@@ -245,7 +245,7 @@ def test_what_was_written_after_a_rename_follows_it(tree: ProjectTree) -> None:
     check_leads_there(tree, difference, FILES)
 
 
-def test_what_another_process_writes_after_a_rename_is_left_for_a_change_of_its_own(tree: ProjectTree) -> None:
+def test_a_write_of_another_process_after_a_rename_gets_a_separate_change(tree: ProjectTree) -> None:
     (tree.root / "plans/a.md").rename(tree.root / "plans/b.md")
     (tree.root / "plans/b.md").write_bytes(b"other")
     difference = compare(tree, touched(Move("plans/a.md", "plans/b.md")))

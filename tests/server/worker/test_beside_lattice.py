@@ -283,7 +283,7 @@ def test_a_command_does_not_write_over_what_plain_lattice_has_just_written(tmp_p
 
 
 @pytest.mark.parametrize("size", [10, 100_000])
-def test_what_plain_lattice_writes_after_a_killed_worker_stays(tmp_path: Path, size: int) -> None:
+def test_writes_of_plain_lattice_after_a_killed_worker_are_kept(tmp_path: Path, size: int) -> None:
     """A worker that is killed before its commit releases its locks; only its own half is taken back."""
     project, reached = make_project(tmp_path / "web"), tmp_path / "reached"
     plain(project, "create", "x", "--description", "d" * size, *ANA)

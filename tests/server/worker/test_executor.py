@@ -109,7 +109,7 @@ def test_a_command_that_crashes_is_undone_and_reported(worker: WorkerProcess) ->
     assert tree_of(worker.project / ".lattice") == before
 
 
-def test_what_a_broken_command_had_written_is_taken_back(worker: WorkerProcess) -> None:
+def test_writes_of_a_broken_command_are_undone(worker: WorkerProcess) -> None:
     worker.ok("create", "x", *ANA)
     lattice = worker.project / ".lattice"
     (lattice / "events/_lifecycle.jsonl").unlink()

@@ -301,7 +301,7 @@ _BEFORE_THE_COMMIT = '(store.Store, "difference")'
 _BEFORE_THE_EDIT = '(store.Store, "replace_text")'
 
 
-def test_what_plain_lattice_writes_before_the_lock_is_taken(tmp_path: Path) -> None:
+def test_a_write_of_plain_lattice_before_the_lock_is_taken(tmp_path: Path) -> None:
     def comment(board: Board) -> None:
         plain(board.root, "comment", "LAT-1", "by hand", *BOB)
 
@@ -314,9 +314,7 @@ def test_what_plain_lattice_writes_before_the_lock_is_taken(tmp_path: Path) -> N
 
 @saves
 @pytest.mark.parametrize("at", [_BEFORE_THE_LOCK, _BEHIND_THE_LOCK, _BEFORE_THE_PLAN, _BEFORE_THE_COMMIT])
-def test_what_an_editor_saves_at_any_moment_of_a_command(
-    tmp_path: Path, save: Callable[[Path, bytes], None], at: str
-) -> None:
+def test_a_save_at_any_moment_of_a_command(tmp_path: Path, save: Callable[[Path, bytes], None], at: str) -> None:
     with paused(tmp_path, at, lambda board: save(board.plan, _PLAN + b"- by hand\n")) as board:
         board.run("status", "LAT-1", "backlog", "--force", "--reason", "x")
         assert board.attribution.tokens_of("- by hand") == {""}
@@ -327,9 +325,7 @@ def test_what_an_editor_saves_at_any_moment_of_a_command(
 
 @saves
 @pytest.mark.parametrize("at", [_BEFORE_THE_EDIT, _BEFORE_THE_COMMIT])
-def test_what_an_editor_saves_at_any_moment_of_an_edit(
-    tmp_path: Path, save: Callable[[Path, bytes], None], at: str
-) -> None:
+def test_a_save_at_any_moment_of_an_edit(tmp_path: Path, save: Callable[[Path, bytes], None], at: str) -> None:
     by_hand = _PLAN.replace(b"- one\n", b"- one\n- by hand\n")
     with paused(tmp_path, at, lambda board: save(board.plan, by_hand)) as board:
         stored = board.edit(board.plan, _PLAN, _PLAN + b"- by Ana\n")
@@ -340,9 +336,7 @@ def test_what_an_editor_saves_at_any_moment_of_an_edit(
 
 
 @saves
-def test_what_an_editor_saves_while_the_settings_are_changed(
-    tmp_path: Path, save: Callable[[Path, bytes], None]
-) -> None:
+def test_a_save_while_the_settings_are_changed(tmp_path: Path, save: Callable[[Path, bytes], None]) -> None:
     def edit(board: Board) -> None:
         config = board.lattice / "config.json"
         save(config, config.read_bytes().replace(b'"medium"', b'"urgent"'))
@@ -356,9 +350,7 @@ def test_what_an_editor_saves_while_the_settings_are_changed(
 
 @saves
 @pytest.mark.parametrize("at", [_BEHIND_THE_LOCK, _BEFORE_THE_COMMIT])
-def test_what_an_editor_saves_while_its_task_is_archived(
-    tmp_path: Path, save: Callable[[Path, bytes], None], at: str
-) -> None:
+def test_a_save_while_the_task_is_archived(tmp_path: Path, save: Callable[[Path, bytes], None], at: str) -> None:
     def edit(board: Board) -> None:
         plans = [board.plan, board.lattice / "archive/plans" / board.plan.name]
         save(next(plan for plan in plans if plan.exists()), _PLAN + b"- by hand\n")
@@ -418,7 +410,7 @@ def reconciled(board: Board) -> None:
         ("archive LAT-1", reconciled),
     ],
 )
-def test_what_plain_lattice_overwrites_with_an_older_task_is_derived_from_the_log_again(
+def test_a_task_overwritten_with_an_older_one_is_derived_from_the_log_again(
     board: Board, tmp_path: Path, outside: str, noticed: Callable[[Board], None]
 ) -> None:
     with late(board, tmp_path, *outside.split()):
@@ -450,7 +442,7 @@ def test_a_task_that_was_archived_in_between_stays_archived_with_the_late_event(
     assert tree_of(board.lattice)[f"archive/tasks/{board.task}.json"] == before[f"archive/tasks/{board.task}.json"]
 
 
-def test_also_what_it_overwrites_while_no_worker_runs(board: Board, tmp_path: Path) -> None:
+def test_a_task_overwritten_while_no_worker_runs_is_derived_from_the_log_again(board: Board, tmp_path: Path) -> None:
     with late(board, tmp_path, "comment", "LAT-1", "by hand"):
         board.run("update", "LAT-1", "title=ours")
         board.worker.stop()

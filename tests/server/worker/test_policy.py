@@ -62,7 +62,7 @@ def test_the_table_names_every_parameter_of_every_routed_command() -> None:
         assert kinds.keys() == {parameter.name for parameter in command.params}, path
 
 
-def test_what_a_newer_lattice_brings_is_refused_until_it_is_in_the_table(tmp_path: Path) -> None:
+def test_additions_of_a_newer_lattice_are_refused_until_the_table_has_them(tmp_path: Path) -> None:
     newer = click.Group(params=[click.Option(["--root"])])
     newer.add_command(click.Command("next", params=[click.Option(["--from"]), click.Option(["--also"], multiple=True)]))
     newer.add_command(click.Command("import", params=[click.Argument(["path"])]))
@@ -167,7 +167,7 @@ def test_ordinary_command_lines_pass(tmp_path: Path, argv: list[str]) -> None:
         ["nope"],
     ],
 )
-def test_what_could_reach_another_file_or_is_not_routed_is_refused(tmp_path: Path, argv: list[str]) -> None:
+def test_unrouted_commands_and_paths_to_other_files_are_refused(tmp_path: Path, argv: list[str]) -> None:
     assert refused(tmp_path, *argv).code == "REMOTE_UNSUPPORTED"
 
 
@@ -412,7 +412,7 @@ def test_a_star_stands_for_anything_and_nothing_else_for_more_than_itself(
         ("*", "human:eve", True),
     ],
 )
-def test_what_looks_like_a_pattern_is_only_text(pattern: str, actor: str, may: bool) -> None:
+def test_text_that_looks_like_a_pattern_is_only_text(pattern: str, actor: str, may: bool) -> None:
     assert Identity("human:ana", [pattern]).may_act_as(actor) is may
 
 

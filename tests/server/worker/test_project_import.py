@@ -195,7 +195,7 @@ def test_the_first_command_in_an_empty_project_wins_over_a_push(tmp_path: Path, 
         worker.ok("create", "second", "--actor", "human:ana")
 
 
-def test_what_others_put_into_an_empty_project_counts(tmp_path: Path, own: Path) -> None:
+def test_outside_changes_make_an_empty_project_refuse_a_push(tmp_path: Path, own: Path) -> None:
     """I12."""
     project = make_project(tmp_path / "web")
     with WorkerProcess(project) as worker:

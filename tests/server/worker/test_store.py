@@ -246,7 +246,7 @@ def test_a_change_that_no_frame_can_carry_is_not_made(
     assert opened.store.journal.head == 0
 
 
-def test_what_the_journal_has_no_room_for_is_undone_and_refused(
+def test_a_change_without_room_in_the_journal_is_undone_and_refused(
     projects: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = projects[0]

@@ -45,7 +45,7 @@ def test_the_parts_of_a_list_are_the_list(given: list[tuple[str, Any]], limit: i
     assert json.loads(page_of(whole, after_all, by_id=by_id).body)["data"] == items[-len(part["data"]) :]
 
 
-def test_where_nothing_is_left_a_part_is_empty() -> None:
+def test_a_part_after_the_end_is_empty() -> None:
     whole = found([{"id": "a"}])
     part = page_of(whole, PageQuery(cursor="eg==", limit=3), by_id=True)  # z
     assert json.loads(part.body) == {"ok": True, "data": []}

@@ -99,7 +99,7 @@ def test_settings_of_the_page_name_no_actor(worker: WorkerProcess) -> None:
         ("/", {}, 404),
     ],
 )
-def test_what_fails_is_answered_as_the_dashboard_does_and_changes_nothing(
+def test_a_failure_is_answered_as_by_the_dashboard_and_changes_nothing(
     worker: WorkerProcess, path: str, body: object, status: int
 ) -> None:
     before = tree_of(worker.project / ".lattice")
@@ -122,7 +122,7 @@ def test_a_call_that_breaks_down_is_answered_as_failed_and_changes_nothing(tmp_p
         assert returned(worker, "dashboard", "/api/tasks", {"title": "t"})[0] == 201
 
 
-def test_what_the_table_does_not_list_is_refused_or_undone(worker: WorkerProcess, task: str) -> None:
+def test_unlisted_operations_and_fields_are_refused_or_undone(worker: WorkerProcess, task: str) -> None:
     unsupported = "REMOTE_UNSUPPORTED"
     assert refused(worker, "dashboard", "/api/tasks", {"title": "t", "path": "/etc/passwd"}) == unsupported
     assert refused(worker, "dashboard", f"/api/tasks/{task}/open-plans", {}) == unsupported
