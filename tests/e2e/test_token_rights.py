@@ -37,6 +37,19 @@ def test_a_read_only_token_reads_everything_and_writes_nothing(sandbox: Sandbox)
     plan.write_text(plan.read_text() + "by a guest\n")
     assert "this token may only read" in guest.run("remote", "push").stderr
     assert b"by a guest" not in next((server.lattice_dir() / "plans").glob("*.md")).read_bytes()
+    assert "lattice remote resolve --all --theirs" in guest.ok("remote", "status")
+    assert "+by a guest" in guest.ok("remote", "resolve")
+    assert "yours is kept; see: lattice remote rescued" in guest.ok("remote", "resolve", "LAT-1", "--theirs")
+    wait_for(lambda: "by a guest" not in plan.read_text(), "the server's text")
+    (kept,) = (guest.lattice_dir / ".remote" / "rescued").glob(f"*/files/plans/{plan.name}")
+    assert kept.read_text().endswith("by a guest\n")
+    guest.ok("remote", "rescued", "drop", "--all")
+    guest.run("remote", "agent", "stop")
+    plan.write_text(plan.read_text() + "without an agent\n")
+    without_agent = {"LATTICE_REMOTE_AGENT": "off"}
+    resolved = guest.run("remote", "resolve", "LAT-1", "--theirs", env=without_agent)
+    assert "yours is kept" in resolved.stdout, resolved.stderr
+    assert "without an agent" not in plan.read_text()
 
     def request(method: str, path: str, body: dict[str, str] | None = None) -> int:
         connection = http.client.HTTPConnection("127.0.0.1", server.port)

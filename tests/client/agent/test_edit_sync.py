@@ -18,7 +18,7 @@ from lattice_remote.client import credentials
 from lattice_remote.client.agent import edit_sync, integrity_monitor
 from lattice_remote.client.agent.edit_sync import RewriteRun
 from lattice_remote.client.agent.service import Service
-from lattice_remote.errors import Rejected
+from lattice_remote.errors import ConnectionFailed, Rejected
 from lattice_remote.protocol.messages import Bye, ClientFrame, Put, Refused, Run, Stored, encode
 from lattice_remote.protocol.operations import PutFile, digest_of
 
@@ -279,6 +279,45 @@ async def test_a_refused_edit_is_reported_once_and_blocks_nothing(
     (directory / PLAN).write_bytes("café\n".encode())
     await until(lambda: server.files[PLAN] == "café\n".encode())
     assert (await ask(live, "status"))["refused_edits"] == {}
+
+
+async def _refused_for_reading_only(connection: ServerConnection, frame: ClientFrame) -> bool:
+    if isinstance(frame, Put):
+        await connection.send(encode(Refused(frame.id, "REMOTE_FORBIDDEN", "this token may only read")))
+    return isinstance(frame, Put)
+
+
+async def test_a_refused_edit_can_be_replaced_by_the_servers_text_and_is_kept(
+    server: FakeServer, live: Service, directory: Path
+) -> None:
+    server.misbehave = _refused_for_reading_only
+    (directory / PLAN).write_bytes(NEW)
+    await until(lambda: live._edit_sender.refused() != {})
+    (notice,) = (await ask(live, "ready"))["notices"]  # type: ignore[misc]
+    assert "lattice remote resolve LAT-1 --theirs" in notice
+    (shown,) = (await ask(live, "resolve", task="", what=None, choice=None, text=None))["conflicts"]  # type: ignore[misc]
+    assert shown["path"] == PLAN and shown["reason"] == "this token may only read"  # type: ignore[index]
+    with pytest.raises(Rejected, match="may only read"):
+        await ask(live, "resolve", task="LAT-1", what=None, choice="mine", text=None)
+    assert (directory / PLAN).read_bytes() == NEW
+    answer = await ask(live, "resolve", task="LAT-1", what=None, choice="theirs", text=None)
+    assert answer["resolved"] == [{"path": PLAN, "outcome": "rescued"}]
+    await until(lambda: (directory / PLAN).read_bytes() == OLD)
+    assert rescued(directory)[PLAN] == [NEW]
+    status = await ask(live, "status")
+    assert status["unsent_edits"] == [] and status["refused_edits"] == {}
+
+
+async def test_a_refused_edit_is_sent_once_the_token_may_write(
+    server: FakeServer, live: Service, directory: Path
+) -> None:
+    server.misbehave = _refused_for_reading_only
+    (directory / PLAN).write_bytes(NEW)
+    await until(lambda: live._edit_sender.refused() != {})
+    server.misbehave = None
+    live._connection.abort(ConnectionFailed("the token was changed"))
+    await until(lambda: server.files[PLAN] == NEW)
+    await until(lambda: live._edit_sender.refused() == {})
 
 
 async def test_an_unanswered_edit_does_not_make_an_unsent_command_uncertain(

@@ -330,12 +330,19 @@ class EditSender:
         Raises:
             Rejected: after a conflict, file and base may still be the version that was copied.
         """
-        if not await self._connection.changed.until(lambda: path not in self._replicator.replica.missing, SAVING_S):
+        if not await self.are_in_place([path]):
             raise Rejected(
                 f"the server's text of {path} has not arrived yet; nothing was changed: if the file is open in an "
                 "editor, close it, then repeat",
                 code="REMOTE_BUSY",
             )
+
+    async def are_in_place(self, paths: Iterable[str]) -> bool:
+        """Wait briefly until the server's texts, or edits of them, are in place; return whether they are."""
+        expected = set(paths)
+        return await self._connection.changed.until(
+            lambda: expected.isdisjoint(self._replicator.replica.missing), SAVING_S
+        )
 
     async def _ask_briefly(
         self, connection: Connection, put: Put, current: bytes | None, *, is_edit: bool = False
@@ -378,9 +385,17 @@ class EditSender:
         refused = self._refused.get(path)
         return refused is not None and (refused[0], refused[2]) == (self._signature(path), self._connection.welcome)
 
+    def hopeless(self) -> set[str]:
+        """Return the files whose refused edit the present connection would refuse again."""
+        return {path for path in self._refused if self._is_hopeless(path)}
+
     def _note_refusal(self, path: str, found: Signature | None, why: str) -> tuple[str, str]:
         self._refused[path] = (found, why, self._connection.welcome)
-        return "refused", f"{path} was not sent: {why}"
+        task = self._replicator.conflicts.name_of(path)
+        return "refused", (
+            f"{path} was not sent: {why}; to restore the server's text and keep yours for lattice remote rescued: "
+            f"lattice remote resolve {task} --theirs"
+        )
 
     def _signature(self, path: str) -> Signature | None:
         return self._replicator.cache.signature(path)
@@ -457,10 +472,12 @@ class EditWatcher:
             await asyncio.sleep(_QUIET_POLL_S)
             return
         self._wake.clear()
-        is_blocked = bool(self._replicator.replica.blocked)
+        is_waiting = bool(self._replicator.replica.blocked or self._edit_sender.refused())
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_FETCH_INTERVAL_S if is_blocked else None):
+            async with asyncio.timeout(_FETCH_INTERVAL_S if is_waiting else None):
                 await self._wake.wait()
+        # After a reconnection the server, or the token's rights, may be others.
+        self._is_scan_due |= bool(self._edit_sender.refused().keys() - self._edit_sender.hopeless())
 
     async def _push_saved(self) -> None:
         saved = [path for path in self._seen if self._is_saved(path)]
@@ -483,7 +500,7 @@ class EditWatcher:
 
     def _look_for_unreported_edits(self) -> None:
         """Take in edits reported late, before the first file of a burst is sent."""
-        known = self._seen.keys() | self._edit_sender.withheld().keys() | self._edit_sender.refused().keys()
+        known = self._seen.keys() | self._edit_sender.withheld().keys() | self._edit_sender.hopeless()
         self.touched(path for path in self._replicator.edits.scan() if path not in known)
 
     def _is_burst(self) -> bool:

@@ -32,9 +32,9 @@ class ConflictResolver:
             Misuse: no such conflict, or an invalid choice for it.
             RemoteError: the text could not be sent; nothing has changed.
         """
-        found = self._named(request["task"], request["what"])
         choice = request["choice"]
-        reasons = self._edit_sender.withheld()
+        found = self._named(request["task"], request["what"], choice)
+        reasons = self._edit_sender.withheld() | self._edit_sender.refused()
         resolved: list[dict[str, str]] = []
         if choice is not None:
             text = _text_of(request)
@@ -43,14 +43,21 @@ class ConflictResolver:
             for conflict in found:
                 outcome = await self._end(conflict, choice, text, connection)
                 resolved.append({"path": conflict.path, "outcome": outcome})
+            if choice == "theirs":  # one process without the agent ends with its answer
+                await self._edit_sender.are_in_place(conflict.path for conflict in found)
         return {"conflicts": [_fields(conflict, reasons) for conflict in found], "resolved": resolved}
 
     def describe(self) -> list[dict[str, Any]]:
         return [_fields(conflict, {}) for conflict in self._replicator.conflicts.all()]
 
-    def _named(self, task: str, what: str | None) -> list[TextConflict]:
+    def _named(self, task: str, what: str | None, choice: str | None) -> list[TextConflict]:
         conflicts = self._replicator.conflicts
-        found = [*conflicts.all(), *(conflicts.waiting(path) for path in self._edit_sender.withheld())]
+        found = conflicts.all()
+        waiting = self._edit_sender.withheld() | self._edit_sender.refused()
+        if task and choice == "theirs":  # one process without the agent does not know what another was refused
+            waiting |= dict.fromkeys(self._replicator.edits.scan(), "")
+        in_conflict = {each.path for each in found}
+        found += [conflicts.waiting(path) for path in waiting if path not in in_conflict]
         if task:
             found = [each for each in found if each.is_called(task)]
         found = [each for each in found if what in (None, each.what)]
@@ -63,9 +70,14 @@ class ConflictResolver:
         self, conflict: TextConflict, choice: str, text: bytes | None, connection: Callable[[], Connection]
     ) -> str:
         if choice == "theirs":
-            if not conflict.copies:
+            if conflict.copies:
+                return await self._drop(conflict, "theirs")
+            if conflict.path in self._edit_sender.withheld():
                 await self._restore(conflict, None)
-            return await self._drop(conflict, "theirs")
+                return "theirs"
+            # The user had no means of sending it, so it is kept.
+            is_kept = await self._restore(conflict, "restored to the server's text: it was not sent")
+            return "rescued" if is_kept else "theirs"
         if not conflict.is_active:
             raise Misuse(
                 f"{conflict.short_id} is archived or gone: restore it first with lattice unarchive, or keep theirs"
@@ -79,13 +91,15 @@ class ConflictResolver:
             await self._put(conflict, text, connection())
         return await self._drop(conflict, choice)
 
-    async def _restore(self, conflict: TextConflict, reason: str | None) -> None:
-        if await self._edit_sender.restore(conflict.path, reason=reason) is None:
+    async def _restore(self, conflict: TextConflict, reason: str | None) -> bool:
+        """Put the server's text in place; return whether the local one was rescued."""
+        if (is_kept := await self._edit_sender.restore(conflict.path, reason=reason)) is None:
             raise Rejected(
                 f"the server's text of {conflict.path} cannot be fetched now; nothing was changed: repeat when the "
                 "server is reachable",
                 code="REMOTE_BUSY",
             )
+        return is_kept
 
     async def _send_what_is_in_place(self, conflict: TextConflict, connection: Connection) -> None:
         """Send later edits of the file itself first: the chosen text is applied on top."""

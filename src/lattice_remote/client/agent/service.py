@@ -224,10 +224,14 @@ class Service:
         return await self._short_work(request, token)
 
     async def _short_work(self, request: dict[str, Any], token: str | None) -> dict[str, Any]:
+        failed_before = self._connection.failed_attempts
         match request["do"]:
             case "push":
                 return await self._push_now(token, confirm=bool(request.get("confirm")))
             case "resolve":
+                await self._until(
+                    lambda: self._replicator.is_following or self._has_failed(failed_before), READY_WAIT_S
+                )
                 return await self._resolver.resolve(request, lambda: self._pool.writing(token))
             case "configure":
                 config.change_setting(self.cache.directory, request["name"], request["value"])

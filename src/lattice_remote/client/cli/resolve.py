@@ -28,6 +28,7 @@ _MAX_SHOWN_CHARACTERS = 300
 _RESOLVED = {
     "mine": "your text is the server's now",
     "theirs": "the server's text stays, yours is gone",
+    "rescued": "the server's text is restored, yours is kept; see: lattice remote rescued",
     "edited": "the text you chose is the server's now",
 }
 

@@ -156,6 +156,9 @@ def _edits(answer: dict[str, Any]) -> list[str]:
     if answer["withheld_edits"]:
         lines.append("to send withheld edits: lattice remote push --confirm")
         lines.append("to restore the server's texts: lattice remote resolve --all --theirs")
+    elif answer["refused_edits"]:
+        lines.append("to restore the server's texts, and keep yours for lattice remote rescued:")
+        lines.append("lattice remote resolve --all --theirs")
     return lines
 
 
