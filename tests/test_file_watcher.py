@@ -1,8 +1,11 @@
 """Reports of a directory, also after its replacement, and after a name that stops the library."""
 
 import asyncio
+import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -97,3 +100,38 @@ async def test_an_undecodable_name_is_reported_and_the_watch_is_restarted(
         assert "they are compared periodically" in caplog.text
         await changed(tmp_path, reports, "b.json")
         await until(lambda: watcher.trouble is None)
+
+
+LIMITED = (
+    "unshare",
+    "--user",
+    "--map-root-user",
+    "sh",
+    "-ec",
+    'echo 20 >/proc/sys/user/max_inotify_watches; exec "$@"',
+)
+WATCHES_ALL = """
+import asyncio, json, sys
+from lattice_remote.file_watcher import FileWatcher
+
+async def main():
+    watcher, began = FileWatcher(), asyncio.Event()
+    watcher.add(sys.argv[1], lambda paths: began.set())
+    await asyncio.wait_for(began.wait(), 20)
+    print(json.dumps(watcher.trouble))
+    watcher.close()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(("directories", "is_partial"), [(5, False), (40, True)])
+def test_a_tree_that_can_be_watched_only_in_part_is_trouble(tmp_path: Path, directories: int, is_partial: bool) -> None:
+    """The user's limit of watches is reached half way."""
+    if subprocess.run([*LIMITED, "sh", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("user namespaces are not available")
+    for number in range(directories):
+        (tmp_path / str(number)).mkdir()
+    argv = [*LIMITED, "sh", sys.executable, "-c", WATCHES_ALL, str(tmp_path)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert (json.loads(done.stdout) is not None) is is_partial, done.stderr

@@ -80,7 +80,7 @@ class FileWatcher:
                 rust_timeout=_TICK_MS,
                 yield_on_timeout=True,
                 raise_interrupt=False,
-                ignore_permission_denied=True,
+                ignore_permission_denied=False,  # it ignores every error, and leaves a part of the tree unwatched
             ):
                 if not begun:
                     begun = True
@@ -95,7 +95,7 @@ class FileWatcher:
                     ]
                     tell(self._replaced, others)
                     return
-        except FileNotFoundError:  # a directory was moved away just now
+        except FileNotFoundError:  # a directory was moved or removed just now
             tell(self._replaced, [])
         except (OSError, RuntimeError) as error:
             tell(self._failed, str(error))
