@@ -294,6 +294,26 @@ async def test_a_file_altered_after_it_was_scanned_is_found_by_the_next_scan(
         await equal(directory, server)
 
 
+async def test_an_unreadable_file_holds_up_no_other_repair(
+    server: FakeServer, kept: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unreadable = "tasks/task_2.json"
+
+    def digest(cache: Cache, path: str) -> bytes | None:
+        if path == unreadable:
+            raise StorageError("permission denied")
+        return Cache.digest(cache, path)
+
+    monkeypatch.setattr(integrity_monitor, "_RETRY_S", 0.1)
+    monkeypatch.setattr(kept._replicator.cache, "digest", partial(digest, kept._replicator.cache))
+    for path in (unreadable, "ids.json", "context.md"):
+        with (directory / path).open("ab") as file:
+            file.write(b"foreign")
+    await until(lambda: {path for path, data in tree(directory).items() if data != server.files[path]} == {unreadable})
+    monkeypatch.undo()
+    await equal(directory, server)
+
+
 @pytest.mark.parametrize("error", [ZeroDivisionError(), StorageError("remote.json is missing")])
 async def test_a_repair_that_failed_is_repeated(
     server: FakeServer, kept: Service, directory: Path, monkeypatch: pytest.MonkeyPatch, error: Exception

@@ -167,14 +167,28 @@ class IntegrityMonitor:
             later = {path: wait_s for path in due if (wait_s := max(self._stray_s(path), self._vanishing_s(path))) > 0}
             for path, wait_s in later.items():
                 self._repairs.suspect([path], delay_s=wait_s)
-            try:
-                await self._connection.carry_out(await self._replicator.repair([p for p in due if p not in later]))
-            except BaseException:  # for example while remote.json is missing
-                self._repairs.suspect(due)
-                raise
+            await self._repair([path for path in due if path not in later])
         if not self.has_looked:
             self.has_looked = True
             self._connection.changed.notify()
+
+    async def _repair(self, paths: list[str]) -> None:
+        """Fetch these files. One that fails holds up no other and is tried again. Raises the last error."""
+        try:
+            await self._connection.carry_out(await self._replicator.repair(paths))
+        except Exception as error:
+            if len(paths) == 1:
+                self._repairs.suspect(paths, delay_s=_RETRY_S)
+                raise
+            failed = error
+        else:
+            return
+        for path in paths:
+            try:
+                await self._repair([path])
+            except Exception as error:  # noqa: BLE001 - raised behind the others
+                failed = error
+        raise failed
 
     async def _compare_all(self) -> None:
         async with self._turn:
