@@ -37,7 +37,7 @@ def test_a_read_only_token_reads_everything_and_writes_nothing(sandbox: Sandbox)
     plan.write_text(plan.read_text() + "by a guest\n")
     assert "this token may only read" in guest.run("remote", "push").stderr
     assert b"by a guest" not in next((server.lattice_dir() / "plans").glob("*.md")).read_bytes()
-    assert "lattice remote resolve --all --theirs" in guest.ok("remote", "status")
+    assert "lattice remote resolve TASK --theirs" in guest.ok("remote", "status")
     assert "+by a guest" in guest.ok("remote", "resolve")
     assert "yours is kept; see: lattice remote rescued" in guest.ok("remote", "resolve", "LAT-1", "--theirs")
     wait_for(lambda: "by a guest" not in plan.read_text(), "the server's text")

@@ -158,7 +158,7 @@ def _edits(answer: dict[str, Any]) -> list[str]:
         lines.append("to restore the server's texts: lattice remote resolve --all --theirs")
     elif answer["refused_edits"]:
         lines.append("to restore the server's texts, and keep yours for lattice remote rescued:")
-        lines.append("lattice remote resolve --all --theirs")
+        lines.append("lattice remote resolve TASK --theirs")
     return lines
 
 
