@@ -568,7 +568,7 @@ def rebuild_project(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     data: DataOption = None,
 ) -> None:
-    """Begin a new epoch of a project with this node's files. For a project whose record the cluster has lost.
+    """Begin a new epoch of a project with this node's files. Its record in the cluster must be lost.
 
     Changes that only other nodes have are lost. Run it where 'cluster status' shows the most changes.
 

@@ -667,7 +667,7 @@ class Member:
         self._lose(error.message) if self._is_owner else self._restart()
 
     def _proved(self, asked: float) -> None:
-        """Note that a majority has taken a message behind all that is here: there was no other one before that."""
+        """Note that at ``asked`` no message was missing here: a majority has stored one behind the last."""
         self._confirmed_at = max(self._confirmed_at, asked)
         self._current_at = max(self._current_at, asked)
 

@@ -238,8 +238,8 @@ _MAX_OUTPUT_BYTES = 8 * 1024 * 1024
 _LOCK_RETRY_S = 0.25
 _MAX_RUNS = 20
 _MAX_RERUN_S = 10.0
-_LATTICE_VERSION = version("lattice-tracker")  # read once, before the template forks
 """From here on a request disturbed by other programs does not run again."""
+_LATTICE_VERSION = version("lattice-tracker")  # read once, before the template forks
 
 
 class Dispatcher:
